@@ -1,0 +1,18 @@
+"""``python -m cifar_jax``: the commands there are."""
+
+import cifar_jax
+
+COMMANDS = {
+    "train": "train a network, keep its checkpoints, and score it on the test set",
+}
+
+
+def main() -> None:
+    print(f"cifar_jax {cifar_jax.__version__}: {cifar_jax.__doc__}\n")
+    for name, purpose in COMMANDS.items():
+        print(f"  python -m cifar_jax.{name:<10} {purpose}")
+    print("\nEach explains its options with --help.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Augmentation of one image: pure functions of a key, for use under ``vmap`` inside the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cifar_jax.config import TrainConfig
+
+Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Mirror ``image`` ``[H, W, C]`` left to right with probability 1/2."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1, :], image)
+
+
+def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
+    """Shift ``image`` ``[H, W, C]`` by up to ``padding`` pixels each way; edges are reflected."""
+    margins = ((padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(image, margins, mode="reflect")
+    top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    return lax.dynamic_slice(padded, (top, left, 0), image.shape)
+
+
+def cutout(key: jax.Array, image: jax.Array, size: int, fill: jax.Array) -> jax.Array:
+    """Fill a square of side ``size`` somewhere in ``image`` ``[H, W, C]`` with ``fill`` ``[C]``.
+
+    The square's centre lies anywhere in the image, so that part of the square may lie outside
+    (DeVries and Taylor, 2017, arXiv:1708.04552).
+    """
+    height, width, _ = image.shape
+    row_key, column_key = jax.random.split(key)
+    top = jax.random.randint(row_key, (), 0, height) - size // 2
+    left = jax.random.randint(column_key, (), 0, width) - size // 2
+    rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
+    return jnp.where(inside, fill, image)
+
+
+def make_augmentation(config: TrainConfig, mean: tuple[float, ...]) -> Augmentation:
+    """Everything that ``config`` switches on, as one function of (key, image uint8 [H, W, C])."""
+
+    def augment(key: jax.Array, image: jax.Array) -> jax.Array:
+        flip_key, crop_key, cutout_key = jax.random.split(key, 3)
+        if config.flip:
+            image = random_flip(flip_key, image)
+        if config.crop:
+            image = random_crop(crop_key, image, config.crop)
+        if config.cutout:
+            grey = jnp.round(255 * jnp.array(mean)).astype(image.dtype)
+            image = cutout(cutout_key, image, config.cutout, grey)
+        return image
+
+    return augment

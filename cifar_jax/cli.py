@@ -1,0 +1,221 @@
+"""From a frozen dataclass to a command line: one definition of name, type, default, bounds, help.
+
+A command declares its options as a dataclass whose fields are made by :func:`option`, builds a
+parser with :func:`make_parser`, and runs under :func:`run`, which turns errors into one line and an
+exit code. Standard library only: a wrong option is answered before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import math
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from cifar_jax import __version__
+from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    unit: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: the value when the option is not given; ``None`` and 0 often mean "off".
+        help: one sentence for ``--help``.
+        group: the heading in ``--help``.
+        unit: what a number counts, e.g. ``"images"``.
+        at_least, above, at_most, below: the bounds that :func:`check_bounds` holds numbers to.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "group": group,
+            "unit": unit,
+            "bounds": {rule: limit for rule, limit in bounds.items() if limit is not None},
+        },
+    )
+
+
+def flag(name: str) -> str:
+    """The option's spelling on the command line: ``batch_size`` -> ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+_BOUND_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "at least": lambda value, limit: value >= limit,
+    "above": lambda value, limit: value > limit,
+    "at most": lambda value, limit: value <= limit,
+    "below": lambda value, limit: value < limit,
+}
+
+
+def check_bounds(config: Any) -> None:
+    """Raise ``CifarJaxError`` (usage) for the first field of ``config`` outside its bounds."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        bounds = field.metadata["bounds"]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            holds = all(_BOUND_HOLDS[rule](number, limit) for rule, limit in bounds.items())
+            if not (math.isfinite(number) and holds):
+                raise CifarJaxError(
+                    ExitCode.USAGE,
+                    f"{flag(field.name)} {number} is out of range",
+                    fix=f"give a number {_describe_bounds(bounds) or 'that is finite'}",
+                )
+
+
+def _describe_bounds(bounds: dict[str, float]) -> str:
+    return " and ".join(f"{rule} {limit:g}" for rule, limit in bounds.items())
+
+
+def _parse_value(name: str, hint: Any, text: str) -> Any:
+    """The value of option ``name``, annotated with type ``hint``, from its text.
+
+    Raises:
+        CifarJaxError: usage; the text is no value of that type.
+    """
+
+    def refuse(description: str, cure: str) -> CifarJaxError:
+        return CifarJaxError(ExitCode.USAGE, f"{name} {text!r} is not {description}", fix=cure)
+
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        *first, last = (argument for argument in arguments if argument is not type(None))
+        for argument in first:
+            with contextlib.suppress(CifarJaxError):
+                return _parse_value(name, argument, text)
+        return _parse_value(name, last, text)
+    if origin is typing.Literal:
+        if text not in arguments:
+            near = difflib.get_close_matches(text, arguments, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"choose {arguments[0]}, for example"
+            raise refuse(f"one of {', '.join(arguments)}", cure)
+        return text
+    if origin is tuple:
+        return tuple(_parse_value(name, arguments[0], item) for item in text.split(",") if item)
+    if hint is int or hint is float:
+        try:
+            return hint(text)
+        except ValueError:
+            description = "a whole number" if hint is int else "a number"
+            raise refuse(description, f"give {description}") from None
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose complaints are one line with a cure."""
+
+    def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """The options that were given, by field name; raises ``CifarJaxError`` (usage)."""
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
+            cure = f"did you mean {near[0]}?" if near else "see --help for the options there are"
+            kind = "option" if name.startswith("-") else "argument"
+            raise CifarJaxError(ExitCode.USAGE, f"unknown {kind} {name}", fix=cure)
+        return vars(namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise CifarJaxError(ExitCode.USAGE, message.removeprefix("argument "), fix="see --help")
+
+
+def make_parser(config_type: type, *, prog: str, description: str) -> Parser:
+    """A parser with an option for each field of ``config_type``; options not given stay absent."""
+    parser = Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=100
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"cifar_jax {__version__}")
+    hints = typing.get_type_hints(config_type)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(config_type):
+        metadata, hint = field.metadata, hints[field.name]
+        group = groups.get(metadata["group"]) or parser.add_argument_group(metadata["group"])
+        groups[metadata["group"]] = group
+        help_text = metadata["help"].replace("%", "%%") + _describe_default(field)
+        if hint is bool:
+            group.add_argument(
+                flag(field.name), action=argparse.BooleanOptionalAction, help=help_text
+            )
+        else:
+            group.add_argument(
+                flag(field.name),
+                type=functools.partial(_parse_value, flag(field.name), hint),
+                metavar=_metavar(hint),
+                help=help_text,
+            )
+    return parser
+
+
+def _metavar(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(_metavar(argument) for argument in arguments if argument is not type(None))
+    if origin is typing.Literal:
+        return "|".join(arguments)
+    if origin is tuple:
+        return "N,N,..."
+    return {int: "N", float: "X"}.get(hint, "TEXT")
+
+
+def _describe_default(field: dataclasses.Field[Any]) -> str:
+    default, unit = field.default, field.metadata["unit"]
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif default is None or default == ():
+        shown = ""
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    parts = [unit or "", f"default {shown}" if shown else ""]
+    described = "; ".join(part for part in parts if part)
+    return f" [{described}]" if described else ""
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command and exit: its errors become one line on stderr and an exit code."""
+
+    def on_sigterm(signum: int, frame: types.FrameType | None) -> None:
+        raise Stopped(signum, "nothing was under way that could be saved")
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        main()
+    except CifarJaxError as error:
+        print(f"cifar_jax: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Stopped as stop:
+        print(f"cifar_jax: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("cifar_jax: stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(ExitCode.OK)

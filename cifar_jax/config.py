@@ -1,0 +1,256 @@
+"""``TrainConfig``: every choice that a training run depends on, with its unit and bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+from cifar_jax.cli import check_bounds, flag, option
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9"]
+OptimizerName = Literal["sgd", "adam", "adamw"]
+ScheduleName = Literal["constant", "cosine", "onecycle"]
+PresetName = Literal["default", "tutorial"]
+
+_DATA, _MODEL, _OPTIMIZER = "data", "model", "optimizer"
+_REGULARISATION, _RUN = "augmentation and regularisation", "run"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The same config, data and device count give the same bits on a CPU."""
+
+    preset: PresetName = option(
+        "default",
+        "a named set of defaults for all the other options: 'default' generalises, 'tutorial' "
+        "(Adam 1e-3, constant, no augmentation) shows the overfitting that the material describes",
+        group=_RUN,
+    )
+    epochs: int = option(10, "passes over the training images", group=_RUN, at_least=1)
+    batch_size: int = option(
+        128, "global batch, over all devices", group=_RUN, unit="images", at_least=1
+    )
+    seed: int = option(
+        0,
+        "decides the initial weights, split, order, augmentation and dropout",
+        group=_RUN,
+        at_least=0,
+        below=2**32,
+    )
+    devices: Literal["all"] | int = option(
+        1, "devices that share each batch", group=_RUN, at_least=1
+    )
+    resume: bool = option(
+        False, "go on with the run in --workdir, exactly as if it had not stopped", group=_RUN
+    )
+    checkpoint_every: int = option(
+        0,
+        "save inside an epoch too, every so many steps; 0 = at each epoch's end only",
+        group=_RUN,
+        unit="steps",
+        at_least=0,
+    )
+
+    data: str = option(
+        "auto",
+        "a folder of class folders (or of train/ and test/ with them), a .tar.gz of one, an "
+        "official CIFAR-10 .tar.gz, 'cifar10' (tensorflow-datasets), 'shapes' (drawn here, needs "
+        "no network), or 'auto': cifar10 where it can be had, else shapes",
+        group=_DATA,
+    )
+    data_dir: str | None = option(
+        None,
+        "where tensorflow-datasets and extracted archives are kept "
+        "[default $TFDS_DATA_DIR or ~/tensorflow_datasets]",
+        group=_DATA,
+    )
+    image_size: int | None = option(
+        None,
+        "resize images of a folder to this side; not given, all must be of one size",
+        group=_DATA,
+        unit="pixels",
+        at_least=1,
+    )
+    val_fraction: float = option(
+        0.1,
+        "share of the training images held out for validation (a flat folder gives as much for "
+        "the test)",
+        group=_DATA,
+        above=0,
+        below=1,
+    )
+    max_train_examples: int | None = option(
+        None, "train on at most so many images", group=_DATA, unit="images", at_least=1
+    )
+    cache_mb: int = option(
+        2048,
+        "a training split whose decoded images fit is decoded once; a larger one streams from disk",
+        group=_DATA,
+        unit="MB",
+        at_least=0,
+    )
+
+    model: ModelName = option("cnn", "the network", group=_MODEL)
+    widths: tuple[int, ...] = option(
+        (), "channels of the convolutions; not given, the model's own", group=_MODEL, at_least=1
+    )
+    hidden: tuple[int, ...] = option(
+        (), "units of the hidden Dense layers; not given, the model's own", group=_MODEL, at_least=1
+    )
+    batch_norm: bool = option(False, "batch norm after each convolution (resnet9: always)", group=_MODEL)
+    dropout: float = option(
+        0.0,
+        "share of units dropped after each hidden Dense layer (resnet9: before its last)",
+        group=_MODEL,
+        at_least=0,
+        below=1,
+    )
+
+    optimizer: OptimizerName = option("adam", "the optimizer", group=_OPTIMIZER)
+    learning_rate: float = option(3e-3, "the schedule's peak", group=_OPTIMIZER, above=0)
+    schedule: ScheduleName = option("onecycle", "the learning rate's course", group=_OPTIMIZER)
+    momentum: float = option(0.9, "momentum of sgd", group=_OPTIMIZER, at_least=0, below=1)
+    nesterov: bool = option(False, "Nesterov momentum for sgd", group=_OPTIMIZER)
+    weight_decay: float = option(
+        0.0, "on kernels only; decoupled for adamw, else L2", group=_OPTIMIZER, at_least=0
+    )
+    clip_norm: float = option(
+        0.0, "largest global gradient norm; 0 = unclipped", group=_OPTIMIZER, at_least=0
+    )
+    accumulate: int = option(
+        1,
+        "micro-batches that each device's share of a step is cut into, to save memory",
+        group=_OPTIMIZER,
+        at_least=1,
+    )
+
+    flip: bool = option(True, "mirror half of the images", group=_REGULARISATION)
+    crop: int = option(
+        2,
+        "reflect-pad by this much, then crop at random; 0 = off",
+        group=_REGULARISATION,
+        unit="pixels",
+        at_least=0,
+    )
+    cutout: int = option(
+        0,
+        "side of a square blanked at random; 0 = off",
+        group=_REGULARISATION,
+        unit="pixels",
+        at_least=0,
+    )
+    label_smoothing: float = option(
+        0.0, "probability spread over the classes", group=_REGULARISATION, at_least=0, below=1
+    )
+    early_stopping: int = option(
+        0,
+        "stop after so many epochs without a lower validation loss; 0 = off",
+        group=_REGULARISATION,
+        unit="epochs",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.nesterov and self.optimizer != "sgd":
+            raise _usage(f"--nesterov with --optimizer {self.optimizer}", "use --optimizer sgd")
+        if self.nesterov and self.momentum == 0:
+            raise _usage("--nesterov with --momentum 0", "give --momentum 0.9, for example")
+        if self.widths and self.model in ("linear", "mlp"):
+            raise _usage(
+                f"--widths with --model {self.model}, which has no convolutions", "drop --widths"
+            )
+        if self.widths and self.model == "resnet9" and len(self.widths) != 4:
+            raise _usage(
+                f"--widths with {len(self.widths)} numbers for resnet9, which has 4 stages",
+                "give four, such as --widths 64,128,256,512",
+            )
+        if self.hidden and self.model in ("linear", "resnet9"):
+            raise _usage(
+                f"--hidden with --model {self.model}, which has no hidden Dense layer",
+                "drop --hidden",
+            )
+        if self.batch_norm and self.model in ("linear", "mlp"):
+            raise _usage(
+                f"--batch-norm with --model {self.model}, which has no convolutions",
+                "drop --batch-norm",
+            )
+        if self.dropout and self.model == "linear":
+            raise _usage("--dropout with --model linear", "drop --dropout, or use --model mlp")
+        if isinstance(self.devices, int):
+            check_batch_divides(self, self.devices)
+
+
+def check_batch_divides(config: TrainConfig, devices: int) -> None:
+    """Raise ``CifarJaxError`` (usage) unless devices and micro-batches share the batch evenly."""
+    parts = devices * config.accumulate
+    if config.batch_size % parts:
+        below, above = config.batch_size // parts * parts, -(-config.batch_size // parts) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise _usage(
+            f"--batch-size {config.batch_size} does not divide over {devices} device(s) x "
+            f"{config.accumulate} micro-batch(es)",
+            f"use --batch-size {nearest}",
+        )
+
+
+def _usage(what: str, fix: str) -> CifarJaxError:
+    return CifarJaxError(ExitCode.USAGE, what, fix=fix)
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "default": TrainConfig(),
+    "tutorial": TrainConfig(
+        preset="tutorial", learning_rate=1e-3, schedule="constant", flip=False, crop=0
+    ),
+}
+
+# What a resumed run may change: where things are and what they run on, not what is computed.
+NOT_PART_OF_THE_RUN = frozenset(
+    {"resume", "data", "data_dir", "cache_mb", "devices", "checkpoint_every"}
+)
+
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON values; ``resume`` is how a run is started, not part of it."""
+    values = dataclasses.asdict(config)
+    del values["resume"]
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def from_json(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of :func:`to_json`.
+
+    Raises:
+        CifarJaxError: usage; a key that is no option, or a value out of bounds.
+    """
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise _usage(
+                f"config.json has {name!r}, which is no option of this version",
+                f"did you mean {near[0]}?" if near else "use the version that wrote it",
+            )
+    return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
+    """Raise ``CifarJaxError`` (usage) naming each option in which ``config`` leaves ``saved``.
+
+    With a constant learning rate the past does not depend on ``epochs``, so that may change.
+    """
+    free = NOT_PART_OF_THE_RUN | ({"epochs"} if saved.schedule == "constant" else set())
+    differing = [
+        f"{flag(field.name)} {getattr(config, field.name)} (was {getattr(saved, field.name)})"
+        for field in dataclasses.fields(TrainConfig)
+        if field.name not in free and getattr(config, field.name) != getattr(saved, field.name)
+    ]
+    if differing:
+        raise _usage(
+            f"--resume with other options than the run began with: {', '.join(differing)}",
+            "leave them out, or start a new run in another --workdir",
+        )

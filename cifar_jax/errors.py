@@ -1,0 +1,42 @@
+"""The errors that people see, and the exit codes of every command."""
+
+from __future__ import annotations
+
+import enum
+import signal
+
+
+class ExitCode(enum.IntEnum):
+    """What a command's exit status says. A stop by signal N exits with 128 + N."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NUMERICS = 5
+    ENVIRONMENT = 6
+
+
+class CifarJaxError(Exception):
+    """Something a person can put right; shown as one line, without a traceback.
+
+    Args:
+        exit_code: the kind of error, and the command's exit status.
+        what: what is wrong, with the option, file and value at fault.
+        fix: what to do about it.
+    """
+
+    def __init__(self, exit_code: ExitCode, what: str, *, fix: str) -> None:
+        # Names of files and classes come from outside: a line break in one stays one line.
+        cure = fix if fix.endswith("?") else f"{fix}."
+        super().__init__(" ".join(f"{what}. Fix: {cure}".splitlines()))
+        self.exit_code = exit_code
+
+
+class Stopped(Exception):
+    """The command ends early because a signal asked for it; ``message`` says what was kept."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
+        self.exit_code = 128 + signum

@@ -1,0 +1,229 @@
+"""tf.data: from files or arrays to batches. The only module that imports TensorFlow.
+
+TensorFlow decodes and batches here, and nothing else: it sees no GPU, and what a batch holds is
+decided by :func:`cifar_jax.dataset.epoch_order`, not by its shuffling.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cifar_jax.dataset import ImageFiles, ImageShape, Split, epoch_order
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+# Before the import, or TensorFlow prints notes on the processor that say nothing to users.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+import tensorflow as tf
+
+tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
+
+Batch = dict[str, NDArray[Any]]
+
+_PREFETCHED_BATCHES = 4
+_DECODED_AT_ONCE = 500
+
+
+def train_batches(
+    split: Split, *, batch_size: int, seed: int, epochs: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """Full batches from ``first_step`` to the end of the last epoch, in ``epoch_order``.
+
+    The images that do not fill an epoch's last batch sit that epoch out; others do the next time.
+    Nothing before ``first_step`` is read or decoded.
+
+    Yields:
+        ``image`` uint8 ``[B, H, W, C]`` and ``label`` int32 ``[B]``.
+    """
+    steps_per_epoch = len(split) // batch_size
+
+    def index_batches(epoch: int) -> NDArray[np.int64]:
+        order = epoch_order(len(split), seed, int(epoch))
+        return order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
+
+    def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
+        indices = tf.numpy_function(index_batches, [epoch], tf.int64, stateful=False)
+        return tf.data.Dataset.from_tensor_slices(
+            tf.ensure_shape(indices, (steps_per_epoch, batch_size))
+        )
+
+    first_epoch, skipped_steps = divmod(first_step, steps_per_epoch)
+    indices = tf.data.Dataset.range(first_epoch, epochs).flat_map(epoch_batches).skip(skipped_steps)
+    return _fetch(indices, split)
+
+
+def eval_batches(split: Split, *, batch_size: int) -> Iterator[Batch]:
+    """All images in order, the last batch padded.
+
+    Yields:
+        ``image`` uint8 ``[B, H, W, C]``, ``label`` int32 ``[B]`` and ``mask`` float32 ``[B]``,
+        which is 1 for an image and 0 for padding (a copy of the first image).
+    """
+    n_batches = -(-len(split) // batch_size)
+    indices = np.arange(n_batches * batch_size).reshape(n_batches, batch_size)
+    mask = indices < len(split)
+    batches = _fetch(tf.data.Dataset.from_tensor_slices(np.where(mask, indices, 0)), split)
+    for batch, batch_mask in zip(batches, mask.astype(np.float32), strict=True):
+        yield {**batch, "mask": batch_mask}
+
+
+def _fetch(indices: tf.data.Dataset, split: Split) -> Iterator[Batch]:
+    """The images and labels at each vector of indices."""
+    labels = tf.constant(split.labels)
+    images = split.images
+    if isinstance(images, ImageFiles):
+        paths, decode = tf.constant(images.paths), _decoder(images)
+
+        def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
+            batch_paths = tf.gather(paths, index)
+            return {"image": decode(batch_paths), "label": tf.gather(labels, index)}
+    else:
+        pixels = tf.constant(images)
+
+        def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"image": tf.gather(pixels, index), "label": tf.gather(labels, index)}
+
+    batches = indices.map(fetch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    try:
+        yield from batches.prefetch(_PREFETCHED_BATCHES).as_numpy_iterator()
+    except tf.errors.OpError as error:
+        raise _explained(error, images) from error
+
+
+def decode(split: Split) -> Split:
+    """The same split with every file decoded into memory.
+
+    Raises:
+        CifarJaxError: data; names the first file that cannot be decoded or has another size.
+    """
+    assert isinstance(split.images, ImageFiles)
+    files = split.images
+    pixels = np.empty((len(files), *files.shape), np.uint8)
+    batches = (
+        tf.data.Dataset.from_tensor_slices(files.paths)
+        .batch(_DECODED_AT_ONCE)
+        .map(_decoder(files), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .prefetch(_PREFETCHED_BATCHES)
+    )
+    start = 0
+    try:
+        with tqdm(total=len(files), unit="images", desc="decoding", disable=None) as progress:
+            for batch in batches.as_numpy_iterator():
+                pixels[start : start + len(batch)] = batch
+                start += len(batch)
+                progress.update(len(batch))
+    except tf.errors.OpError as error:
+        raise _explained(error, files) from error
+    return Split(pixels, split.labels)
+
+
+def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape:
+    """The shape of a data set's images, from a few of them: greyscale only if all of these are."""
+    files = ImageFiles(paths, shape=(0, 0, 0), resize=True)
+    images = []
+    for path in paths:
+        try:
+            images.append(_read_image(path, channels=0))
+        except tf.errors.OpError as error:
+            raise _explained(error, files) from error
+    channels = 1 if all(image.shape[-1] == 1 for image in images) else 3
+    if image_size is not None:
+        return image_size, image_size, channels
+    height, width = images[0].shape[:2]
+    return height, width, channels
+
+
+def _read_image(path: tf.Tensor, channels: int) -> tf.Tensor:
+    # Reads PNG too. INTEGER_ACCURATE gives the pixels that Pillow gives; the default does not.
+    return tf.io.decode_jpeg(
+        tf.io.read_file(path), channels=channels, dct_method="INTEGER_ACCURATE"
+    )
+
+
+def _decoder(files: ImageFiles) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A function from paths ``[B]`` to images uint8 ``[B, H, W, C]``."""
+    height, width, channels = files.shape
+
+    def decode(path: tf.Tensor) -> tf.Tensor:
+        image = _read_image(path, channels)
+        if files.resize:
+            # antialias: without it, shrinking skips most of the pixels.
+            resized = tf.image.resize(image, (height, width), antialias=True)
+            return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8)
+        return tf.ensure_shape(image, files.shape)
+
+    def decode_batch(paths: tf.Tensor) -> tf.Tensor:
+        spec = tf.TensorSpec(files.shape, tf.uint8)
+        return tf.map_fn(decode, paths, fn_output_signature=spec)
+
+    return decode_batch
+
+
+def _explained(error: tf.errors.OpError, images: ImageFiles | NDArray[np.uint8]) -> Exception:
+    """The error of a pipeline, with the file that TensorFlow does not name.
+
+    Only when something has failed are the files tried one by one.
+    """
+    if not isinstance(images, ImageFiles):
+        return error
+    for path in images.paths:
+        shown = os.fsdecode(path)
+        try:
+            shape = _read_image(path, images.shape[-1]).shape
+        except tf.errors.OpError:
+            file = Path(shown)
+            if not file.is_file():
+                what, fix = "is not there any more", "put it back"
+            elif file.stat().st_size == 0:
+                what, fix = "is empty", "put the right file there, or delete it"
+            else:
+                what, fix = "is damaged or no JPEG or PNG", "put the right file there, or delete it"
+            return CifarJaxError(ExitCode.DATA, f"the image {shown} {what}", fix=fix)
+        if not images.resize and tuple(shape) != images.shape:
+            (height, width, _), (h, w, _) = shape, images.shape
+            return CifarJaxError(
+                ExitCode.DATA,
+                f"the image {shown} is {height}x{width}, the first is {h}x{w}",
+                fix=f"give --image-size {h} to resize all images to {h}x{h}",
+            )
+    return error
+
+
+def read_cifar10(
+    data_dir: Path, *, download: bool
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """CIFAR-10 from tensorflow-datasets, decoded: the splits ``train`` and ``test``, class names.
+
+    Raises:
+        CifarJaxError: data; it is not prepared and cannot be downloaded.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder("cifar10", data_dir=data_dir)
+        if download:
+            builder.download_and_prepare()
+        splits = {
+            name: tfds.as_numpy(builder.as_dataset(split=name, batch_size=-1))
+            for name in ("train", "test")
+        }
+    except (AssertionError, OSError, ValueError, tfds.download.DownloadError) as error:
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"tensorflow-datasets cannot give cifar10 from --data-dir {data_dir}: {error}",
+            fix="delete its cifar10 folder there and try again, or give --data an archive or folder",
+        ) from error
+    return (
+        {
+            name: Split(arrays["image"], arrays["label"].astype(np.int32))
+            for name, arrays in splits.items()
+        },
+        tuple(builder.info.features["label"].names),
+    )

@@ -1,0 +1,389 @@
+"""The training run: data, model, resume, the loop over steps, the test, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from tqdm import tqdm
+
+from cifar_jax import __version__, checkpoint
+from cifar_jax.augment import make_augmentation
+from cifar_jax.config import TrainConfig, check_batch_divides, to_json
+from cifar_jax.dataset import Dataset
+from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
+from cifar_jax.evaluation import Evaluate, make_evaluate
+from cifar_jax.input_pipeline import Batch, train_batches
+from cifar_jax.metrics import (
+    TABLE_HEADER,
+    EpochRow,
+    RunningSums,
+    best_row,
+    epochs_without_progress,
+    table_row,
+)
+from cifar_jax.models import create_model
+from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.parallel import AXIS_NAME, compile_step, select_devices, shard, sum_over_devices
+from cifar_jax.plots import save_curves
+from cifar_jax.sources import load_dataset
+from cifar_jax.stop_signals import StopSignals
+from cifar_jax.train_step import TrainState, create_train_state, train_step
+
+# Steps that may be under way before the host waits for the oldest: enough to keep a device busy.
+_STEPS_IN_FLIGHT = 2
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of, and does not change as it goes."""
+
+    config: TrainConfig
+    workdir: Path
+    dataset: Dataset
+    devices: Sequence[jax.Device]
+    schedule: optax.Schedule
+    step: Step
+    evaluate: Evaluate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.dataset.train) // self.config.batch_size
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.workdir / "checkpoints"
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds, and all that a resumed run needs.
+
+    Attributes:
+        state: the training state after ``state.step`` steps.
+        history: a row for each epoch done.
+        sums: training sums of the epoch under way.
+        seconds: what the epoch under way has taken.
+    """
+
+    state: TrainState
+    history: list[EpochRow] = dataclasses.field(default_factory=list)
+    sums: RunningSums = dataclasses.field(default_factory=RunningSums)
+    seconds: float = 0.0
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+
+def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
+    """Carry a run from its start, or its newest checkpoint, to its report."""
+    devices = select_devices(config.devices)
+    check_batch_divides(config, len(devices))
+    dataset = load_dataset(
+        config.data,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        val_fraction=config.val_fraction,
+        max_train_examples=config.max_train_examples,
+        cache_mb=config.cache_mb,
+        seed=config.seed,
+    )
+    if dataset.notice:
+        _print_banner(dataset.notice)
+    if config.batch_size > len(dataset.train):
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--batch-size {config.batch_size} is more than the {len(dataset.train)} images to "
+            "train on",
+            fix="give a smaller --batch-size",
+        )
+    total_steps = config.epochs * (len(dataset.train) // config.batch_size)
+    schedule = make_schedule(config, total_steps)
+    model = create_model(config, len(dataset.class_names), AXIS_NAME)
+    tx = make_optimizer(config, schedule)
+    # On the host: the compiled steps place it on the devices, and a checkpoint restores to it.
+    state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(
+        f"model: {config.model}, {n_params:,} parameters, on {len(devices)} "
+        f"{devices[0].device_kind} device(s)\n"
+        f"data: {dataset.name}, {len(dataset.train):,} training, {len(dataset.val):,} validation "
+        f"and {len(dataset.test):,} test images of {'x'.join(map(str, dataset.image_shape))} in "
+        f"{len(dataset.class_names)} classes\n"
+        f"run: {config.epochs} epoch(s), {total_steps:,} steps of {config.batch_size} images, "
+        f"{config.optimizer}, {config.schedule} learning rate {config.learning_rate:g}, "
+        f"seed {config.seed}, in {workdir}"
+    )
+
+    progress = _start_or_resume(workdir / "checkpoints", state, dataset)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+    print("compiling the steps ...", end=" ", flush=True)
+    started = time.perf_counter()
+    bound_step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        augment=make_augmentation(config, dataset.mean),
+        mean=dataset.mean,
+        std=dataset.std,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        accumulate=config.accumulate,
+        axis_name=AXIS_NAME,
+    )
+    run = Run(
+        config,
+        workdir,
+        dataset,
+        devices,
+        schedule,
+        step=compile_step(
+            bound_step, state, config.batch_size, dataset.image_shape, devices, returns_state=True
+        ),
+        evaluate=make_evaluate(model, dataset, state.variables, devices, config.batch_size),
+    )
+    print(f"{time.perf_counter() - started:.1f} s")
+
+    _train(run, progress)
+    return _test_and_report(run, progress, n_params)
+
+
+def _start_or_resume(checkpoints: Path, state: TrainState, dataset: Dataset) -> Progress:
+    """The progress of the newest checkpoint that can be read, or the start."""
+    saved, rejected = checkpoint.restore_newest(checkpoints, like=state)
+    for error in rejected:
+        print(f"warning: {error}")
+    if saved is None:
+        return Progress(state)
+    trained_on = saved.metadata["data"]
+    if trained_on["digest"] != dataset.digest:
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"--resume: {saved.path} was trained on {trained_on['name']} with digest "
+            f"{trained_on['digest'][:12]}, --data now gives {dataset.name} with "
+            f"{dataset.digest[:12]}",
+            fix="give the --data that the run began with, or start a new run in another --workdir",
+        )
+    print(f"resumed at step {saved.state.step}, from {saved.path}")
+    return Progress(
+        saved.state,
+        saved.metadata["history"],
+        RunningSums(**saved.metadata["sums"]),
+        saved.metadata["seconds"],
+    )
+
+
+def _train(run: Run, progress: Progress) -> None:
+    """Carry ``progress`` to the end of the last epoch, saving on the way.
+
+    Raises:
+        Stopped: a signal came; the run is saved at the step it came in.
+    """
+    config = run.config
+    batches = train_batches(
+        run.dataset.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+        first_step=progress.step,
+    )
+    _write_history(run, progress)
+    if len(progress.history) < config.epochs:
+        print(TABLE_HEADER)
+    with StopSignals() as stop:
+        while len(progress.history) < config.epochs:
+            if 0 < config.early_stopping <= epochs_without_progress(progress.history):
+                print(f"early stop: {config.early_stopping} epochs without a lower val loss")
+                break
+            _train_epoch(run, progress, batches, stop)
+            if progress.step == (len(progress.history) + 1) * run.steps_per_epoch:
+                _validate(run, progress)
+                print(table_row(progress.history[-1]), flush=True)
+            if stop.received is not None or not progress.sums.count:
+                path = _save(run, progress)
+            if stop.received is not None:
+                raise Stopped(
+                    stop.received,
+                    f"step {progress.step} is saved in {path}. Go on with: "
+                    f"python -m cifar_jax.train --resume --workdir {run.workdir}",
+                )
+
+
+def _train_epoch(
+    run: Run, progress: Progress, batches: Iterator[Batch], stop: StopSignals
+) -> None:
+    """Train to the end of the epoch, or to the step in which a signal comes."""
+    config = run.config
+    step = progress.step
+    last_step = (len(progress.history) + 1) * run.steps_per_epoch
+    in_flight: deque[dict[str, jax.Array]] = deque()
+
+    def settle(at_most: int) -> None:
+        while len(in_flight) > at_most:
+            progress.sums.add(sum_over_devices(in_flight.popleft()))
+            if not math.isfinite(progress.sums.loss):
+                raise CifarJaxError(
+                    ExitCode.NUMERICS,
+                    f"the training loss is {progress.sums.loss} at step {step - len(in_flight)}, "
+                    f"learning rate {run.schedule(step):g}",
+                    fix="start again with a lower --learning-rate, or with --clip-norm 1",
+                )
+
+    before, started = progress.seconds, time.perf_counter()
+    with tqdm(
+        total=run.steps_per_epoch,
+        initial=run.steps_per_epoch - (last_step - step),
+        desc=f"epoch {len(progress.history) + 1}/{config.epochs}",
+        unit="steps",
+        leave=False,
+        disable=None,  # silent where there is no terminal
+    ) as bar:
+        while step < last_step and stop.received is None:
+            progress.state, sums = run.step(progress.state, shard(next(batches), run.devices))
+            step += 1
+            in_flight.append(sums)
+            settle(_STEPS_IN_FLIGHT)
+            bar.update()
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < last_step:
+                settle(0)
+                progress.seconds = before + time.perf_counter() - started
+                _save(run, progress)
+        settle(0)
+    progress.seconds = before + time.perf_counter() - started
+
+
+def _validate(run: Run, progress: Progress) -> None:
+    """End an epoch: a row for the history, and fresh sums."""
+    started = time.perf_counter()
+    val = run.evaluate(progress.state.variables, run.dataset.val)
+    progress.history.append(
+        EpochRow(
+            epoch=len(progress.history) + 1,
+            step=progress.step,
+            train_loss=progress.sums.mean_loss,
+            train_accuracy=progress.sums.accuracy,
+            val_loss=val.mean_loss,
+            val_accuracy=val.accuracy,
+            learning_rate=float(run.schedule(progress.step - 1)),
+            images_per_second=progress.sums.count / progress.seconds,
+            seconds=progress.seconds + time.perf_counter() - started,
+        )
+    )
+    progress.sums, progress.seconds = RunningSums(), 0.0
+    if not math.isfinite(val.loss):
+        raise CifarJaxError(
+            ExitCode.NUMERICS,
+            f"the validation loss is {val.loss} after step {progress.step}",
+            fix="start again with a lower --learning-rate, or with --clip-norm 1",
+        )
+
+
+def _save(run: Run, progress: Progress) -> Path:
+    metadata = {
+        "config": to_json(run.config),
+        "data": {"name": run.dataset.name, "digest": run.dataset.digest},
+        "class_names": run.dataset.class_names,
+        "image_shape": run.dataset.image_shape,
+        "mean": run.dataset.mean,
+        "std": run.dataset.std,
+        "history": progress.history,
+        "sums": dataclasses.asdict(progress.sums),
+        "seconds": progress.seconds,
+        "versions": _versions(),
+    }
+    best_step = best_row(progress.history)["step"] if progress.history else 0
+    path = checkpoint.save(
+        run.checkpoints, progress.step, progress.state, metadata, best_step=best_step
+    )
+    _write_history(run, progress)
+    return path
+
+
+def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, Any]:
+    """Score the best epoch on the test set, which nothing has seen before, and write the report."""
+    config, dataset, history = run.config, run.dataset, progress.history
+    best = best_row(history)
+    state = checkpoint.restore(run.checkpoints / str(best["step"]), like=progress.state).state
+    test = run.evaluate(state.variables, dataset.test)
+    trained_images = config.batch_size * run.steps_per_epoch * len(history)
+    report = {
+        "data": {"name": dataset.name, "digest": dataset.digest},
+        "model": config.model,
+        "n_params": n_params,
+        "n_train": len(dataset.train),
+        "n_val": len(dataset.val),
+        "n_test": len(dataset.test),
+        "val_accuracy": best["val_accuracy"],
+        "test_accuracy": test.accuracy,
+        "test_loss": test.mean_loss,
+        "test_correct": int(test.correct),
+        "epochs": len(history),
+        "steps": progress.step,
+        "best_step": best["step"],
+        "train_seconds": sum(row["seconds"] for row in history),
+        "images_per_second": trained_images
+        / sum(trained_images / len(history) / row["images_per_second"] for row in history),
+        "devices": len(run.devices),
+        "device_kind": run.devices[0].device_kind,
+        "seed": config.seed,
+        "versions": _versions(),
+        # After the last step, where a resumed run must arrive; what was scored is best_step.
+        "params_sha256": checkpoint.tree_sha256(jax.device_get(progress.state.params)),
+    }
+    _write_atomically(run.workdir / "report.json", json.dumps(report, indent=2) + "\n")
+    print(
+        f"test: accuracy {100 * test.accuracy:.2f} % ({test.correct:.0f} of {test.count:.0f}), "
+        f"loss {test.mean_loss:.4f}, with epoch {best['epoch']}, the best by validation\n"
+        f"in {run.workdir}: report.json, metrics.jsonl, config.json, plots/curves.png, checkpoints/"
+    )
+    return report
+
+
+def _write_history(run: Run, progress: Progress) -> None:
+    """``metrics.jsonl`` and the curves, anew from the history: no line can be torn or double."""
+    lines = "".join(json.dumps(row) + "\n" for row in progress.history)
+    _write_atomically(run.workdir / "metrics.jsonl", lines)
+    if progress.history:
+        title = f"{run.config.model} on {run.dataset.name}"
+        save_curves(progress.history, title, run.workdir / "plots" / "curves.png")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "cifar_jax": __version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def _print_banner(notice: str) -> None:
+    lines = notice.splitlines()
+    width = max(map(len, lines))
+    print("#" * (width + 4))
+    for line in lines:
+        print(f"# {line.ljust(width)} #")
+    print("#" * (width + 4))

@@ -1,0 +1,87 @@
+"""The history of a run: a row an epoch, the sums a row is made of, and what follows from the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypedDict
+
+
+class EpochRow(TypedDict):
+    """A line of ``metrics.jsonl``. Losses are mean cross-entropies in nats, accuracies 0..1.
+
+    ``learning_rate`` is that of the epoch's last step; ``seconds`` include the validation,
+    ``images_per_second`` counts training alone.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    learning_rate: float
+    images_per_second: float
+    seconds: float
+
+
+@dataclasses.dataclass
+class RunningSums:
+    """Sums over the images seen so far; divided once, when they are read."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    count: float = 0.0
+
+    def add(self, sums: dict[str, float]) -> None:
+        self.loss += sums["loss"]
+        self.correct += sums["correct"]
+        self.count += sums["count"]
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.count
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count
+
+
+def best_row(history: list[EpochRow]) -> EpochRow:
+    """The epoch with the highest validation accuracy; the earliest of equals."""
+    return max(history, key=lambda row: row["val_accuracy"])
+
+
+def epochs_without_progress(history: list[EpochRow]) -> int:
+    """How many epochs ago the validation loss was last at its lowest."""
+    losses = [row["val_loss"] for row in history]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+_COLUMNS = (
+    ("epoch", 5),
+    ("step", 7),
+    ("train loss", 10),
+    ("acc %", 6),
+    ("val loss", 8),
+    ("acc %", 6),
+    ("learn. rate", 11),
+    ("images/s", 8),
+    ("time", 7),
+)
+TABLE_HEADER = "  ".join(name.rjust(width) for name, width in _COLUMNS)
+
+
+def table_row(row: EpochRow) -> str:
+    """A row under ``TABLE_HEADER``."""
+    cells = (
+        f"{row['epoch']}",
+        f"{row['step']}",
+        f"{row['train_loss']:.4f}",
+        f"{100 * row['train_accuracy']:.2f}",
+        f"{row['val_loss']:.4f}",
+        f"{100 * row['val_accuracy']:.2f}",
+        f"{row['learning_rate']:.2e}",
+        f"{row['images_per_second']:,.0f}",
+        f"{row['seconds']:.1f} s",
+    )
+    return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))

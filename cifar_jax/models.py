@@ -1,0 +1,157 @@
+"""Networks: images float ``[B, H, W, C]`` -> logits ``[B, K]``, as Flax linen modules in NHWC."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.pooling import max_pool
+
+Layer = Callable[[jax.Array], jax.Array]
+
+
+def conv_block(features: int, *, norm: Callable[[], Layer] | None, pool: bool) -> list[Layer]:
+    """Conv 3x3 padding 1, batch norm if wanted, ReLU, MaxPool 2 if wanted."""
+    return [
+        # Explicit padding: "SAME" would pad other sides than PyTorch where there is a stride.
+        nn.Conv(features, (3, 3), padding=1),
+        *([norm()] if norm else []),
+        nn.relu,
+        *([max_pool] if pool else []),
+    ]
+
+
+def flatten(x: jax.Array) -> jax.Array:
+    """``[B, H, W, C]`` -> ``[B, H*W*C]``."""
+    return x.reshape(x.shape[0], -1)
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """``[B, H, W, C]`` -> ``[B, C]``, for any H and W."""
+    return x.mean(axis=(1, 2))
+
+
+class ConvNet(nn.Module):
+    """The tutorial's network: convolutional blocks, flatten, Dense layers.
+
+    Attributes:
+        widths: channels of each convolution; none leaves an MLP, or with no ``hidden`` either, a
+            linear model.
+        hidden: units of each hidden Dense layer.
+        convs_per_pool: convolutions before each pooling.
+        global_pool: average over all positions instead of flattening: takes any image size.
+        axis_name: the pmap axis over which batch norm takes its statistics.
+    """
+
+    num_classes: int
+    widths: Sequence[int]
+    hidden: Sequence[int]
+    convs_per_pool: int = 1
+    global_pool: bool = False
+    batch_norm: bool = False
+    dropout: float = 0.0
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        norm = _batch_norm(train, self.axis_name) if self.batch_norm else None
+        layers: list[Layer] = []
+        for index, features in enumerate(self.widths, start=1):
+            layers += conv_block(features, norm=norm, pool=index % self.convs_per_pool == 0)
+        layers.append(global_average_pool if self.global_pool else self._checked_flatten)
+        for features in self.hidden:
+            layers += [nn.Dense(features), nn.relu]
+            if self.dropout:
+                layers.append(nn.Dropout(self.dropout, deterministic=not train))
+        layers.append(nn.Dense(self.num_classes))
+        return nn.Sequential(layers)(x)
+
+    def _checked_flatten(self, x: jax.Array) -> jax.Array:
+        """``flatten``, with an error that explains itself where the image size has changed."""
+        flat = flatten(x)
+        if not self.is_initializing():
+            trained_for = self.variables["params"]["Dense_0"]["kernel"].shape[0]
+            if flat.shape[1] != trained_for:
+                raise CifarJaxError(
+                    ExitCode.DATA,
+                    f"these images flatten to {flat.shape[1]} numbers, the network was made for "
+                    f"{trained_for}: a network that flattens takes one image size",
+                    fix="resize the images to the size of training with --image-size, or train "
+                    "--model cnn-gap, which takes any size",
+                )
+        return flat
+
+
+class ResNet9(nn.Module):
+    """David Page's nine-layer residual network (https://myrtle.ai/learn/how-to-train-your-resnet/).
+
+    Attributes:
+        widths: channels of its four stages; the second and fourth end in a residual block.
+    """
+
+    num_classes: int
+    widths: Sequence[int] = (64, 128, 256, 512)
+    dropout: float = 0.0
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        norm = _batch_norm(train, self.axis_name)
+
+        def block(features: int, pool: bool = False) -> nn.Sequential:
+            return nn.Sequential(conv_block(features, norm=norm, pool=pool))
+
+        def residual(features: int, x: jax.Array) -> jax.Array:
+            return x + block(features)(block(features)(x))
+
+        first, second, third, fourth = self.widths
+        x = block(first)(x)
+        x = residual(second, block(second, pool=True)(x))
+        x = block(third, pool=True)(x)
+        x = residual(fourth, block(fourth, pool=True)(x))
+        x = x.max(axis=(1, 2))  # [B, C]
+        if self.dropout:
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        # The small factor keeps the first logits, and so the first gradients, small.
+        return 0.125 * nn.Dense(self.num_classes, use_bias=False)(x)
+
+
+def _batch_norm(train: bool, axis_name: str | None) -> Callable[[], nn.BatchNorm]:
+    return functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,  # PyTorch's default, which it calls 0.1
+        epsilon=1e-5,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits to cancellation
+        axis_name=axis_name,
+    )
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "linear": functools.partial(ConvNet, widths=(), hidden=()),
+    "mlp": functools.partial(ConvNet, widths=(), hidden=(512, 256)),
+    "cnn": functools.partial(ConvNet, widths=(16, 32, 64), hidden=(512, 256)),
+    "cnn-wide": functools.partial(
+        ConvNet, widths=(32, 64, 128, 128, 256, 256), hidden=(1024, 512), convs_per_pool=2
+    ),
+    "cnn-gap": functools.partial(ConvNet, widths=(32, 64, 128), hidden=(), global_pool=True),
+    "resnet9": ResNet9,
+}
+
+
+def create_model(config: TrainConfig, num_classes: int, axis_name: str | None) -> nn.Module:
+    """The network that ``config`` names, with its options."""
+    options: dict[str, Any] = {"dropout": config.dropout, "axis_name": axis_name}
+    if config.model != "resnet9":  # which always normalises
+        options["batch_norm"] = config.batch_norm
+    if config.widths:
+        options["widths"] = config.widths
+    if config.hidden:
+        options["hidden"] = config.hidden
+    return MODELS[config.model](num_classes=num_classes, **options)

@@ -1,0 +1,413 @@
+"""``--data SOURCE``: from a folder, an archive or a name to a :class:`~cifar_jax.dataset.Dataset`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar_jax import archive, shapes
+from cifar_jax.dataset import (
+    Dataset,
+    ImageFiles,
+    Split,
+    array_digest,
+    channel_statistics,
+    split_off,
+    stratified_choice,
+)
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+# How long to wait for that host before the network counts as absent; tfds would retry for minutes.
+_DOWNLOAD_TIMEOUT_SECONDS = 4
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+# Mean and std of a split too large for memory are those of so many of its images.
+_STATISTICS_SAMPLE = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a source holds, before the validation split is taken and files are decoded."""
+
+    name: str
+    digest: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    val: Split | None = None
+    notice: str | None = None
+
+
+def load_dataset(
+    source: str,
+    *,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    val_fraction: float = 0.1,
+    max_train_examples: int | None = None,
+    cache_mb: int = 2048,
+    seed: int = 0,
+) -> Dataset:
+    """Load ``source``; the arguments are the fields of ``TrainConfig`` of the same names.
+
+    The test split of a folder stays undecoded: its files are read when it is scored.
+
+    Raises:
+        CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
+    """
+    loaded = _load(source, _data_dir(data_dir), image_size, val_fraction, seed)
+    rng = np.random.default_rng(seed)
+    train, val = loaded.train, loaded.val
+    if val is None:
+        train, val = split_off(train, val_fraction, rng)
+    if max_train_examples is not None and max_train_examples < len(train):
+        train = train.take(stratified_choice(train.labels, max_train_examples, rng))
+    if not len(train):
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"--data {source} leaves no image to train on beside {len(val)} for validation",
+            fix="give more images, or a smaller --val-fraction",
+        )
+
+    sample = train
+    if isinstance(train.images, ImageFiles):
+        from cifar_jax.input_pipeline import decode
+
+        megabytes = (len(train) + len(val)) * np.prod(train.image_shape) / 2**20
+        if megabytes <= cache_mb:
+            train, val = decode(train), decode(val)
+            sample = train
+        elif len(train) > _STATISTICS_SAMPLE:
+            sample = decode(train.take(stratified_choice(train.labels, _STATISTICS_SAMPLE, rng)))
+        else:
+            sample = decode(train)
+    mean, std = channel_statistics(sample.pixels)
+    return Dataset(
+        loaded.name,
+        loaded.digest,
+        loaded.class_names,
+        train,
+        val,
+        loaded.test,
+        mean,
+        std,
+        loaded.notice,
+    )
+
+
+def _data_dir(data_dir: str | None) -> Path:
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(data_dir or default).expanduser()
+
+
+def _load(
+    source: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
+) -> _Source:
+    if source == "shapes":
+        return _shapes()
+    if source == "cifar10":
+        if not _is_prepared(data_dir) and (obstacle := _download_obstacle()):
+            raise CifarJaxError(
+                ExitCode.DATA,
+                f"--data cifar10: not prepared in {data_dir}, and cannot be downloaded: {obstacle}",
+                fix="connect to a network, or give --data an archive or folder of CIFAR-10, or "
+                "--data shapes, which needs none",
+            )
+        return _cifar10(data_dir)
+    if source == "auto":
+        if _is_prepared(data_dir) or not (obstacle := _download_obstacle()):
+            return _cifar10(data_dir)
+        return dataclasses.replace(_shapes(), notice=_shapes_notice(data_dir, obstacle))
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, path.resolve().name, image_size, val_fraction, seed)
+    if path.is_file() and path.name.endswith(archive.SUFFIXES):
+        return _archive(path, data_dir, image_size, val_fraction, seed)
+    what = "is not a folder or .tar.gz archive" if path.exists() else "does not exist"
+    raise CifarJaxError(
+        ExitCode.DATA,
+        f"--data {source} {what}",
+        fix="give a folder of class folders, a .tar.gz of one, 'cifar10', 'shapes' or 'auto'",
+    )
+
+
+# ------------------------------------------------------------------------ shapes, and CIFAR-10
+
+
+def _shapes() -> _Source:
+    train = Split(*shapes.draw(shapes.N_TRAIN, seed=0))
+    test = Split(*shapes.draw(shapes.N_TEST, seed=1))
+    return _Source("shapes", array_digest(train, test), shapes.CLASS_NAMES, train, test)
+
+
+def _shapes_notice(data_dir: Path, obstacle: str) -> str:
+    return (
+        f"CIFAR-10 is missing: it is not prepared in {data_dir}, and it cannot be\n"
+        f"downloaded: {obstacle}.\n"
+        "This run trains on 'shapes' instead, ten classes of drawn figures.\n"
+        "ITS ACCURACY SAYS NOTHING OF CIFAR-10.\n"
+        "For CIFAR-10, with a network:   python -m cifar_jax.train --data cifar10\n"
+        "or with an archive or folder:   python -m cifar_jax.train --data cifar-10-binary.tar.gz"
+    )
+
+
+def _is_prepared(data_dir: Path) -> bool:
+    # Looked up by hand: asking tfds costs the seconds of TensorFlow's import.
+    return any(data_dir.glob("cifar10/*/dataset_info.json"))
+
+
+def _download_obstacle() -> str | None:
+    """Why CIFAR-10 cannot be downloaded, or None if it can."""
+    obstacle: list[str | None] = [f"no answer in {_DOWNLOAD_TIMEOUT_SECONDS} s"]
+
+    def ask() -> None:
+        request = urllib.request.Request(CIFAR10_URL, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT_SECONDS).close()
+            obstacle[0] = None
+        except (OSError, ValueError) as error:
+            obstacle[0] = str(getattr(error, "reason", error)) or type(error).__name__
+
+    # In a thread: looking the host's name up has a time limit of its own, which can be long.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_DOWNLOAD_TIMEOUT_SECONDS)
+    return obstacle[0]
+
+
+def _cifar10(data_dir: Path) -> _Source:
+    from cifar_jax.input_pipeline import read_cifar10
+
+    splits, class_names = read_cifar10(data_dir, download=not _is_prepared(data_dir))
+    train, test = splits["train"], splits["test"]
+    return _Source("cifar10", array_digest(train, test), class_names, train, test)
+
+
+# ------------------------------------------------------------------------------------ archives
+
+
+def _archive(
+    path: Path, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
+) -> _Source:
+    names = archive.first_names(path, 3)
+    if any(name.startswith(("cifar-10-batches-py", "cifar-10-batches-bin")) for name in names):
+        return _official_archive(path)
+    folder = archive.extract_once(path, data_dir / "extracted")
+    return _folder(folder, path.name, image_size, val_fraction, seed)
+
+
+def _official_archive(path: Path) -> _Source:
+    """The archives of https://www.cs.toronto.edu/~kriz/cifar.html, read without extraction."""
+    files: dict[str, bytes] = {}
+    with archive.reading(path), tarfile.open(path, mode="r|gz") as members:
+        for member in members:
+            content = members.extractfile(member)
+            if content is not None:
+                files[Path(member.name).name] = content.read()
+    try:
+        if "batches.meta" in files:
+            class_names = tuple(_unpickle(files["batches.meta"])["label_names"])
+            read = _read_python_batch
+        else:
+            class_names = tuple(files["batches.meta.txt"].decode().split())
+            read = _read_binary_batch
+        batches = sorted(name for name in files if name.startswith("data_batch"))
+        parts = [read(files[name]) for name in batches]
+        train = Split(
+            np.concatenate([images for images, _ in parts]),
+            np.concatenate([labels for _, labels in parts]),
+        )
+        test_name = next(name for name in files if name.startswith("test_batch"))
+        test = Split(*read(files[test_name]))
+    except (KeyError, ValueError, StopIteration, EOFError, pickle.UnpicklingError) as error:
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"{path} is laid out like CIFAR-10's own archive, but cannot be read as it: "
+            f"{type(error).__name__} {error}",
+            fix="download it again",
+        ) from error
+    return _Source(path.name, array_digest(train, test), class_names, train, test)
+
+
+def _read_binary_batch(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Records of a label byte and 3 x 32 x 32 pixel bytes."""
+    records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    return _channels_last(records[:, 1:]), records[:, 0].astype(np.int32)
+
+
+def _read_python_batch(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    batch = _unpickle(content)
+    return _channels_last(np.asarray(batch["data"], np.uint8)), np.asarray(
+        batch["labels"], np.int32
+    )
+
+
+def _channels_last(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """``[N, C*H*W]`` -> ``[N, H, W, C]``."""
+    return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """A pickle is a program; this one may make NumPy arrays and plain values, and nothing else."""
+
+    _ALLOWED = frozenset(
+        {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image file needs")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _unpickle(content: bytes) -> dict[str, Any]:
+    # The official files were written by Python 2, whose strings are bytes.
+    loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+    if not isinstance(loaded, dict):
+        raise ValueError(f"a batch is a dict, not {type(loaded).__name__}")
+    return {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
+
+
+# ------------------------------------------------------------------------------- image folders
+
+
+def _folder(
+    root: Path, name: str, image_size: int | None, val_fraction: float, seed: int
+) -> _Source:
+    """A folder in the layout of torchvision's ImageFolder, with splits or flat.
+
+    ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
+    validation split. A flat folder gives a stratified ``val_fraction`` for the test.
+    """
+    from cifar_jax.input_pipeline import probe_shape
+
+    root = _unwrap(root)
+    present = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+    if present and ("train" not in present or len(present) == 1):
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"{root} has {' and '.join(f'{split}/' for split in present)} only",
+            fix="put class folders into train/ and test/, or class folders alone into the root",
+        )
+    roots = {split: root / split for split in present} or {"all": root}
+    scans = {split: _scan(folder) for split, folder in roots.items()}
+    first, *others = scans
+    class_names = scans[first].class_names
+    for other in others:
+        _check_same_classes(roots[first], class_names, roots[other], scans[other].class_names)
+
+    shape = probe_shape(scans[first].one_of_each_class(), image_size)
+    splits = {
+        split: Split(ImageFiles(scan.paths, shape, image_size is not None), scan.labels)
+        for split, scan in scans.items()
+    }
+    if "all" in splits:
+        train, test = split_off(splits["all"], val_fraction, np.random.default_rng([seed, 1]))
+        val = None
+    else:
+        train, test = splits["train"], splits.get("test") or splits["val"]
+        val = splits["val"] if len(splits) == 3 else None
+    digest = hashlib.sha256(b"".join(scans[split].listing for split in sorted(scans))).hexdigest()
+    return _Source(name, digest, class_names, train, test, val)
+
+
+def _unwrap(root: Path) -> Path:
+    """Through folders that hold one folder and nothing else, as archives often do."""
+    while True:
+        folders, files = _list(root)
+        if len(folders) != 1 or folders[0].name in ("train", "val", "test"):
+            return root
+        inner_folders, _ = _list(Path(folders[0].path))
+        if files or not inner_folders:
+            return root
+        root = Path(folders[0].path)
+
+
+def _list(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+    """The folders and files that count, sorted by name: hidden ones and macOS's own do not."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+    return [e for e in entries if e.is_dir()], [e for e in entries if not e.is_dir()]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scan:
+    class_names: tuple[str, ...]
+    paths: NDArray[np.bytes_]
+    labels: NDArray[np.int32]
+    listing: bytes  # of class, relative path and size, a line a file
+
+    def one_of_each_class(self) -> NDArray[np.bytes_]:
+        _, first = np.unique(self.labels, return_index=True)
+        return self.paths[first]
+
+
+def _scan(root: Path) -> _Scan:
+    """The image files of each class folder below ``root``, sorted."""
+    folders, _ = _list(root)
+    if len(folders) < 2:
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"{root} holds {len(folders)} class folder(s), where at least two are needed",
+            fix=f"put the images of each class into a folder of its own, such as {root}/frog/1.png",
+        )
+    paths: list[bytes] = []
+    labels: list[int] = []
+    listing: list[bytes] = []
+    for label, folder in enumerate(folders):
+        n_before = len(paths)
+        unvisited = [Path(folder.path)]
+        while unvisited:
+            inner_folders, files = _list(unvisited.pop())
+            # Links to folders are not followed inside a class: they can lead round in a circle.
+            unvisited += [Path(f.path) for f in reversed(inner_folders) if not f.is_symlink()]
+            for file in files:
+                if file.name.lower().endswith(IMAGE_SUFFIXES):
+                    path = os.fsencode(file.path)
+                    paths.append(path)
+                    relative = path[len(os.fsencode(root)) :]
+                    listing.append(b"%s %d\n" % (relative, file.stat().st_size))
+        if len(paths) == n_before:
+            raise CifarJaxError(
+                ExitCode.DATA,
+                f"the class folder {folder.path} holds no {' or '.join(IMAGE_SUFFIXES)} image",
+                fix="put images there, or delete the folder",
+            )
+        labels += [label] * (len(paths) - n_before)
+    return _Scan(
+        tuple(folder.name for folder in folders),
+        np.array(paths),
+        np.array(labels, np.int32),
+        b"".join(listing),
+    )
+
+
+def _check_same_classes(
+    root: Path, class_names: tuple[str, ...], other_root: Path, other_names: tuple[str, ...]
+) -> None:
+    if class_names != other_names:
+        missing = sorted(set(class_names) - set(other_names))
+        extra = sorted(set(other_names) - set(class_names))
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"{other_root} has other classes than {root}: missing {missing}, extra {extra}",
+            fix="give both the same class folders",
+        )

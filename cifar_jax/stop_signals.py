@@ -1,0 +1,36 @@
+"""Stopping a run by SIGINT (Ctrl-C) or SIGTERM at a moment when it can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import types
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """While active, the first SIGINT or SIGTERM is only noted, in ``received``.
+
+    A second one acts as if this were not here: it ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # else Python allows no handler
+            for signum in _SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: types.FrameType | None) -> None:
+        self.received = signum
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)

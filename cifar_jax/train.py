@@ -1,0 +1,112 @@
+"""Train a network: ``python -m cifar_jax.train``, or :func:`train_and_evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cifar_jax import __version__, cli
+from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+DESCRIPTION = """\
+Train a network on CIFAR-10, or on a folder of images of your own, and score it on the test set.
+
+With no option it trains the tutorial's convolutional network for 10 epochs: on CIFAR-10 where that
+is prepared or can be downloaded, else on 'shapes', figures drawn here. Of an interrupted run
+nothing is lost: --resume --workdir DIR goes on to the same result, bit for bit on a CPU.
+
+examples:
+  python -m cifar_jax.train --data cifar10
+  python -m cifar_jax.train --data photos/ --model cnn-gap --image-size 64 --epochs 30
+  python -m cifar_jax.train --preset tutorial --model cnn-wide --seed 1
+  python -m cifar_jax.train --resume --workdir runs/20261122-101500-cnn
+"""
+
+
+def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
+    """Train, keep the run in ``workdir``, and score its best epoch on the test set, once.
+
+    With ``config.resume`` the run in ``workdir`` goes on from its newest checkpoint.
+
+    Returns:
+        The contents of ``workdir/report.json``.
+
+    Raises:
+        CifarJaxError: what can be put right: options, data, checkpoints, a diverging loss.
+        Stopped: SIGINT or SIGTERM; the run is saved and can be resumed.
+    """
+    workdir = Path(workdir)
+    saved = _saved_config(workdir)
+    if saved is not None:
+        if not config.resume:
+            raise CifarJaxError(
+                ExitCode.USAGE,
+                f"--workdir {workdir} holds another run",
+                fix="add --resume to go on with it, or give another --workdir",
+            )
+        check_resumable(config, saved)
+        report_path = workdir / "report.json"
+        if report_path.exists() and config.epochs == saved.epochs:
+            report: dict[str, Any] = json.loads(report_path.read_text())
+            print(f"already complete: {report['steps']} steps; see {report_path}")
+            return report
+
+    # Not at the top: JAX and TensorFlow take seconds, and a wrong option is answered at once.
+    print(f"cifar_jax {__version__}: starting JAX and TensorFlow ...", flush=True)
+    from cifar_jax.loop import train_and_test
+
+    return train_and_test(config, workdir)
+
+
+def _saved_config(workdir: Path) -> TrainConfig | None:
+    path = workdir / "config.json"
+    try:
+        return from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise CifarJaxError(
+            ExitCode.USAGE, f"cannot read {path}: {error}", fix="give another --workdir"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.make_parser(
+        TrainConfig, prog="python -m cifar_jax.train", description=DESCRIPTION
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="the run's folder: config, metrics, checkpoints, plots, report "
+        "[default runs/DATE-TIME-MODEL]",
+    )
+    given = parser.parse_given(argv)
+    workdir = given.pop("workdir", None)
+    if given.get("resume") and workdir is None:
+        raise CifarJaxError(
+            ExitCode.USAGE, "--resume without --workdir", fix="say which run: --workdir runs/..."
+        )
+    # What is not said again on --resume stays as it was.
+    base = _saved_config(Path(workdir)) if given.get("resume") else None
+    preset = PRESETS[given.get("preset", "default")]
+    config = dataclasses.replace(base or preset, **given)
+    train_and_evaluate(config, workdir or _new_workdir(config))
+
+
+def _new_workdir(config: TrainConfig) -> Path:
+    """A folder that is not there yet, named by the time and the model."""
+    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.model}"
+    workdir, n = Path("runs") / name, 1
+    while workdir.exists():
+        n += 1
+        workdir = Path("runs") / f"{name}-{n}"
+    return workdir
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,179 @@
+"""The training and evaluation steps: pure functions of a state and a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+
+from cifar_jax.augment import Augmentation
+from cifar_jax.dataset import ImageShape
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+Variables = dict[str, Any]
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a step changes; with the config and the data it determines the rest of a run."""
+
+    step: jax.Array  # int32, optimizer steps done
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self) -> Variables:
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_train_state(
+    model: nn.Module, tx: optax.GradientTransformation, image_shape: ImageShape, seed: int
+) -> TrainState:
+    """The state before the first step."""
+
+    def init() -> TrainState:
+        variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=tx.init(params),
+        )
+
+    return jax.jit(init)()
+
+
+def normalize(image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """Pixels 0..255 ``[B, H, W, C]`` -> float32 with about mean 0 and std 1 in each channel."""
+    return (image.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    augment: Augmentation,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    seed: int,
+    label_smoothing: float = 0.0,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Sums]:
+    """One optimizer step on one device's share of a batch.
+
+    All randomness is a function of (seed, step, position in the global batch), so augmentation does
+    not depend on the number of devices or micro-batches.
+
+    Args:
+        batch: ``image`` uint8 ``[B, H, W, C]`` and ``label`` int32 ``[B]``.
+        mean, std: of each channel, in units of 0..1.
+        accumulate: micro-batches whose gradients are averaged; it divides B.
+        axis_name: the pmap axis over which gradients are averaged; None on a single device.
+
+    Returns:
+        The next state, and over this share the sums ``loss`` (plain cross-entropy, without
+        smoothing), ``correct`` and ``count``.
+    """
+    n = batch["label"].shape[0]
+    device = lax.axis_index(axis_name) if axis_name else 0
+    augment_key, dropout_key = jax.random.split(
+        jax.random.fold_in(jax.random.key(seed), state.step)
+    )
+    positions = device * n + jnp.arange(n)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(augment_key, positions)
+    batch = {**batch, "image": jax.vmap(augment)(keys, batch["image"])}
+    dropout_key = jax.random.fold_in(dropout_key, device)
+
+    def loss_fn(
+        params: Any, batch_stats: Any, micro_batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Sums]]:
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            normalize(micro_batch["image"], mean, std),
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        label = micro_batch["label"]
+        targets = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, (updated.get("batch_stats", {}), classification_sums(logits, label))
+
+    def micro_step(carry: tuple[Any, Any], xs: tuple[Any, Batch]) -> tuple[tuple[Any, Any], Sums]:
+        (batch_stats, grads), (index, micro_batch) = carry, xs
+        key = jax.random.fold_in(dropout_key, index)
+        (_, (batch_stats, sums)), micro_grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, batch_stats, micro_batch, key
+        )
+        return (batch_stats, jax.tree.map(jnp.add, grads, micro_grads)), sums
+
+    start = (state.batch_stats, jax.tree.map(jnp.zeros_like, state.params))
+    if accumulate == 1:
+        (batch_stats, grads), sums = micro_step(start, (0, batch))
+    else:
+        micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        (batch_stats, grads), stacked_sums = lax.scan(
+            micro_step,
+            start,
+            (jnp.arange(accumulate), micro_batches),
+            # A CPU's convolutions are 13 times slower in an XLA loop; unrolled, no memory is saved.
+            unroll=jax.default_backend() == "cpu",
+        )
+        grads = jax.tree.map(lambda g: g / accumulate, grads)
+        sums = jax.tree.map(lambda s: s.sum(axis=0), stacked_sums)
+    if axis_name:
+        grads = lax.pmean(grads, axis_name)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    next_state = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    return next_state, sums
+
+
+def eval_step(
+    variables: Variables,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Sums:
+    """Sums over the images whose ``mask`` is 1; the keys are those of :func:`train_step`.
+
+    Args:
+        batch: ``image`` uint8 ``[B, H, W, C]``, ``label`` int32 ``[B]``, ``mask`` float32 ``[B]``.
+    """
+    logits = model.apply(variables, normalize(batch["image"], mean, std), train=False)
+    return classification_sums(logits, batch["label"], batch["mask"])
+
+
+def classification_sums(
+    logits: jax.Array, label: jax.Array, mask: jax.Array | None = None
+) -> Sums:
+    """Sums of cross-entropy, of right answers and of images, over ``[B, K]`` logits.
+
+    To be divided once, after all batches: a mean of batch means would weigh a short last batch's
+    images more.
+    """
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    correct = (logits.argmax(axis=-1) == label).astype(jnp.float32)
+    if mask is None:
+        mask = jnp.ones_like(loss)
+    return {
+        "loss": (loss * mask).sum(),
+        "correct": (correct * mask).sum(),
+        "count": mask.sum(),
+    }
