@@ -22,7 +22,7 @@ def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
     """Shift ``image`` ``[H, W, C]`` by up to ``padding`` pixels each way; edges are reflected."""
     margins = ((padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(image, margins, mode="reflect")
-    top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    top, left = _random_integers(key, jnp.full(2, 2 * padding + 1))
     return lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
 
@@ -33,12 +33,19 @@ def cutout(key: jax.Array, image: jax.Array, size: int, fill: jax.Array) -> jax.
     (DeVries and Taylor, 2017, arXiv:1708.04552).
     """
     height, width, _ = image.shape
-    row_key, column_key = jax.random.split(key)
-    top = jax.random.randint(row_key, (), 0, height) - size // 2
-    left = jax.random.randint(column_key, (), 0, width) - size // 2
+    top, left = _random_integers(key, jnp.array([height, width])) - size // 2
     rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
     inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
     return jnp.where(inside, fill, image)
+
+
+def _random_integers(key: jax.Array, limits: jax.Array) -> jax.Array:
+    """An integer in 0 .. limit-1 for each of a few small limits.
+
+    ``jax.random.randint`` draws three times as many bits, against a bias that limits of the size of
+    an image do not have; these draws are a good part of the step's compilation.
+    """
+    return jnp.floor(jax.random.uniform(key, limits.shape) * limits).astype(jnp.int32)
 
 
 def make_augmentation(config: TrainConfig, mean: tuple[float, ...]) -> Augmentation:

@@ -73,9 +73,11 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
     Raises:
         CifarJaxError: environment; the disk is full, say. Older checkpoints are as they were.
     """
+    path = folder / str(step)
+    if path.exists():
+        return path  # saved already: a damaged one would have been set aside when it was read
     state = jax.device_get(state)
     metadata = {**metadata, "state_sha256": tree_sha256(state)}
-    path = folder / str(step)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
@@ -83,7 +85,6 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
                 ),
-                force=True,  # over a damaged one, when a resumed run comes by again
             )
     except (OSError, ValueError) as error:
         raise CifarJaxError(
@@ -125,26 +126,35 @@ def restore(path: Path, like: Any = None) -> Checkpoint:
 def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[CifarJaxError]]:
     """The newest checkpoint that can be read, and the errors of newer ones that cannot.
 
+    Those are renamed to ``<step>.damaged``, out of the way of a run that comes by there again.
+
     Returns:
         (None, []) where there is no checkpoint at all.
 
     Raises:
         CifarJaxError: checkpoint; there are some, and none can be read.
     """
-    rejected: list[CifarJaxError] = []
+    rejected: dict[Path, CifarJaxError] = {}
     for step in reversed(saved_steps(folder)):
+        path = folder / str(step)
         try:
-            return restore(folder / str(step), like), rejected
+            newest = restore(path, like)
         except CifarJaxError as error:
-            rejected.append(error)
+            rejected[path] = error
+            continue
+        for damaged in rejected:
+            aside = damaged.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+        return newest, list(rejected.values())
     if rejected:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"none of the {len(rejected)} checkpoint(s) in {folder} can be read; "
-            + "; ".join(str(error) for error in rejected),
+            + "; ".join(str(error) for error in rejected.values()),
             fix="restore the folder from a copy, or start a new run in another --workdir",
         )
-    return None, rejected
+    return None, []
 
 
 def _damaged(path: Path, reason: str) -> CifarJaxError:

@@ -99,7 +99,9 @@ class TrainConfig:
     hidden: tuple[int, ...] = option(
         (), "units of the hidden Dense layers; not given, the model's own", group=_MODEL, at_least=1
     )
-    batch_norm: bool = option(False, "batch norm after each convolution (resnet9: always)", group=_MODEL)
+    batch_norm: bool = option(
+        False, "batch norm after each convolution (resnet9: always)", group=_MODEL
+    )
     dropout: float = option(
         0.0,
         "share of units dropped after each hidden Dense layer (resnet9: before its last)",
@@ -213,7 +215,6 @@ NOT_PART_OF_THE_RUN = frozenset(
 )
 
 
-
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The config as plain JSON values; ``resume`` is how a run is started, not part of it."""
     values = dataclasses.asdict(config)
@@ -235,7 +236,8 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
                 f"config.json has {name!r}, which is no option of this version",
                 f"did you mean {near[0]}?" if near else "use the version that wrote it",
             )
-    return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    return TrainConfig(**fields)
 
 
 def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:

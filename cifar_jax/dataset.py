@@ -138,8 +138,8 @@ def array_digest(*splits: Split) -> str:
     sha256 = hashlib.sha256()
     for split in splits:
         sha256.update(repr(split.pixels.shape).encode())
-        sha256.update(np.ascontiguousarray(split.pixels))
-        sha256.update(np.ascontiguousarray(split.labels))
+        sha256.update(np.ascontiguousarray(split.pixels).data)
+        sha256.update(np.ascontiguousarray(split.labels).data)
     return sha256.hexdigest()
 
 

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from cifar_jax.dataset import ImageFiles, ImageShape, Split, epoch_order
 from cifar_jax.errors import CifarJaxError, ExitCode
 
-# Before the import, or TensorFlow prints notes on the processor that say nothing to users.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Before the import, or TensorFlow prints notes on the processor, and of each error, which reaches
+# Python as an exception, five lines more.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import tensorflow as tf
 
@@ -196,9 +197,7 @@ def _explained(error: tf.errors.OpError, images: ImageFiles | NDArray[np.uint8])
     return error
 
 
-def read_cifar10(
-    data_dir: Path, *, download: bool
-) -> tuple[dict[str, Split], tuple[str, ...]]:
+def read_cifar10(data_dir: Path, *, download: bool) -> tuple[dict[str, Split], tuple[str, ...]]:
     """CIFAR-10 from tensorflow-datasets, decoded: the splits ``train`` and ``test``, class names.
 
     Raises:
@@ -218,7 +217,7 @@ def read_cifar10(
         raise CifarJaxError(
             ExitCode.DATA,
             f"tensorflow-datasets cannot give cifar10 from --data-dir {data_dir}: {error}",
-            fix="delete its cifar10 folder there and try again, or give --data an archive or folder",
+            fix="delete its cifar10 folder there and try again, or give --data an archive",
         ) from error
     return (
         {

@@ -161,7 +161,12 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     )
     print(f"{time.perf_counter() - started:.1f} s")
 
-    _train(run, progress)
+    try:
+        _train(run, progress)
+    finally:
+        if progress.history:
+            title = f"{config.model} on {dataset.name}"
+            save_curves(progress.history, title, workdir / "plots" / "curves.png")
     return _test_and_report(run, progress, n_params)
 
 
@@ -216,8 +221,7 @@ def _train(run: Run, progress: Progress) -> None:
             if progress.step == (len(progress.history) + 1) * run.steps_per_epoch:
                 _validate(run, progress)
                 print(table_row(progress.history[-1]), flush=True)
-            if stop.received is not None or not progress.sums.count:
-                path = _save(run, progress)
+            path = _save(run, progress)
             if stop.received is not None:
                 raise Stopped(
                     stop.received,
@@ -226,9 +230,7 @@ def _train(run: Run, progress: Progress) -> None:
                 )
 
 
-def _train_epoch(
-    run: Run, progress: Progress, batches: Iterator[Batch], stop: StopSignals
-) -> None:
+def _train_epoch(run: Run, progress: Progress, batches: Iterator[Batch], stop: StopSignals) -> None:
     """Train to the end of the epoch, or to the step in which a signal comes."""
     config = run.config
     step = progress.step
@@ -357,12 +359,9 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
 
 
 def _write_history(run: Run, progress: Progress) -> None:
-    """``metrics.jsonl`` and the curves, anew from the history: no line can be torn or double."""
+    """``metrics.jsonl``, anew from the history, so that no line can be torn or come twice."""
     lines = "".join(json.dumps(row) + "\n" for row in progress.history)
     _write_atomically(run.workdir / "metrics.jsonl", lines)
-    if progress.history:
-        title = f"{run.config.model} on {run.dataset.name}"
-        save_curves(progress.history, title, run.workdir / "plots" / "curves.png")
 
 
 def _write_atomically(path: Path, text: str) -> None:

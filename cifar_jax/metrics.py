@@ -1,4 +1,4 @@
-"""The history of a run: a row an epoch, the sums a row is made of, and what follows from the rows."""
+"""The history of a run: a row an epoch, the sums it is made of, and what follows from the rows."""
 
 from __future__ import annotations
 

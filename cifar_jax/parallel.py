@@ -40,9 +40,7 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     return devices[:count]
 
 
-def shard(
-    batch: dict[str, NDArray[Any]], devices: Sequence[jax.Device]
-) -> dict[str, NDArray[Any]]:
+def shard(batch: dict[str, NDArray[Any]], devices: Sequence[jax.Device]) -> dict[str, NDArray[Any]]:
     """``[B, ...]`` -> ``[D, B/D, ...]``: each device's share of a batch."""
     return {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
 

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from cifar_jax.metrics import EpochRow, best_row
 
 _TRAIN, _VAL = "#1f77b4", "#d62728"
 
 
-def save_curves(history: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Loss and accuracy by epoch, for training and validation, as a PNG.
-
-    Args:
-        history: the rows of ``metrics.jsonl``.
-    """
+def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
+    """Loss and accuracy by epoch, for training and validation, as a PNG."""
     epochs = [row["epoch"] for row in history]
-    best = max(history, key=lambda row: row["val_accuracy"])
+    best = best_row(history)
     # Figure, not pyplot: it needs no display and leaves no global state.
     figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = {"loss": ("cross-entropy loss", 1), "accuracy": ("accuracy, %", 100)}
-    for axes, (quantity, (label, scale)) in zip(
-        figure.subplots(1, 2), panels.items(), strict=True
-    ):
-        for split, name, colour in (
-            ("train", "training (as augmented)", _TRAIN),
-            ("val", "validation", _VAL),
-        ):
-            values = [scale * row[f"{split}_{quantity}"] for row in history]
-            axes.plot(epochs, values, "o-", markersize=4, color=colour, label=name)
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+
+    def draw(axes: Axes, label: str, train: list[float], val: list[float]) -> None:
+        axes.plot(epochs, train, "o-", markersize=4, color=_TRAIN, label="training (as augmented)")
+        axes.plot(epochs, val, "o-", markersize=4, color=_VAL, label="validation")
         axes.axvline(
             best["epoch"],
             color="grey",
@@ -41,6 +34,19 @@ def save_curves(history: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
+
+    draw(
+        loss_axes,
+        "cross-entropy loss, nats",
+        [row["train_loss"] for row in history],
+        [row["val_loss"] for row in history],
+    )
+    draw(
+        accuracy_axes,
+        "accuracy, %",
+        [100 * row["train_accuracy"] for row in history],
+        [100 * row["val_accuracy"] for row in history],
+    )
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 SIZE = 32
 N_TRAIN, N_TEST = 12_000, 2_000
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 
 
 # Each figure is an implicit function of coordinates x (right) and y (down), both [N, H, W] and

@@ -1,4 +1,4 @@
-"""``--data SOURCE``: from a folder, an archive or a name to a :class:`~cifar_jax.dataset.Dataset`."""
+"""``--data SOURCE``: from a folder, an archive or a name to a ``Dataset``."""
 
 from __future__ import annotations
 

@@ -76,9 +76,7 @@ def _saved_config(workdir: Path) -> TrainConfig | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.make_parser(
-        TrainConfig, prog="python -m cifar_jax.train", description=DESCRIPTION
-    )
+    parser = cli.make_parser(TrainConfig, prog="python -m cifar_jax.train", description=DESCRIPTION)
     parser.add_argument(
         "--workdir",
         metavar="DIR",

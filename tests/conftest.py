@@ -1,0 +1,37 @@
+"""Four fake CPU devices for every test, and small real data to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+SIZE = 8
+
+
+def write_images(
+    folder: Path, labels_of: dict[str, int], *, seed: int = 0, mode: str = "RGB", size: int = SIZE
+) -> None:
+    """Write ``labels_of[class]`` PNGs a class: noise around a brightness that tells the class."""
+    rng = np.random.default_rng(seed)
+    for k, (name, count) in enumerate(labels_of.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            shape = (size, size, 3) if mode == "RGB" else (size, size)
+            level = 255 * (k + 0.5) / len(labels_of)
+            pixels = np.clip(rng.normal(level, 25, shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels, mode).save(folder / name / f"{i:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train/`` with 3 x 30 and ``test/`` with 3 x 7 images of 8x8 pixels."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", {"bird": 30, "cat": 30, "frog": 30})
+    write_images(root / "test", {"bird": 7, "cat": 7, "frog": 7}, seed=1)
+    return root

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cifar_jax.augment import cutout, make_augmentation, random_crop, random_flip
+from cifar_jax.config import TrainConfig
+
+IMAGE = np.arange(6 * 6 * 2, dtype=np.uint8).reshape(6, 6, 2)
+KEYS = jax.random.split(jax.random.key(0), 200)
+
+
+def test_a_flip_is_a_mirror_half_of_the_time() -> None:
+    flipped = np.asarray(jax.vmap(random_flip, (0, None))(KEYS, IMAGE))
+    mirrored = (flipped == IMAGE[:, ::-1]).all(axis=(1, 2, 3))
+    unchanged = (flipped == IMAGE).all(axis=(1, 2, 3))
+    assert (mirrored ^ unchanged).all()
+    assert 70 < mirrored.sum() < 130
+
+
+def test_a_crop_is_a_window_of_the_reflected_image() -> None:
+    padded = np.pad(IMAGE, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    windows = {
+        padded[top : top + 6, left : left + 6].tobytes(): (top, left)
+        for top in range(5)
+        for left in range(5)
+    }
+    crops = np.asarray(jax.vmap(random_crop, (0, None, None))(KEYS, IMAGE, 2))
+    assert {windows[crop.tobytes()] for crop in crops} == set(windows.values())
+
+
+def test_cutout_fills_a_square_and_nothing_else() -> None:
+    fill = jnp.array([250, 251], np.uint8)
+    for image in np.asarray(jax.vmap(cutout, (0, None, None, None))(KEYS, IMAGE, 3, fill)):
+        changed = (image != IMAGE).any(axis=-1)
+        rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+        assert 1 < len(rows) <= 3
+        assert 1 < len(columns) <= 3
+        assert changed[np.ix_(rows, columns)].all()
+        assert changed.sum() == len(rows) * len(columns)
+        assert (image[changed] == np.asarray(fill)).all()
+
+
+def test_what_is_switched_off_leaves_the_image_alone() -> None:
+    off = make_augmentation(TrainConfig(flip=False, crop=0, cutout=0), (0.5, 0.5))
+    assert np.array_equal(off(KEYS[0], IMAGE), IMAGE)
+
+
+def test_each_option_is_switched_on_alone() -> None:
+    def changed_share(**options: int) -> float:
+        config = TrainConfig(**{"flip": False, "crop": 0, "cutout": 0, **options})  # type: ignore[arg-type]
+        augmented = jax.vmap(make_augmentation(config, (0.5, 0.5)), (0, None))(KEYS, IMAGE)
+        assert augmented.dtype == IMAGE.dtype
+        return float((np.asarray(augmented) != IMAGE).any(axis=(1, 2, 3)).mean())
+
+    assert 0.3 < changed_share(flip=True) < 0.7
+    assert 0.9 < changed_share(crop=2) < 1  # one window in 25 is the image itself
+    assert changed_share(cutout=2) == 1

@@ -1,0 +1,129 @@
+"""The command line and the config: one line that names the option, the value and the cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from cifar_jax import config as config_module
+from cifar_jax.cli import make_parser
+from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json, to_json
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+
+def parse(*argv: str) -> TrainConfig:
+    given = make_parser(TrainConfig, prog="train", description="").parse_given(argv)
+    return dataclasses.replace(PRESETS[given.get("preset", "default")], **given)
+
+
+@pytest.mark.parametrize(
+    ("argv", "what", "fix"),
+    [
+        (["--epoch", "3"], "unknown option --epoch", "--epochs"),
+        (["photos"], "unknown argument photos", "--help"),
+        (["--epochs", "x"], "--epochs 'x' is not a whole number", "give a whole number"),
+        (["--epochs", "0"], "--epochs 0 is out of range", "at least 1"),
+        (["--epochs"], "--epochs", "--help"),
+        (["--learning-rate", "nan"], "--learning-rate nan", "above 0"),
+        (["--learning-rate", "0"], "--learning-rate 0", "above 0"),
+        (["--dropout", "1"], "--dropout 1.0", "below 1"),
+        (["--seed", "-1"], "--seed -1", "at least 0"),
+        (["--model", "cn"], "--model 'cn' is not one of linear, mlp", "did you mean cnn?"),
+        (["--optimizer", "lion"], "'lion' is not one of sgd, adam, adamw", "sgd"),
+        (["--devices", "two"], "--devices 'two'", "whole number"),
+        (["--widths", "8,x"], "--widths 'x'", "whole number"),
+        (["--widths", "0,8"], "--widths 0", "at least 1"),
+        (["--batch-size", "100", "--devices", "3"], "--batch-size 100", "99 or 102"),
+        (["--batch-size", "2", "--devices", "4"], "--batch-size 2", "--batch-size 4"),
+        (["--batch-size", "10", "--accumulate", "4"], "4 micro-batch", "8 or 12"),
+        (["--nesterov"], "--nesterov with --optimizer adam", "sgd"),
+        (["--model", "mlp", "--widths", "8"], "--widths with --model mlp", "drop --widths"),
+        (["--model", "linear", "--dropout", "0.5"], "--dropout with --model linear", "mlp"),
+        (["--model", "resnet9", "--widths", "8,8"], "2 numbers for resnet9", "64,128,256,512"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_cure(argv: list[str], what: str, fix: str) -> None:
+    with pytest.raises(CifarJaxError) as caught:
+        parse(*argv)
+    message, cure = str(caught.value).split("Fix:")
+    assert what in message
+    assert fix in cure
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_options_override_the_preset_that_they_name() -> None:
+    assert parse("--preset", "tutorial").schedule == "constant"
+    assert parse("--preset", "tutorial", "--crop", "3") == dataclasses.replace(
+        PRESETS["tutorial"], crop=3
+    )
+    assert parse("--no-flip").flip is False
+    assert parse("--devices", "all").devices == "all"
+    assert parse("--widths", "4,8").widths == (4, 8)
+
+
+def test_every_preset_has_the_name_it_is_listed_under() -> None:
+    assert {name: preset.preset for name, preset in PRESETS.items()} == {n: n for n in PRESETS}
+    assert tuple(PRESETS) == typing.get_args(config_module.PresetName)
+
+
+def test_the_config_survives_json() -> None:
+    config = TrainConfig(widths=(4, 8), data_dir="x", devices="all", learning_rate=0.1)
+    assert from_json(to_json(config)) == config
+    with pytest.raises(CifarJaxError, match="'epoch'.*did you mean epochs"):
+        from_json({"epoch": 3})
+
+
+def test_resume_may_change_where_a_run_is_but_not_what_it_computes() -> None:
+    saved = TrainConfig()
+    check_resumable(dataclasses.replace(saved, devices=2, data="elsewhere", resume=True), saved)
+    with pytest.raises(CifarJaxError, match=r"--batch-size 64 \(was 128\), --learning-rate 0.1"):
+        check_resumable(dataclasses.replace(saved, batch_size=64, learning_rate=0.1), saved)
+    longer = {"epochs": saved.epochs + 1}
+    with pytest.raises(CifarJaxError, match=r"--epochs 11 \(was 10\)"):
+        check_resumable(dataclasses.replace(saved, **longer), saved)
+    constant = dataclasses.replace(saved, schedule="constant")
+    check_resumable(dataclasses.replace(constant, **longer), constant)
+
+
+def test_help_and_errors_import_nothing_slow() -> None:
+    program = """if True:
+        import sys
+        from cifar_jax import train
+        from cifar_jax.errors import CifarJaxError
+        for argv in (["--help"], ["--version"], ["--epochs", "0"], ["--resume"]):
+            try:
+                train.main(argv)
+            except (SystemExit, CifarJaxError):
+                pass
+        slow = {"jax", "tensorflow", "numpy", "matplotlib"} & set(sys.modules)
+        assert not slow, slow
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "--learning-rate X" in done.stdout
+    assert "[images; default 128]" in done.stdout
+
+
+def test_a_command_ends_in_one_line_and_its_exit_code() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar_jax.train", "--batch-size", "many"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr == (
+        "cifar_jax: error: --batch-size 'many' is not a whole number. Fix: give a whole number.\n"
+    )
+
+
+def test_the_package_lists_its_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar_jax"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "python -m cifar_jax.train " in done.stdout

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_jax.dataset import ImageFiles, Split, epoch_order
+from cifar_jax.errors import CifarJaxError
+from cifar_jax.input_pipeline import decode, eval_batches, probe_shape, train_batches
+from cifar_jax.sources import load_dataset
+
+
+@pytest.fixture(scope="module")
+def numbered() -> Split:
+    """50 images whose every pixel is their number, labelled by it."""
+    numbers = np.arange(50)
+    images = np.broadcast_to(numbers[:, None, None, None], (50, 2, 2, 1)).astype(np.uint8)
+    return Split(np.ascontiguousarray(images), numbers.astype(np.int32))
+
+
+def labels_of(split: Split, **options: int) -> list[list[int]]:
+    return [batch["label"].tolist() for batch in train_batches(split, **options)]
+
+
+def test_training_batches_follow_the_epochs_orders(numbered: Split) -> None:
+    batches = list(train_batches(numbered, batch_size=8, seed=7, epochs=2))
+    assert len(batches) == 2 * 6
+    for batch in batches:
+        assert batch["image"].shape == (8, 2, 2, 1)
+        assert batch["image"].dtype == np.uint8
+        assert np.array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+    for epoch in (0, 1):
+        seen = [label for batch in batches[6 * epoch : 6 * epoch + 6] for label in batch["label"]]
+        assert seen == epoch_order(50, 7, epoch)[:48].tolist()
+
+
+@pytest.mark.parametrize("first_step", [1, 5, 6, 7, 11])
+def test_a_later_first_step_gives_the_same_tail(numbered: Split, first_step: int) -> None:
+    whole = labels_of(numbered, batch_size=8, seed=7, epochs=2)
+    tail = labels_of(numbered, batch_size=8, seed=7, epochs=2, first_step=first_step)
+    assert tail == whole[first_step:]
+
+
+def test_a_resume_reads_nothing_that_it_skips(tmp_path: Path) -> None:
+    """Files of the skipped steps may even be gone."""
+    paths = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(np.full((2, 2), number, np.uint8)).save(path)
+        paths.append(str(path).encode())
+    files = ImageFiles(np.array(paths), (2, 2, 1), resize=False)
+    split = Split(files, np.arange(12, dtype=np.int32))
+    for number in epoch_order(12, 0, 0)[:8]:
+        (tmp_path / f"{number}.png").unlink()
+    (batch,) = train_batches(split, batch_size=4, seed=0, epochs=1, first_step=2)
+    assert batch["image"][:, 0, 0, 0].tolist() == epoch_order(12, 0, 0)[8:].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
+def test_evaluation_sees_every_image_once(numbered: Split, batch_size: int) -> None:
+    batches = list(eval_batches(numbered, batch_size=batch_size))
+    assert all(len(batch["mask"]) == len(batch["image"]) == batch_size for batch in batches)
+    seen = [
+        label
+        for batch in batches
+        for label, real in zip(batch["label"], batch["mask"], strict=True)
+        if real
+    ]
+    assert seen == list(range(50))
+    assert sum(batch["mask"].sum() for batch in batches) == 50
+
+
+def test_streaming_and_decoding_once_give_the_same_batches(image_folder: Path) -> None:
+    streamed = load_dataset(str(image_folder), cache_mb=0).train
+    decoded = load_dataset(str(image_folder)).train
+    options = {"batch_size": 16, "seed": 1, "epochs": 2, "first_step": 3}
+    pairs = list(
+        zip(train_batches(streamed, **options), train_batches(decoded, **options), strict=True)
+    )
+    assert len(pairs) == 7
+    for one, other in pairs:
+        assert np.array_equal(one["image"], other["image"])
+        assert np.array_equal(one["label"], other["label"])
+
+
+def files_of(tmp_path: Path, *encoded: tuple[str, bytes], **options: bool) -> ImageFiles:
+    paths = []
+    for name, content in encoded:
+        (tmp_path / name).write_bytes(content)
+        paths.append(str(tmp_path / name).encode())
+    shape = probe_shape(np.array(paths), None)
+    return ImageFiles(np.array(paths), shape, resize=options.get("resize", False))
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return coarse.resize((32, 32), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_decoded_pixels_are_pillows(
+    tmp_path: Path, photo: Image.Image, kind: str, mode: str
+) -> None:
+    content = encode(photo.convert(mode), kind)
+    split = Split(files_of(tmp_path, ("one", content)), np.zeros(1, np.int32))
+    expected = np.asarray(Image.open(io.BytesIO(content)))
+    assert np.array_equal(decode(split).pixels[0].squeeze(), expected)
+
+
+def test_grey_images_among_coloured_ones_become_rgb(tmp_path: Path, photo: Image.Image) -> None:
+    grey, coloured = encode(photo.convert("L"), "PNG"), encode(photo, "PNG")
+    files = files_of(tmp_path, ("1", grey), ("2", coloured))
+    assert files.shape == (32, 32, 3)
+    pixels = decode(Split(files, np.zeros(2, np.int32))).pixels
+    assert np.array_equal(pixels[0, ..., 0], np.asarray(photo.convert("L")))
+
+
+def test_resizing_averages_what_it_shrinks(tmp_path: Path) -> None:
+    checkerboard = np.indices((32, 32)).sum(axis=0) % 2 * 255
+    content = encode(Image.fromarray(checkerboard.astype(np.uint8)), "PNG")
+    (tmp_path / "board.png").write_bytes(content)
+    path = np.array([str(tmp_path / "board.png").encode()])
+    files = ImageFiles(path, probe_shape(path, 8), resize=True)
+    pixels = decode(Split(files, np.zeros(1, np.int32))).pixels
+    assert pixels.shape == (1, 8, 8, 1)
+    assert np.abs(pixels.astype(int) - 127).max() <= 12, "without antialiasing it is all 0 or 255"
+
+
+def test_a_file_that_goes_bad_under_way_is_named(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "data")
+    split = load_dataset(str(tmp_path / "data")).test
+    (tmp_path / "data" / "test" / "cat" / "003.png").unlink()
+    with pytest.raises(CifarJaxError, match="cat/003.png is not there any more. Fix: put it back"):
+        list(eval_batches(split, batch_size=4))

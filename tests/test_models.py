@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cifar_jax.config import ModelName, TrainConfig
+from cifar_jax.errors import CifarJaxError
+from cifar_jax.models import MODELS, create_model
+
+CNN_CONVS = (
+    (3 * 3 * 3 * 16 + 16)  # 448: the tutorial's question 11
+    + (3 * 3 * 16 * 32 + 32)
+    + (3 * 3 * 32 * 64 + 64)
+)
+HEAD = (1024 * 512 + 512) + (512 * 256 + 256) + (256 * 10 + 10)
+COUNTS = {
+    "linear": 3072 * 10 + 10,
+    "mlp": (3072 * 512 + 512) + (512 * 256 + 256) + (256 * 10 + 10),
+    "cnn": CNN_CONVS + HEAD,
+    "cnn-wide": (3 * 3 * 3 * 32 + 32)
+    + (3 * 3 * 32 * 64 + 64)
+    + (3 * 3 * 64 * 128 + 128)
+    + (3 * 3 * 128 * 128 + 128)
+    + (3 * 3 * 128 * 256 + 256)
+    + (3 * 3 * 256 * 256 + 256)
+    + (4096 * 1024 + 1024)
+    + (1024 * 512 + 512)
+    + (512 * 10 + 10),
+    "cnn-gap": (3 * 3 * 3 * 32 + 32)
+    + (3 * 3 * 32 * 64 + 64)
+    + (3 * 3 * 64 * 128 + 128)
+    + (128 * 10 + 10),
+    # Each convolution has a bias, and a batch norm's scale and bias: 3 numbers a channel.
+    "resnet9": (3 * 3 * 3 * 64 + 3 * 64)
+    + (3 * 3 * 64 * 128 + 3 * 128)
+    + 2 * (3 * 3 * 128 * 128 + 3 * 128)
+    + (3 * 3 * 128 * 256 + 3 * 256)
+    + (3 * 3 * 256 * 512 + 3 * 512)
+    + 2 * (3 * 3 * 512 * 512 + 3 * 512)
+    + 512 * 10,
+}
+
+
+def shapes_of(config: TrainConfig, image_shape: tuple[int, int, int], classes: int = 10) -> typing.Any:
+    model = create_model(config, classes, None)
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    logits = jax.eval_shape(model.apply, variables, images)
+    assert logits.shape == (2, classes)
+    return variables
+
+
+def count(variables: typing.Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables["params"]))
+
+
+def test_the_options_name_the_zoo() -> None:
+    assert tuple(MODELS) == typing.get_args(ModelName)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts(name: typing.Any) -> None:
+    assert count(shapes_of(TrainConfig(model=name), (32, 32, 3))) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_channels_and_classes_follow_the_data(name: typing.Any) -> None:
+    shapes_of(TrainConfig(model=name), (28, 28, 1), classes=3)
+
+
+def test_the_parts_of_the_tutorials_network() -> None:
+    params = shapes_of(TrainConfig(), (32, 32, 3))["params"]
+    assert {name: leaf["kernel"].shape for name, leaf in params.items()} == {
+        "Conv_0": (3, 3, 3, 16),
+        "Conv_1": (3, 3, 16, 32),
+        "Conv_2": (3, 3, 32, 64),
+        "Dense_0": (64 * 4 * 4, 512),
+        "Dense_1": (512, 256),
+        "Dense_2": (256, 10),
+    }
+
+
+def test_widths_and_hidden_replace_the_models_own() -> None:
+    params = shapes_of(TrainConfig(widths=(4, 8), hidden=(7,)), (32, 32, 3))["params"]
+    assert params["Conv_1"]["kernel"].shape == (3, 3, 4, 8)
+    assert params["Dense_0"]["kernel"].shape == (8 * 8 * 8, 7)
+    assert set(params) == {"Conv_0", "Conv_1", "Dense_0", "Dense_1"}
+
+
+def test_batch_norm_normalises_in_training_and_remembers_for_evaluation() -> None:
+    model = create_model(TrainConfig(batch_norm=True, widths=(4,), hidden=()), 10, None)
+    x = 5 + 3 * jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    _, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    conv = variables["params"]["Conv_0"]
+    y = jax.lax.conv_general_dilated(
+        x, conv["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    stats = updated["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * y.mean(axis=(0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * y.var(axis=(0, 1, 2)), rtol=1e-4)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = create_model(TrainConfig(model="mlp", dropout=0.5), 10, None)
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    def train(seed: int) -> jax.Array:
+        return model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(seed)})
+
+    assert not np.allclose(train(0), train(1))
+    assert np.array_equal(model.apply(variables, x), model.apply(variables, x))
+
+
+@pytest.mark.parametrize("name", ["cnn", "linear", "cnn-wide"])
+def test_another_image_size_is_explained(name: typing.Any) -> None:
+    variables = shapes_of(TrainConfig(model=name), (16, 16, 3))
+    model = create_model(TrainConfig(model=name), 10, None)
+    images = jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32)
+    with pytest.raises(CifarJaxError, match=r"takes one image size.*Fix: .*cnn-gap"):
+        jax.eval_shape(model.apply, variables, images)
+
+
+@pytest.mark.parametrize("name", ["cnn-gap", "resnet9"])
+def test_some_networks_take_any_image_size(name: typing.Any) -> None:
+    variables = shapes_of(TrainConfig(model=name), (16, 16, 3))
+    model = create_model(TrainConfig(model=name), 10, None)
+    images = jax.ShapeDtypeStruct((1, 24, 20, 3), jnp.float32)
+    assert jax.eval_shape(model.apply, variables, images).shape == (1, 10)

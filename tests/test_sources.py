@@ -1,0 +1,410 @@
+"""Every kind of ``--data``: real files, archives and tfds data, written by the tests."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+import tarfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_images
+
+from cifar_jax import archive, sources
+from cifar_jax.dataset import Dataset, ImageFiles, Split
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.sources import load_dataset
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def tar_gz(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def tar_gz_of(folder: Path, path: Path) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+    return path
+
+
+# ------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_with_train_and_test(image_folder: Path) -> None:
+    dataset = load_dataset(str(image_folder), val_fraction=0.2)
+    assert dataset.class_names == ("bird", "cat", "frog")
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (72, 18, 21)
+    assert np.bincount(dataset.val.labels).tolist() == [6, 6, 6]
+    assert dataset.image_shape == (8, 8, 3)
+    # The class is told by the brightness: a swapped label would show.
+    for label, level in enumerate([42, 128, 212]):
+        pixels = dataset.train.pixels[dataset.train.labels == label]
+        assert abs(pixels.mean() - level) < 10
+    assert isinstance(dataset.test.images, ImageFiles), "the test set is read when it is scored"
+    # Mean and std are those of the training split alone.
+    np.testing.assert_allclose(dataset.mean, dataset.train.pixels.mean((0, 1, 2)) / 255, rtol=1e-6)
+
+
+def test_the_split_is_a_function_of_the_seed(image_folder: Path) -> None:
+    def val_bytes(seed: int) -> bytes:
+        return load_dataset(str(image_folder), seed=seed).val.pixels.tobytes()
+
+    assert val_bytes(0) == val_bytes(0)
+    assert val_bytes(0) != val_bytes(1)
+
+
+def test_a_flat_folder_is_split_three_ways(image_folder: Path) -> None:
+    dataset = load_dataset(str(image_folder / "train"), val_fraction=0.2)
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (58, 14, 18)
+    assert isinstance(dataset.test.images, ImageFiles)
+    assert np.bincount(dataset.test.labels).tolist() == [6, 6, 6]
+
+
+def test_val_is_validation_beside_test_and_the_test_set_without(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(image_folder / "train", tmp_path / "train")
+    shutil.copytree(image_folder / "test", tmp_path / "val")
+    dataset = load_dataset(str(tmp_path))
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (81, 9, 21)
+    write_images(tmp_path / "test", {"bird": 2, "cat": 2, "frog": 2})
+    dataset = load_dataset(str(tmp_path))
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (90, 21, 6)
+
+
+def test_what_is_no_class_or_image_does_not_count(image_folder: Path, tmp_path: Path) -> None:
+    inner = tmp_path / "wrapped" / "images"
+    shutil.copytree(image_folder, inner)
+    (inner / "train" / ".ipynb_checkpoints").mkdir()
+    (inner / "train" / "bird" / "Thumbs.db").write_bytes(b"x")
+    nested = inner / "train" / "bird" / "more"
+    nested.mkdir()
+    (inner / "train" / "bird" / "000.png").rename(nested / "000.png")
+    (nested / "round").symlink_to(inner / "train" / "bird")
+    dataset = load_dataset(str(tmp_path / "wrapped"))
+    assert dataset.class_names == ("bird", "cat", "frog")
+    assert len(dataset.train) + len(dataset.val) == 90
+
+
+def test_max_train_examples_keeps_the_other_splits(image_folder: Path) -> None:
+    full = load_dataset(str(image_folder))
+    dataset = load_dataset(str(image_folder), max_train_examples=30)
+    assert np.bincount(dataset.train.labels).tolist() == [10, 10, 10]
+    assert np.array_equal(dataset.val.pixels, full.val.pixels)
+    assert len(dataset.test) == len(full.test)
+
+
+def test_a_split_that_does_not_fit_stays_on_disk(image_folder: Path) -> None:
+    dataset = load_dataset(str(image_folder), cache_mb=0)
+    decoded = load_dataset(str(image_folder))
+    assert isinstance(dataset.train.images, ImageFiles)
+    assert (dataset.mean, dataset.std) == (decoded.mean, decoded.std)
+    assert dataset.digest == decoded.digest
+
+
+def test_greyscale_and_other_sizes(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a": 10, "b": 10}, mode="L", size=12)
+    assert load_dataset(str(tmp_path)).image_shape == (12, 12, 1)
+    assert load_dataset(str(tmp_path), image_size=6).image_shape == (6, 6, 1)
+
+
+def test_the_digest_follows_names_and_sizes(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "copy")
+    digest = load_dataset(str(image_folder)).digest
+    assert load_dataset(str(tmp_path / "copy")).digest == digest
+    (tmp_path / "copy" / "train" / "cat" / "003.png").unlink()
+    assert load_dataset(str(tmp_path / "copy")).digest != digest
+
+
+def remove_it(root: Path) -> None:
+    shutil.rmtree(root)
+
+
+def empty_a_class(root: Path) -> None:
+    for file in (root / "train" / "cat").iterdir():
+        file.unlink()
+
+
+def drop_a_test_class(root: Path) -> None:
+    shutil.rmtree(root / "test" / "cat")
+
+
+def leave_one_class(root: Path) -> None:
+    shutil.rmtree(root / "train" / "cat")
+    shutil.rmtree(root / "train" / "frog")
+
+
+def drop_test(root: Path) -> None:
+    shutil.rmtree(root / "test")
+
+
+def empty_an_image(root: Path) -> None:
+    (root / "train" / "cat" / "011.png").write_bytes(b"")
+
+
+def cut_an_image(root: Path) -> None:
+    path = root / "train" / "cat" / "011.png"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def replace_an_image_by_text(root: Path) -> None:
+    (root / "train" / "cat" / "011.png").write_text("not an image")
+
+
+def resize_an_image(root: Path) -> None:
+    write_images(root / "train", {"cat": 1}, size=9)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_it, "does not exist"),
+        (empty_a_class, "class folder .*train/cat holds no .jpg or .jpeg or .png image"),
+        (drop_a_test_class, r"other classes than .*missing \['cat'\], extra \[\]"),
+        (leave_one_class, "holds 1 class folder"),
+        (drop_test, "has train/ only"),
+        (empty_an_image, "train/cat/011.png is empty"),
+        (cut_an_image, "train/cat/011.png is damaged"),
+        (replace_an_image_by_text, "train/cat/011.png is damaged or no JPEG or PNG"),
+        (resize_an_image, "train/cat/000.png is 9x9, the first is 8x8"),
+    ],
+)
+def test_a_bad_folder_is_named_with_its_cure(
+    image_folder: Path, tmp_path: Path, damage: Any, message: str
+) -> None:
+    shutil.copytree(image_folder, tmp_path / "data")
+    damage(tmp_path / "data")
+    with pytest.raises(CifarJaxError, match=f"{message}.* Fix: ") as caught:
+        load_dataset(str(tmp_path / "data"))
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+# ------------------------------------------------------------------------------------ archives
+
+
+def test_an_archive_is_extracted_once(image_folder: Path, tmp_path: Path) -> None:
+    path = tar_gz_of(image_folder, tmp_path / "images.tar.gz")
+    data_dir = tmp_path / "data"
+    dataset = load_dataset(str(path), data_dir=str(data_dir))
+    assert dataset.name == "images.tar.gz"
+    assert dataset.digest == load_dataset(str(image_folder)).digest
+    (extracted,) = (data_dir / "extracted").iterdir()
+    before = {file: file.stat().st_mtime_ns for file in extracted.rglob("*")}
+    load_dataset(str(path), data_dir=str(data_dir))
+    assert {file: file.stat().st_mtime_ns for file in extracted.rglob("*")} == before
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        ("../outside.png", b"x"),
+        ("/tmp/outside.png", b"x"),
+        ("a/../../outside.png", b"x"),
+        ("a\\..\\outside.png", b"x"),
+        ("link", special("link", tarfile.SYMTYPE, "/etc")),
+        ("hard", special("hard", tarfile.LNKTYPE, "a/1.png")),
+        ("pipe", special("pipe", tarfile.FIFOTYPE)),
+        ("device", special("device", tarfile.CHRTYPE)),
+    ],
+    ids=lambda member: member[0],
+)
+def test_nothing_unsafe_is_extracted(tmp_path: Path, member: tuple[str, Any]) -> None:
+    path = tar_gz(tmp_path / "x.tgz", {"a/1.png": b"x", member[0]: member[1]})
+    with pytest.raises(CifarJaxError, match="holds .*which is (an unsafe|neither)") as caught:
+        archive.extract_once(path, tmp_path / "into")
+    assert caught.value.exit_code == ExitCode.DATA
+    assert [file.name for file in tmp_path.rglob("*")] == ["x.tgz", "into"]
+
+
+def test_a_damaged_archive_leaves_nothing_behind(image_folder: Path, tmp_path: Path) -> None:
+    path = tar_gz_of(image_folder, tmp_path / "images.tar.gz")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(CifarJaxError, match="cannot read the archive .*images.tar.gz"):
+        load_dataset(str(path), data_dir=str(tmp_path / "data"))
+    assert not list((tmp_path / "data" / "extracted").iterdir())
+
+
+def official_batches(n: int) -> list[tuple[np.ndarray, list[int]]]:
+    """Six batches of ``n`` records as CIFAR-10's archives hold them: pixels [n, 3072] and labels."""
+    rng = np.random.default_rng(0)
+    return [
+        (rng.integers(0, 256, (n, 3072), dtype=np.uint8), rng.integers(0, 10, n).tolist())
+        for _ in range(6)
+    ]
+
+
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def python_archive(path: Path, batches: Any, **extra: bytes) -> Path:
+    root, members = "cifar-10-batches-py", {}
+    members[f"{root}/batches.meta"] = pickle.dumps({"label_names": NAMES}, protocol=2)
+    for i, (data, labels) in enumerate(batches, start=1):
+        name = f"data_batch_{i}" if i < 6 else "test_batch"
+        members[f"{root}/{name}"] = pickle.dumps({b"data": data, b"labels": labels}, protocol=2)
+    return tar_gz(path, members | {f"{root}/{k}": v for k, v in extra.items()})
+
+
+def binary_archive(path: Path, batches: Any) -> Path:
+    root, members = "cifar-10-batches-bin", {}
+    members[f"{root}/batches.meta.txt"] = "\n".join([*NAMES, ""]).encode()
+    for i, (data, labels) in enumerate(batches, start=1):
+        name = f"data_batch_{i}.bin" if i < 6 else "test_batch.bin"
+        records = np.concatenate([np.array(labels, np.uint8)[:, None], data], axis=1)
+        members[f"{root}/{name}"] = records.tobytes()
+    return tar_gz(path, members)
+
+
+@pytest.mark.parametrize("write", [python_archive, binary_archive])
+def test_the_official_archives(tmp_path: Path, write: Any) -> None:
+    batches = official_batches(20)
+    dataset = load_dataset(str(write(tmp_path / "cifar-10.tar.gz", batches)))
+    assert dataset.class_names == tuple(NAMES)
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (90, 10, 20)
+    data, labels = batches[5]
+    # A record holds all reds, then all greens, then all blues, row by row.
+    for row, column, channel in ((0, 0, 0), (3, 7, 1), (31, 30, 2)):
+        expected = data[:, 1024 * channel + 32 * row + column]
+        assert np.array_equal(dataset.test.pixels[:, row, column, channel], expected)
+    assert dataset.test.labels.tolist() == labels
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("payload_ran"),)
+
+
+def test_a_pickle_that_is_a_program_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = python_archive(
+        tmp_path / "x.tar.gz", official_batches(2), data_batch_9=pickle.dumps(Payload())
+    )
+    with pytest.raises(CifarJaxError, match="pathlib.*which no image file needs"):
+        load_dataset(str(path))
+    assert not Path("payload_ran").exists()
+
+
+# ------------------------------------------------------------------------ CIFAR-10 and shapes
+
+
+@pytest.mark.usefixtures("offline")
+def test_auto_offline_is_shapes_under_a_notice(tmp_path: Path) -> None:
+    dataset = load_dataset("auto", data_dir=str(tmp_path))
+    assert dataset.name == "shapes"
+    assert dataset.notice is not None
+    for said in (
+        "CIFAR-10 is missing",
+        str(tmp_path),
+        "no route to host",
+        "SAYS NOTHING OF CIFAR-10",
+        "python -m cifar_jax.train --data cifar10",
+    ):
+        assert said in dataset.notice
+    plain = load_dataset("shapes")
+    assert plain.notice is None
+    assert plain.digest == dataset.digest
+
+
+@pytest.mark.usefixtures("offline")
+def test_cifar10_offline_is_an_error_and_no_substitute(tmp_path: Path) -> None:
+    with pytest.raises(CifarJaxError, match="not prepared in .* no route to host.*Fix: ") as caught:
+        load_dataset("cifar10", data_dir=str(tmp_path))
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+def test_a_host_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+
+    def hang(*args: Any, **kwargs: Any) -> None:
+        never.wait()
+        raise OSError("given up")
+
+    monkeypatch.setattr("urllib.request.urlopen", hang)
+    monkeypatch.setattr(sources, "_DOWNLOAD_TIMEOUT_SECONDS", 0.1)
+    obstacle = sources._download_obstacle()
+    never.set()
+    assert obstacle == "no answer in 0.1 s"
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("source", ["cifar10", "auto"])
+def test_cifar10_prepared_by_tfds(tmp_path: Path, prepared: tuple[Path, Any], source: str) -> None:
+    data_dir, expected = prepared
+    dataset: Dataset = load_dataset(source, data_dir=str(data_dir))
+    assert dataset.name == "cifar10"
+    assert dataset.notice is None
+    assert dataset.class_names == tuple(NAMES)
+    # tfds shuffles once, when it prepares; the ten test images have a class each.
+    order = np.argsort(dataset.test.labels)
+    assert np.array_equal(dataset.test.labels[order], expected.labels)
+    assert np.array_equal(dataset.test.pixels[order], expected.pixels)
+    assert len(dataset.train) + len(dataset.val) == 20
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Split]:
+    """A data_dir that tfds has prepared, under the name and version of its cifar10."""
+    import tensorflow_datasets as tfds
+
+    data_dir = tmp_path_factory.mktemp("tfds")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(30) % 10
+
+    def examples(start: int, stop: int) -> list[dict[str, Any]]:
+        return [
+            {"id": f"{i}", "image": images[i], "label": NAMES[labels[i]]}
+            for i in range(start, stop)
+        ]
+
+    import tensorflow as tf
+
+    def as_dataset(rows: list[dict[str, Any]]) -> tf.data.Dataset:
+        return tf.data.Dataset.from_tensor_slices(
+            {key: [row[key] for row in rows] for key in rows[0]}
+        )
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="cifar10",
+        version=str(tfds.builder("cifar10", data_dir=data_dir).version),
+        features=tfds.features.FeaturesDict(
+            {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(32, 32, 3)),
+                "label": tfds.features.ClassLabel(names=NAMES),
+            }
+        ),
+        split_datasets={
+            "train": as_dataset(examples(0, 20)),
+            "test": as_dataset(examples(20, 30)),
+        },
+        data_dir=data_dir,
+    )
+    return data_dir, Split(images[20:], labels[20:].astype(np.int32))

@@ -1,0 +1,262 @@
+"""The step: what it computes, and that devices and micro-batches do not change it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cifar_jax.augment import make_augmentation
+from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import Split
+from cifar_jax.evaluation import make_evaluate
+from cifar_jax.models import create_model
+from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.parallel import (
+    _CPU_COMPILER_OPTIONS,
+    AXIS_NAME,
+    compile_step,
+    select_devices,
+    shard,
+    sum_over_devices,
+)
+from cifar_jax.train_step import (
+    TrainState,
+    classification_sums,
+    create_train_state,
+    eval_step,
+    normalize,
+    train_step,
+)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+SHAPE = (8, 8, 3)
+SMALL = TrainConfig(widths=(4, 8), hidden=(16,), optimizer="sgd", learning_rate=0.05)
+
+
+def make_batches(n: int, batch_size: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "image": rng.integers(0, 256, (batch_size, *SHAPE), dtype=np.uint8),
+            "label": rng.integers(0, 10, batch_size).astype(np.int32),
+        }
+        for _ in range(n)
+    ]
+
+
+def make_step(config: TrainConfig, axis_name: str | None) -> tuple[Any, TrainState]:
+    model = create_model(config, 10, axis_name)
+    tx = make_optimizer(config, make_schedule(config, 100))
+    step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        augment=make_augmentation(config, MEAN),
+        mean=MEAN,
+        std=STD,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        accumulate=config.accumulate,
+        axis_name=axis_name,
+    )
+    return step, jax.device_get(create_train_state(model, tx, SHAPE, config.seed))
+
+
+def run_steps(config: TrainConfig, devices: int, n_steps: int) -> tuple[list[float], TrainState]:
+    """The loss of each step and the state after the last, under pmap over ``devices``."""
+    step, state = make_step(config, AXIS_NAME)
+    used = select_devices(devices)
+    compiled = compile_step(step, state, 16, SHAPE, used, returns_state=True)
+    losses = []
+    for batch in make_batches(n_steps, 16):
+        state, sums = compiled(state, shard(batch, used))
+        total = sum_over_devices(sums)
+        losses.append(total["loss"] / total["count"])
+    return losses, jax.device_get(state)
+
+
+def test_normalize_gives_zero_mean_and_unit_std() -> None:
+    image = np.array([0, 128, 255], np.uint8).reshape(1, 1, 1, 3)
+    expected = (np.array([0, 128, 255]) / 255 - MEAN) / STD
+    np.testing.assert_allclose(normalize(image, MEAN, STD).ravel(), expected, rtol=1e-6)
+
+
+def test_sums_of_uniform_logits() -> None:
+    """Ten equal logits: cross-entropy ln 10 each, and class 0 wins the tie."""
+    label = jnp.array([0, 3, 0, 9])
+    sums = classification_sums(jnp.zeros((4, 10)), label)
+    np.testing.assert_allclose(sums["loss"], 4 * np.log(10), rtol=1e-6)
+    assert (sums["correct"], sums["count"]) == (2, 4)
+    masked = classification_sums(jnp.zeros((4, 10)), label, jnp.array([1.0, 1, 0, 0]))
+    np.testing.assert_allclose(masked["loss"], 2 * np.log(10), rtol=1e-6)
+    assert (masked["correct"], masked["count"]) == (1, 2)
+
+
+def test_a_step_is_the_textbooks_sgd_step() -> None:
+    config = TrainConfig(
+        model="linear", optimizer="sgd", momentum=0, schedule="constant", learning_rate=0.1,
+        flip=False, crop=0,
+    )  # fmt: skip
+    step, state = make_step(config, None)
+    (batch,) = make_batches(1, 16)
+    after, sums = jax.jit(step)(state, batch)
+
+    x = ((batch["image"] / 255 - MEAN) / STD).reshape(16, -1)
+    kernel, bias = (state.params["Dense_0"][name] for name in ("kernel", "bias"))
+    logits = x @ kernel + bias
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    one_hot = np.eye(10)[batch["label"]]
+    grad = x.T @ (p - one_hot) / 16
+    np.testing.assert_allclose(after.params["Dense_0"]["kernel"], kernel - 0.1 * grad, atol=1e-5)
+    np.testing.assert_allclose(sums["loss"], -np.log((p * one_hot).sum(axis=1)).sum(), rtol=1e-5)
+    assert sums["correct"] == (logits.argmax(axis=1) == batch["label"]).sum()
+    assert after.step == 1
+
+
+def test_a_batch_can_be_learnt_by_heart() -> None:
+    config = TrainConfig(optimizer="adam", schedule="constant", widths=(8,), hidden=(32,),
+                         flip=False, crop=0)  # fmt: skip
+    step, state = make_step(config, None)
+    step = jax.jit(step)
+    (batch,) = make_batches(1, 16)
+    for _ in range(60):
+        state, sums = step(state, batch)
+    assert sums["correct"] == 16
+    assert sums["loss"] / 16 < 0.1
+
+
+def test_label_smoothing_pulls_the_optimum_away_from_certainty() -> None:
+    """The gradient at smoothing s is (1-s) of the plain one plus s of that to the uniform."""
+
+    def gradient(smoothing: float) -> np.ndarray:
+        config = TrainConfig(
+            model="linear", optimizer="sgd", momentum=0, schedule="constant", learning_rate=1.0,
+            flip=False, crop=0, label_smoothing=smoothing,
+        )  # fmt: skip
+        step, state = make_step(config, None)
+        (batch,) = make_batches(1, 16)
+        after, _ = jax.jit(step)(state, batch)
+        return state.params["Dense_0"]["bias"] - np.asarray(after.params["Dense_0"]["bias"])
+
+    step, state = make_step(TrainConfig(model="linear", flip=False, crop=0), None)
+    (batch,) = make_batches(1, 16)
+    x = ((batch["image"] / 255 - MEAN) / STD).reshape(16, -1)
+    p = np.asarray(jax.nn.softmax(x @ state.params["Dense_0"]["kernel"]))
+    uniform = (p - 0.1).mean(axis=0)
+    np.testing.assert_allclose(gradient(0.3), 0.7 * gradient(0.0) + 0.3 * uniform, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, TrainConfig(widths=(4, 8), hidden=(16,), batch_norm=True, cutout=2, optimizer="sgd")],
+    ids=["plain", "batch norm"],
+)
+def test_devices_do_not_change_the_losses(config: TrainConfig) -> None:
+    """A forgotten pmean of gradients or of batch norm's statistics shows here within a few steps."""
+    one, state = run_steps(config, 1, n_steps=20)
+    for devices in (2, 4):
+        many, other = run_steps(config, devices, n_steps=20)
+        np.testing.assert_allclose(many, one, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_without_pmean_the_losses_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the test above can fail."""
+    one, _ = run_steps(SMALL, 1, n_steps=20)
+    monkeypatch.setattr("cifar_jax.train_step.lax.pmean", lambda x, axis_name: x)
+    two, _ = run_steps(SMALL, 2, n_steps=20)
+    assert not np.allclose(two, one, rtol=1e-5)
+
+
+def test_pmap_over_one_device_is_jit_bit_for_bit() -> None:
+    _, mapped = run_steps(SMALL, 1, n_steps=5)
+    step, state = make_step(SMALL, None)
+    batches = make_batches(5, 16)
+    step = jax.jit(step).lower(state, batches[0]).compile(compiler_options=_CPU_COMPILER_OPTIONS)
+    for batch in batches:
+        state, _ = step(state, batch)
+    for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(state), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_micro_batches_do_not_change_the_step(accumulate: int) -> None:
+    plain, state = run_steps(SMALL, 1, n_steps=3)
+    accumulated, other = run_steps(
+        TrainConfig(**{**vars(SMALL), "accumulate": accumulate}), 1, n_steps=3
+    )
+    np.testing.assert_allclose(accumulated, plain, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_each_step_and_each_device_drops_units_of_its_own() -> None:
+    """The same image everywhere: different losses can only come from different masks."""
+    config = TrainConfig(
+        model="mlp", hidden=(64,), dropout=0.5, flip=False, crop=0, learning_rate=1e-9
+    )
+    step, state = make_step(config, AXIS_NAME)
+    devices = select_devices(4)
+    compiled = compile_step(step, state, 4, SHAPE, devices, returns_state=True)
+    (batch,) = make_batches(1, 1)
+    same = {name: np.repeat(x, 4, axis=0) for name, x in batch.items()}
+    state, first = compiled(state, shard(same, devices))
+    state, second = compiled(state, shard(same, devices))
+    assert len({*first["loss"].tolist(), *second["loss"].tolist()}) == 8
+
+
+def test_augmentation_changes_from_step_to_step() -> None:
+    config = TrainConfig(widths=(4,), hidden=(8,), crop=2, learning_rate=1e-12)
+    step, state = make_step(config, None)
+    step = jax.jit(step)
+    (batch,) = make_batches(1, 16)
+    state, first = step(state, batch)
+    state, second = step(state, batch)
+    assert abs(first["loss"] - second["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 100, 128, 999])
+def test_evaluation_counts_every_image_once(devices: int, batch_size: int) -> None:
+    """Against a plain NumPy count over the logits of all images at once."""
+    from cifar_jax.dataset import Dataset
+
+    n = 1003
+    (data,) = make_batches(1, n)
+    split = Split(data["image"], data["label"])
+    dataset = Dataset("random", "", tuple("abcdefghij"), split, split, split, MEAN, STD)
+    model = create_model(SMALL, 10, AXIS_NAME)
+    tx = optax.sgd(0.1)
+    state = create_train_state(model, tx, SHAPE, 0)
+    evaluate = make_evaluate(model, dataset, state.variables, select_devices(devices), batch_size)
+    result = evaluate(jax.device_get(state.variables), split)
+
+    logits = np.asarray(
+        model.apply(state.variables, normalize(data["image"], MEAN, STD)), np.float64
+    )
+    assert result.count == n
+    assert result.correct == (logits.argmax(axis=1) == data["label"]).sum()
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(result.loss, -log_p[np.arange(n), data["label"]].sum(), rtol=1e-5)
+
+
+def test_the_mask_hides_whatever_is_under_it() -> None:
+    model = create_model(SMALL, 10, None)
+    state = create_train_state(model, optax.sgd(0.1), SHAPE, 0)
+    (batch,) = make_batches(1, 8)
+    step = jax.jit(functools.partial(eval_step, model=model, mean=MEAN, std=STD))
+    mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
+    sums = step(state.variables, {**batch, "mask": mask})
+    other = {**batch, "image": batch["image"].copy(), "mask": mask}
+    other["image"][5:] = 0
+    assert jax.tree.map(float, step(state.variables, other)) == jax.tree.map(float, sums)
+    assert sums["count"] == 5
