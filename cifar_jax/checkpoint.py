@@ -1,14 +1,17 @@
 """Checkpoints, by Orbax: one folder ``<step>`` each, whole or absent, checked when it is read.
 
 Saving is synchronous: a checkpoint counts as saved when it is on the disk. Orbax writes to a
-temporary folder and renames it, so that a kill at any instant leaves the older ones in place; it
-keeps no digest of the numbers, so the metadata holds one.
+temporary folder and renames it, so that a kill at any instant leaves the older ones in place. It
+reads flipped bits without complaint, so a manifest with a digest of every file is written last: a
+folder without one is no checkpoint, and one whose files differ from it is not read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cifar_jax.errors import CifarJaxError, ExitCode
+
+_MANIFEST = "manifest.json"
 
 # The newest two, so that one is left if the newest turns out damaged; and the best.
 _NEWEST_KEPT = 2
@@ -53,14 +58,9 @@ def tree_sha256(tree: Any) -> str:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint folder, ascending."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        int(entry.name)
-        for entry in folder.iterdir()
-        if entry.name.isdecimal() and any(entry.iterdir())
-    )
+    """The steps that have a checkpoint, ascending."""
+    manifests = folder.glob(f"*/{_MANIFEST}")
+    return sorted(int(path.parent.name) for path in manifests if path.parent.name.isdecimal())
 
 
 def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_step: int) -> Path:
@@ -74,18 +74,24 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
         CifarJaxError: environment; the disk is full, say. Older checkpoints are as they were.
     """
     path = folder / str(step)
-    if path.exists():
+    if step in saved_steps(folder):
         return path  # saved already: a damaged one would have been set aside when it was read
-    state = jax.device_get(state)
-    metadata = {**metadata, "state_sha256": tree_sha256(state)}
     try:
+        shutil.rmtree(path, ignore_errors=True)  # a save that a kill cut short
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
                 path.absolute(),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
+                    state=ocp.args.StandardSave(jax.device_get(state)),
+                    metadata=ocp.args.JsonSave(metadata),
                 ),
             )
+        temporary = path / f".{_MANIFEST}.tmp"
+        with temporary.open("w") as file:
+            json.dump(_file_digests(path), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path / _MANIFEST)
     except (OSError, ValueError) as error:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
@@ -107,6 +113,14 @@ def restore(path: Path, like: Any = None) -> Checkpoint:
     Raises:
         CifarJaxError: checkpoint; damaged, or of another network than ``like``.
     """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        digests = _file_digests(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"its {_MANIFEST} cannot be read: {error}") from error
+    if digests != manifest:
+        changed = sorted(name for name, _ in digests.items() ^ manifest.items())
+        raise _damaged(path, f"{changed[0]} is not the file that was saved")
     state_args = ocp.args.StandardRestore(like)  # type: ignore[call-arg]
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -114,13 +128,24 @@ def restore(path: Path, like: Any = None) -> Checkpoint:
                 path.absolute(),
                 args=ocp.args.Composite(state=state_args, metadata=ocp.args.JsonRestore()),
             )
-    except Exception as error:  # Orbax and TensorStore raise bare Exceptions for damaged files
+    except (ValueError, KeyError, OSError) as error:  # another structure, say
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _damaged(path, reason) from error
-    metadata = dict(restored.metadata)
-    if metadata.pop("state_sha256", None) != tree_sha256(restored.state):
-        raise _damaged(path, "its numbers are not those that were saved")
-    return Checkpoint(path, restored.state, metadata)
+    if like is not None:
+        _check_same_shapes(path, restored.state, like)
+    return Checkpoint(path, restored.state, dict(restored.metadata))
+
+
+def _check_same_shapes(path: Path, state: Any, like: Any) -> None:
+    """Orbax checks the tree; with NumPy leaves it takes any shape."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(state), strict=True)
+    for (leaf_path, expected), found in leaves:
+        if (expected.shape, expected.dtype) != (found.shape, found.dtype):
+            raise _damaged(
+                path,
+                f"{jax.tree_util.keystr(leaf_path)} is {found.dtype}{list(found.shape)} there, "
+                f"{expected.dtype}{list(expected.shape)} in this network",
+            )
 
 
 def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[CifarJaxError]]:
@@ -155,6 +180,15 @@ def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[Cif
             fix="restore the folder from a copy, or start a new run in another --workdir",
         )
     return None, []
+
+
+def _file_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint, by its path within; without the manifest itself."""
+    files = (file for file in path.rglob("*") if file.is_file() and _MANIFEST not in file.name)
+    return {
+        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def _damaged(path: Path, reason: str) -> CifarJaxError:

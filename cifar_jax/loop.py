@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -9,6 +10,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -324,7 +326,6 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
     best = best_row(history)
     state = checkpoint.restore(run.checkpoints / str(best["step"]), like=progress.state).state
     test = run.evaluate(state.variables, dataset.test)
-    trained_images = config.batch_size * run.steps_per_epoch * len(history)
     report = {
         "data": {"name": dataset.name, "digest": dataset.digest},
         "model": config.model,
@@ -340,8 +341,10 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
         "steps": progress.step,
         "best_step": best["step"],
         "train_seconds": sum(row["seconds"] for row in history),
-        "images_per_second": trained_images
-        / sum(trained_images / len(history) / row["images_per_second"] for row in history),
+        # The epochs have equal numbers of images, so this is all images by all their time.
+        "images_per_second": statistics.harmonic_mean(
+            [row["images_per_second"] for row in history]
+        ),
         "devices": len(run.devices),
         "device_kind": run.devices[0].device_kind,
         "seed": config.seed,
@@ -351,8 +354,9 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
     }
     _write_atomically(run.workdir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
-        f"test: accuracy {100 * test.accuracy:.2f} % ({test.correct:.0f} of {test.count:.0f}), "
-        f"loss {test.mean_loss:.4f}, with epoch {best['epoch']}, the best by validation\n"
+        f"test on {dataset.name}: accuracy {100 * test.accuracy:.2f} % ({test.correct:.0f} of "
+        f"{test.count:.0f}), loss {test.mean_loss:.4f}, with epoch {best['epoch']}, the best by "
+        f"validation\n"
         f"in {run.workdir}: report.json, metrics.jsonl, config.json, plots/curves.png, checkpoints/"
     )
     return report
@@ -371,12 +375,15 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "cifar_jax": __version__,
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
+    packages = (
+        *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+        *("tensorflow-cpu", "tensorflow"),  # the one or the other
+    )
+    versions = {"cifar_jax": __version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _print_banner(notice: str) -> None:

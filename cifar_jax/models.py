@@ -20,7 +20,8 @@ def conv_block(features: int, *, norm: Callable[[], Layer] | None, pool: bool) -
     """Conv 3x3 padding 1, batch norm if wanted, ReLU, MaxPool 2 if wanted."""
     return [
         # Explicit padding: "SAME" would pad other sides than PyTorch where there is a stride.
-        nn.Conv(features, (3, 3), padding=1),
+        # A norm subtracts any bias again; Adam would turn its gradient, all rounding, into steps.
+        nn.Conv(features, (3, 3), padding=1, use_bias=norm is None),
         *([norm()] if norm else []),
         nn.relu,
         *([max_pool] if pool else []),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             print(f"already complete: {report['steps']} steps; see {report_path}")
             return report
 
+    _check_writable(workdir)
     # Not at the top: JAX and TensorFlow take seconds, and a wrong option is answered at once.
     print(f"cifar_jax {__version__}: starting JAX and TensorFlow ...", flush=True)
     from cifar_jax.loop import train_and_test
@@ -63,11 +65,21 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
     return train_and_test(config, workdir)
 
 
+def _check_writable(workdir: Path) -> None:
+    ancestor = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--workdir {workdir} cannot be made: {ancestor} is no folder that can be written",
+            fix="give another --workdir",
+        )
+
+
 def _saved_config(workdir: Path) -> TrainConfig | None:
     path = workdir / "config.json"
     try:
         return from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
         raise CifarJaxError(

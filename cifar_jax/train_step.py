@@ -48,8 +48,10 @@ def create_train_state(
         )
 
     # The draws take a CPU 30 ms, and their optimized compilation seconds.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init).lower().compile(compiler_options=options)()
+    lowered = jax.jit(init).lower()
+    if jax.default_backend() != "cpu":
+        return lowered.compile()()
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})()
 
 
 def normalize(image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

@@ -73,7 +73,7 @@ def test_every_preset_has_the_name_it_is_listed_under() -> None:
 def test_the_config_survives_json() -> None:
     config = TrainConfig(widths=(4, 8), data_dir="x", devices="all", learning_rate=0.1)
     assert from_json(to_json(config)) == config
-    with pytest.raises(CifarJaxError, match="'epoch'.*did you mean epochs"):
+    with pytest.raises(CifarJaxError, match=r"'epoch'.*did you mean epochs"):
         from_json({"epoch": 3})
 
 

@@ -143,5 +143,5 @@ def test_a_file_that_goes_bad_under_way_is_named(image_folder: Path, tmp_path: P
     shutil.copytree(image_folder, tmp_path / "data")
     split = load_dataset(str(tmp_path / "data")).test
     (tmp_path / "data" / "test" / "cat" / "003.png").unlink()
-    with pytest.raises(CifarJaxError, match="cat/003.png is not there any more. Fix: put it back"):
+    with pytest.raises(CifarJaxError, match=r"cat/003.png is not there any more.*put it back"):
         list(eval_batches(split, batch_size=4))

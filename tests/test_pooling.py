@@ -15,11 +15,12 @@ def linen_max_pool(x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 3)])
 def test_it_is_max_pooling_forward_and_backward(size: tuple[int, int]) -> None:
-    x = jax.random.normal(jax.random.key(0), (3, *size, 5))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, *size, 5)).astype(np.float32)
     pooled, pull_back = jax.vjp(max_pool, x)
     expected, expected_pull_back = jax.vjp(linen_max_pool, x)
     assert np.array_equal(pooled, expected)
-    gradient = jax.random.normal(jax.random.key(1), pooled.shape)
+    gradient = rng.normal(size=pooled.shape).astype(np.float32)
     assert np.array_equal(pull_back(gradient)[0], expected_pull_back(gradient)[0])
 
 

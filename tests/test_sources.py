@@ -235,7 +235,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 )
 def test_nothing_unsafe_is_extracted(tmp_path: Path, member: tuple[str, Any]) -> None:
     path = tar_gz(tmp_path / "x.tgz", {"a/1.png": b"x", member[0]: member[1]})
-    with pytest.raises(CifarJaxError, match="holds .*which is (an unsafe|neither)") as caught:
+    with pytest.raises(CifarJaxError, match=r"holds .*which is (an unsafe|neither)") as caught:
         archive.extract_once(path, tmp_path / "into")
     assert caught.value.exit_code == ExitCode.DATA
     assert [file.name for file in tmp_path.rglob("*")] == ["x.tgz", "into"]
@@ -244,13 +244,13 @@ def test_nothing_unsafe_is_extracted(tmp_path: Path, member: tuple[str, Any]) ->
 def test_a_damaged_archive_leaves_nothing_behind(image_folder: Path, tmp_path: Path) -> None:
     path = tar_gz_of(image_folder, tmp_path / "images.tar.gz")
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(CifarJaxError, match="cannot read the archive .*images.tar.gz"):
+    with pytest.raises(CifarJaxError, match=r"cannot read the archive .*images.tar.gz"):
         load_dataset(str(path), data_dir=str(tmp_path / "data"))
     assert not list((tmp_path / "data" / "extracted").iterdir())
 
 
 def official_batches(n: int) -> list[tuple[np.ndarray, list[int]]]:
-    """Six batches of ``n`` records as CIFAR-10's archives hold them: pixels [n, 3072] and labels."""
+    """Six batches of ``n`` records as CIFAR-10's archives hold them: pixels [n, 3072], labels."""
     rng = np.random.default_rng(0)
     return [
         (rng.integers(0, 256, (n, 3072), dtype=np.uint8), rng.integers(0, 10, n).tolist())
@@ -306,7 +306,7 @@ def test_a_pickle_that_is_a_program_does_not_run(
     path = python_archive(
         tmp_path / "x.tar.gz", official_batches(2), data_batch_9=pickle.dumps(Payload())
     )
-    with pytest.raises(CifarJaxError, match="pathlib.*which no image file needs"):
+    with pytest.raises(CifarJaxError, match=r"pathlib.*which no image file needs"):
         load_dataset(str(path))
     assert not Path("payload_ran").exists()
 
@@ -334,7 +334,9 @@ def test_auto_offline_is_shapes_under_a_notice(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_cifar10_offline_is_an_error_and_no_substitute(tmp_path: Path) -> None:
-    with pytest.raises(CifarJaxError, match="not prepared in .* no route to host.*Fix: ") as caught:
+    with pytest.raises(
+        CifarJaxError, match=r"not prepared in .* no route to host.*Fix: "
+    ) as caught:
         load_dataset("cifar10", data_dir=str(tmp_path))
     assert caught.value.exit_code == ExitCode.DATA
 

@@ -145,7 +145,7 @@ def test_label_smoothing_pulls_the_optimum_away_from_certainty() -> None:
         after, _ = jax.jit(step)(state, batch)
         return state.params["Dense_0"]["bias"] - np.asarray(after.params["Dense_0"]["bias"])
 
-    step, state = make_step(TrainConfig(model="linear", flip=False, crop=0), None)
+    _, state = make_step(TrainConfig(model="linear", flip=False, crop=0), None)
     (batch,) = make_batches(1, 16)
     x = ((batch["image"] / 255 - MEAN) / STD).reshape(16, -1)
     p = np.asarray(jax.nn.softmax(x @ state.params["Dense_0"]["kernel"]))
@@ -159,7 +159,7 @@ def test_label_smoothing_pulls_the_optimum_away_from_certainty() -> None:
     ids=["plain", "batch norm"],
 )
 def test_devices_do_not_change_the_losses(config: TrainConfig) -> None:
-    """A forgotten pmean of gradients or of batch norm's statistics shows here within a few steps."""
+    """A forgotten pmean, of gradients or of batch norm's statistics, shows within a few steps."""
     one, state = run_steps(config, 1, n_steps=20)
     for devices in (2, 4):
         many, other = run_steps(config, devices, n_steps=20)
@@ -187,12 +187,9 @@ def test_pmap_over_one_device_is_jit_bit_for_bit() -> None:
         assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("accumulate", [2, 8])
-def test_micro_batches_do_not_change_the_step(accumulate: int) -> None:
+def test_micro_batches_do_not_change_the_step() -> None:
     plain, state = run_steps(SMALL, 1, n_steps=3)
-    accumulated, other = run_steps(
-        TrainConfig(**{**vars(SMALL), "accumulate": accumulate}), 1, n_steps=3
-    )
+    accumulated, other = run_steps(TrainConfig(**{**vars(SMALL), "accumulate": 4}), 1, n_steps=3)
     np.testing.assert_allclose(accumulated, plain, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

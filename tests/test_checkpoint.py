@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from cifar_jax.checkpoint import restore, restore_newest, save, saved_steps, tree_sha256
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.train_step import TrainState
+
+
+def make_state(step: int, width: int = 3) -> TrainState:
+    params = {"Dense_0": {"kernel": np.arange(width, dtype=np.float32) + step}}
+    opt_state = jax.device_get(optax.adam(1e-3).init(params))
+    return TrainState(np.array(step, np.int32), params, {}, opt_state)
+
+
+def save_steps(folder: Path, *steps: int, best: int = 0) -> None:
+    for step in steps:
+        save(folder, step, make_state(step), {"history": [step]}, best_step=best)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.array_equal(x, y)
+
+
+def test_what_is_saved_is_restored(tmp_path: Path) -> None:
+    metadata = {"history": [{"loss": 0.1}], "mean": (0.5, 0.25), "sums": {"loss": 1 / 3}}
+    path = save(tmp_path, 7, make_state(7), metadata, best_step=0)
+    assert path == tmp_path / "7"
+    restored = restore(path, like=make_state(0))
+    assert_equal(restored.state, make_state(7))
+    assert restored.metadata == {**metadata, "mean": [0.5, 0.25]}
+    # Without knowing the network: what evaluation needs.
+    plain = restore(path)
+    assert np.array_equal(plain.state["params"]["Dense_0"]["kernel"], [7, 8, 9])
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10, 20)
+    save_steps(tmp_path, 30, 40, 50, best=20)
+    assert saved_steps(tmp_path) == [20, 40, 50]
+
+
+def test_steps_are_ordered_as_numbers_and_strangers_ignored(tmp_path: Path) -> None:
+    save_steps(tmp_path, 9, 10)
+    (tmp_path / "11").mkdir()  # empty: no checkpoint
+    (tmp_path / "12.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "notes").write_text("x")
+    newest, rejected = restore_newest(tmp_path, make_state(0))
+    assert newest is not None
+    assert newest.metadata["history"] == [10]
+    assert rejected == []
+    save_steps(tmp_path, 11, 12)  # over the empty folder and the leftover
+    assert saved_steps(tmp_path) == [11, 12]
+    assert_equal(restore(tmp_path / "12", make_state(0)).state, make_state(12))
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert restore_newest(tmp_path / "none", make_state(0)) == (None, [])
+
+
+def data_files(step: Path) -> list[Path]:
+    return [f for f in (step / "state").rglob("*") if f.is_file() and "/d/" in str(f)]
+
+
+def flip_a_bit(step: Path) -> None:
+    """In each data file, of which some hold the numbers."""
+    for file in data_files(step):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+def truncate(step: Path) -> None:
+    for file in data_files(step):
+        file.write_bytes(file.read_bytes()[:-5])
+
+
+def drop_the_metadata(step: Path) -> None:
+    shutil.rmtree(step / "metadata")
+
+
+def damage_the_manifest(step: Path) -> None:
+    (step / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, drop_the_metadata, damage_the_manifest])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage: Any) -> None:
+    save_steps(tmp_path, 10, 20)
+    damage(tmp_path / "20")
+    newest, rejected = restore_newest(tmp_path, make_state(0))
+    assert newest is not None
+    assert_equal(newest.state, make_state(10))
+    (error,) = rejected
+    assert str(tmp_path / "20") in str(error)
+    assert "\n" not in str(error)
+    # The run comes by again, and saves over the damage, which is kept aside.
+    save_steps(tmp_path, 20)
+    assert_equal(restore(tmp_path / "20", make_state(0)).state, make_state(20))
+    assert (tmp_path / "20.damaged").is_dir()
+
+
+def test_no_bit_of_any_file_can_flip_unnoticed(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10)
+    for file in [f for f in (tmp_path / "10").rglob("*") if f.is_file() and f.stat().st_size]:
+        content = file.read_bytes()
+        file.write_bytes(bytes([content[0] ^ 4]) + content[1:])
+        with pytest.raises(CifarJaxError, match=file.name):
+            restore(tmp_path / "10", make_state(0))
+        file.write_bytes(content)
+    restore(tmp_path / "10", make_state(0))
+
+
+def test_a_save_that_was_cut_short_before_its_manifest_is_none(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10, 20)
+    (tmp_path / "20" / "manifest.json").unlink()
+    newest, rejected = restore_newest(tmp_path, make_state(0))
+    assert newest is not None
+    assert newest.path == tmp_path / "10"
+    assert rejected == []
+    save_steps(tmp_path, 20)
+    assert_equal(restore(tmp_path / "20", make_state(0)).state, make_state(20))
+
+
+def test_if_all_are_damaged_nothing_starts_from_scratch(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10, 20)
+    for step in (10, 20):
+        truncate(tmp_path / str(step))
+    with pytest.raises(CifarJaxError, match=r"none of the 2 checkpoint") as caught:
+        restore_newest(tmp_path, make_state(0))
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert saved_steps(tmp_path) == [10, 20], "the files are left as they are"
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10)
+    with pytest.raises(CifarJaxError, match=r"kernel.* is float32\[3\] there, float32\[4\]"):
+        restore(tmp_path / "10", make_state(0, width=4))
+
+
+def test_the_digest_is_of_all_leaves_in_path_order() -> None:
+    a, b, c = (np.float32([x, x + 1]) for x in (1, 3, 5))
+    expected = hashlib.sha256(a.tobytes() + b.tobytes() + c.tobytes()).hexdigest()
+    assert tree_sha256({"Dense_0": {"kernel": c, "bias": b}, "Conv_0": {"kernel": a}}) == expected
+    c[0] = np.nextafter(c[0], 6)
+    assert tree_sha256({"Dense_0": {"kernel": c, "bias": b}, "Conv_0": {"kernel": a}}) != expected

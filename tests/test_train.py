@@ -1,0 +1,318 @@
+"""Whole runs: what lies in the workdir, and that stopping and resuming changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_images
+
+from cifar_jax import loop
+from cifar_jax.checkpoint import restore, saved_steps
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
+from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
+from cifar_jax.train import main, train_and_evaluate
+
+STEPS_PER_EPOCH = 5  # of 16 images: 81 are trained on, of 90
+
+
+@pytest.fixture
+def config(image_folder: Path) -> TrainConfig:
+    return TrainConfig(
+        data=str(image_folder), widths=(4,), hidden=(8,), batch_size=16, epochs=3, dropout=0.2
+    )
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def signal_at_step(k: int, *signals: int) -> Iterator[None]:
+    """Send real signals to this process while the run prepares its ``k``-th step."""
+    calls = 0
+    shard = loop.shard
+
+    def counting_shard(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == k:
+            for each in signals:
+                os.kill(os.getpid(), each)
+        return shard(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "shard", counting_shard)
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(
+    image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """The report and workdir of a run that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("reference")
+    config = TrainConfig(
+        data=str(image_folder), widths=(4,), hidden=(8,), batch_size=16, epochs=3, dropout=0.2
+    )
+    return train_and_evaluate(config, workdir), workdir
+
+
+def test_the_workdir_holds_what_it_should(reference: tuple[dict[str, Any], Path]) -> None:
+    report, workdir = reference
+    assert json.loads((workdir / "report.json").read_text()) == report
+    assert {
+        "data", "model", "n_params", "n_train", "n_val", "n_test", "val_accuracy",
+        "test_accuracy", "test_loss", "test_correct", "epochs", "steps", "train_seconds",
+        "images_per_second", "devices", "seed", "versions", "params_sha256",
+    } <= set(report)  # fmt: skip
+    assert (report["n_train"], report["n_val"], report["n_test"]) == (81, 9, 21)
+    assert (report["epochs"], report["steps"]) == (3, 3 * STEPS_PER_EPOCH)
+    assert report["n_params"] == (3 * 3 * 3 * 4 + 4) + (4 * 4 * 4 * 8 + 8) + (8 * 3 + 3)
+    assert report["test_accuracy"] == report["test_correct"] / 21
+    assert report["data"]["name"] == Path(report["data"]["name"]).name
+    assert len(report["data"]["digest"]) == len(report["params_sha256"]) == 64
+
+    rows = read_rows(workdir)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 5), (2, 10), (3, 15)]
+    assert {
+        "epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
+        "learning_rate", "images_per_second", "seconds",
+    } == set(rows[0])  # fmt: skip
+    assert report["val_accuracy"] == max(row["val_accuracy"] for row in rows)
+
+    assert (workdir / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert saved_steps(workdir / "checkpoints")[-1] == 15
+    metadata = restore(workdir / "checkpoints" / "15").metadata
+    assert metadata["class_names"] == ["bird", "cat", "frog"]
+    assert metadata["history"] == rows
+    assert len(metadata["mean"]) == len(metadata["std"]) == 3
+
+
+@pytest.mark.parametrize("stop_in_step", [1, 3, 5, 8])
+def test_a_resumed_run_arrives_at_the_same_bits(
+    reference: tuple[dict[str, Any], Path], config: TrainConfig, tmp_path: Path, stop_in_step: int
+) -> None:
+    """Stopped at the start, inside an epoch, at an epoch's end and inside the second epoch."""
+    with (
+        signal_at_step(stop_in_step, signal.SIGTERM),
+        pytest.raises(Stopped, match=f"stopped by SIGTERM: step {stop_in_step} is saved") as stop,
+    ):
+        train_and_evaluate(config, tmp_path)
+    assert stop.value.exit_code == 143
+    assert not (tmp_path / "report.json").exists()
+
+    report = train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path)
+    for name in ("params_sha256", "test_loss", "test_correct", "val_accuracy", "steps", "epochs"):
+        assert report[name] == reference[0][name], name
+    timings = {"seconds", "images_per_second"}
+    for row, expected in zip(read_rows(tmp_path), read_rows(reference[1]), strict=True):
+        assert {k: v for k, v in row.items() if k not in timings} == {
+            k: v for k, v in expected.items() if k not in timings
+        }
+
+
+def test_the_seed_decides_the_run(
+    reference: tuple[dict[str, Any], Path], config: TrainConfig, tmp_path: Path
+) -> None:
+    again = train_and_evaluate(config, tmp_path / "again")
+    assert again["params_sha256"] == reference[0]["params_sha256"]
+    other = train_and_evaluate(dataclasses.replace(config, seed=1), tmp_path / "other")
+    assert other["params_sha256"] != reference[0]["params_sha256"]
+
+
+def test_ctrl_c_twice_does_not_wait_for_a_save(config: TrainConfig, tmp_path: Path) -> None:
+    with (
+        signal_at_step(3, signal.SIGINT, signal.SIGINT),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train_and_evaluate(config, tmp_path)
+    assert saved_steps(tmp_path / "checkpoints") == []
+
+
+def test_another_run_is_not_overwritten(
+    reference: tuple[dict[str, Any], Path], config: TrainConfig
+) -> None:
+    _, workdir = reference
+    before = {f: f.stat().st_mtime_ns for f in workdir.rglob("*")}
+    with pytest.raises(CifarJaxError, match=r"holds another run. Fix: add --resume") as caught:
+        train_and_evaluate(config, workdir)
+    assert caught.value.exit_code == ExitCode.USAGE
+    with pytest.raises(CifarJaxError, match=r"--learning-rate 0.1 \(was 0.003\)"):
+        train_and_evaluate(dataclasses.replace(config, resume=True, learning_rate=0.1), workdir)
+    # Complete already: nothing is trained, nothing written.
+    report = train_and_evaluate(dataclasses.replace(config, resume=True), workdir)
+    assert report == reference[0]
+    assert {f: f.stat().st_mtime_ns for f in workdir.rglob("*")} == before
+
+
+def test_other_data_are_refused_on_resume(config: TrainConfig, tmp_path: Path) -> None:
+    write_images(tmp_path / "other", {"bird": 30, "cat": 30, "frog": 31})
+    with signal_at_step(2, signal.SIGTERM), pytest.raises(Stopped):
+        train_and_evaluate(config, tmp_path / "run")
+    changed = dataclasses.replace(config, resume=True, data=str(tmp_path / "other"))
+    with pytest.raises(CifarJaxError, match=r"was trained on .* --data now gives other") as caught:
+        train_and_evaluate(changed, tmp_path / "run")
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+
+
+def test_a_constant_rate_allows_more_epochs(config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, schedule="constant", optimizer="sgd", epochs=1)
+    train_and_evaluate(config, tmp_path / "a")
+    longer = dataclasses.replace(config, epochs=2)
+    more = train_and_evaluate(dataclasses.replace(longer, resume=True), tmp_path / "a")
+    at_once = train_and_evaluate(longer, tmp_path / "b")
+    assert more["params_sha256"] == at_once["params_sha256"]
+
+
+def test_a_diverging_run_says_where_and_what_to_do(config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, optimizer="sgd", schedule="constant", learning_rate=1e30)
+    with pytest.raises(CifarJaxError, match=r"loss is (nan|inf) .*step.*Fix: .*--learn") as caught:
+        train_and_evaluate(config, tmp_path)
+    assert caught.value.exit_code == ExitCode.NUMERICS
+    assert saved_steps(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"batch_size": 100}, ExitCode.USAGE, "--batch-size 100 is more than the 81 images"),
+        ({"devices": 8}, ExitCode.ENVIRONMENT, "jax sees 4 cpu device.*device_count=8"),
+        ({"devices": "all", "batch_size": 18}, ExitCode.USAGE, "use --batch-size 16 or 20"),
+    ],
+)
+def test_what_only_shows_with_data_or_devices_is_said_too(
+    config: TrainConfig, tmp_path: Path, options: dict[str, Any], code: ExitCode, message: str
+) -> None:
+    with pytest.raises(CifarJaxError, match=message) as caught:
+        train_and_evaluate(dataclasses.replace(config, **options), tmp_path / "run")
+    assert caught.value.exit_code == code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_made_is_said_at_once(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CifarJaxError, match="file is no folder that can be written") as caught:
+        train_and_evaluate(config, tmp_path / "file" / "run")
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_early_stopping_waits_as_long_as_told(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a rate that changes nothing, the first epoch stays the best."""
+    config = dataclasses.replace(
+        config, epochs=9, early_stopping=2, learning_rate=1e-12, schedule="constant", dropout=0
+    )
+    report = train_and_evaluate(config, tmp_path)
+    assert report["epochs"] == 3
+    assert "early stop: 2 epochs without a lower val loss" in capsys.readouterr().out
+
+
+def rows_of(*val: tuple[float, float]) -> list[EpochRow]:
+    return [
+        EpochRow(
+            epoch=i, step=i, train_loss=0, train_accuracy=0, val_loss=loss, val_accuracy=accuracy,
+            learning_rate=0, images_per_second=0, seconds=0,
+        )
+        for i, (loss, accuracy) in enumerate(val, start=1)
+    ]  # fmt: skip
+
+
+def test_what_follows_from_a_history() -> None:
+    history = rows_of((0.9, 0.5), (0.7, 0.6), (0.8, 0.7), (0.9, 0.7))
+    assert best_row(history)["epoch"] == 3, "the earliest of the most accurate"
+    assert epochs_without_progress(history) == 2
+    assert epochs_without_progress([]) == 0
+
+
+def test_greyscale_on_four_devices_resumes_on_one(tmp_path: Path) -> None:
+    write_images(tmp_path / "grey", {"a": 60, "b": 60}, mode="L", size=9)
+    config = TrainConfig(
+        data=str(tmp_path / "grey"), model="cnn-gap", widths=(4, 4), batch_norm=True,
+        batch_size=16, epochs=2, devices=4,
+    )  # fmt: skip
+    whole = train_and_evaluate(dataclasses.replace(config, devices=1), tmp_path / "one")
+    with signal_at_step(8, signal.SIGTERM), pytest.raises(Stopped):
+        train_and_evaluate(config, tmp_path / "four")
+    resumed = dataclasses.replace(config, devices=1, resume=True)
+    report = train_and_evaluate(resumed, tmp_path / "four")
+    assert math.isclose(report["test_loss"], whole["test_loss"], rel_tol=1e-4)
+
+
+def start(image_folder: Path, workdir: Path, *options: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "cifar_jax.train", "--data", str(image_folder),
+        "--widths", "4", "--hidden", "8", "--batch-size", "16", "--workdir", str(workdir),
+        *options,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workdir.parent
+    )
+
+
+def wait_for_a_step_after(step: int, workdir: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(saved > step for saved in saved_steps(workdir / "checkpoints")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path) -> None:
+    """Real processes: SIGKILL inside an epoch, SIGTERM after the resume, then to the end."""
+    options = ("--epochs", "12", "--checkpoint-every", "2")
+    whole = start(image_folder, tmp_path / "whole", *options)
+    assert whole.communicate(timeout=200)[0].count("\n") > 12, "a line an epoch"
+    assert whole.returncode == 0
+
+    workdir = tmp_path / "killed"
+    process = start(image_folder, workdir, *options)
+    wait_for_a_step_after(10, workdir, process)
+    process.kill()
+    process.communicate()
+    assert not (workdir / "report.json").exists()
+
+    process = start(image_folder, workdir, "--resume")
+    wait_for_a_step_after(saved_steps(workdir / "checkpoints")[-1], workdir, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, (out, err)
+    assert "resumed at step" in out
+    assert "stopped by SIGTERM: step" in err
+    assert f"--resume --workdir {workdir}" in err
+    assert "Traceback" not in err
+
+    process = start(image_folder, workdir, "--resume")
+    assert process.wait(timeout=200) == 0, process.communicate()
+    process.communicate()
+    reports = [
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")
+    ]
+    assert reports[0]["params_sha256"] == reports[1]["params_sha256"]
+    assert reports[0]["test_loss"] == reports[1]["test_loss"]
+    assert reports[0]["steps"] == 12 * STEPS_PER_EPOCH
+
+
+def test_the_command_names_a_new_workdir_by_itself(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", str(image_folder), "--model", "linear", "--epochs", "1", "--batch-size", "27"]
+    main(argv)
+    main(argv)
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(runs) == 2
+    assert all((run / "report.json").exists() and run.name.endswith("linear") for run in runs)
