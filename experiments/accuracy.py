@@ -34,6 +34,7 @@ def main() -> None:
     )
     arguments, train_options = parser.parse_known_args()
 
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     reports = []
     for seed in range(arguments.seeds):
         workdir = arguments.workdirs / f"{arguments.output.stem}-seed{seed}"
@@ -42,22 +43,22 @@ def main() -> None:
         subprocess.run(train, check=True)
         reports.append(json.loads((workdir / "report.json").read_text()))
 
+    config = json.loads((workdir / "config.json").read_text())
+    for where in ("data", "data_dir", "seed"):  # not where things were, and the seeds are 0 .. n-1
+        del config[where]
     accuracies = [report["test_accuracy"] for report in reports]
     first = reports[0]
     result = {
-        "options": [Path(o).name for o in train_options],  # of a path, only what the data is called
+        "config": config,
         "data": first["data"],
-        "model": first["model"],
         "n_params": first["n_params"],
         "n_train": first["n_train"],
         "n_test": first["n_test"],
-        "epochs": first["epochs"],
         "n": len(accuracies),
         "test_accuracies": accuracies,
         "mean": statistics.mean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "val_accuracies": [report["val_accuracy"] for report in reports],
-        "train_seconds": [report["train_seconds"] for report in reports],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {first['device_kind']}",
         "versions": first["versions"],
         "date": datetime.date.today().isoformat(),
