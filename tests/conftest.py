@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
+
+# Most of the tests' time is compiling, and many of them, and the processes that they start, compile
+# the same programs: those are kept for the session.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _folder = tempfile.TemporaryDirectory(prefix="cifar_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import numpy as np

@@ -273,14 +273,14 @@ def wait_for_a_step_after(step: int, workdir: Path, process: subprocess.Popen[st
 
 def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path) -> None:
     """Real processes: SIGKILL inside an epoch, SIGTERM after the resume, then to the end."""
-    options = ("--epochs", "12", "--checkpoint-every", "2")
+    options = ("--epochs", "8", "--checkpoint-every", "2")
     whole = start(image_folder, tmp_path / "whole", *options)
-    assert whole.communicate(timeout=200)[0].count("\n") > 12, "a line an epoch"
+    assert whole.communicate(timeout=200)[0].count("\n") > 8, "a line an epoch"
     assert whole.returncode == 0
 
     workdir = tmp_path / "killed"
     process = start(image_folder, workdir, *options)
-    wait_for_a_step_after(10, workdir, process)
+    wait_for_a_step_after(5, workdir, process)
     process.kill()
     process.communicate()
     assert not (workdir / "report.json").exists()
@@ -303,7 +303,7 @@ def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path)
     ]
     assert reports[0]["params_sha256"] == reports[1]["params_sha256"]
     assert reports[0]["test_loss"] == reports[1]["test_loss"]
-    assert reports[0]["steps"] == 12 * STEPS_PER_EPOCH
+    assert reports[0]["steps"] == 8 * STEPS_PER_EPOCH
 
 
 def test_the_command_names_a_new_workdir_by_itself(
