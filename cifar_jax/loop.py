@@ -133,8 +133,9 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         f"seed {config.seed}, in {workdir}"
     )
 
-    progress = _start_or_resume(workdir / "checkpoints", state, dataset)
+    progress = _start_or_resume(config, workdir / "checkpoints", state, dataset)
     workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
     _write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
@@ -172,12 +173,16 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     return _test_and_report(run, progress, n_params)
 
 
-def _start_or_resume(checkpoints: Path, state: TrainState, dataset: Dataset) -> Progress:
+def _start_or_resume(
+    config: TrainConfig, checkpoints: Path, state: TrainState, dataset: Dataset
+) -> Progress:
     """The progress of the newest checkpoint that can be read, or the start."""
     saved, rejected = checkpoint.restore_newest(checkpoints, like=state)
     for error in rejected:
         print(f"warning: {error}")
     if saved is None:
+        if config.resume:
+            print(f"no checkpoint in {checkpoints}: starting at step 0")
         return Progress(state)
     trained_on = saved.metadata["data"]
     if trained_on["digest"] != dataset.digest:

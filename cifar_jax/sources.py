@@ -49,6 +49,20 @@ class _Source:
     notice: str | None = None
 
 
+def check_source(source: str) -> None:
+    """Raise ``CifarJaxError`` (data) unless ``source`` is a name, a folder or an archive."""
+    path = Path(source).expanduser()
+    is_archive = path.is_file() and path.name.endswith(archive.SUFFIXES)
+    if source in ("auto", "cifar10", "shapes") or path.is_dir() or is_archive:
+        return
+    what = "is not a folder or .tar.gz archive" if path.exists() else "does not exist"
+    raise CifarJaxError(
+        ExitCode.DATA,
+        f"--data {source} {what}",
+        fix="give a folder of class folders, a .tar.gz of one, 'cifar10', 'shapes' or 'auto'",
+    )
+
+
 def load_dataset(
     source: str,
     *,
@@ -130,17 +144,11 @@ def _load(
             return _cifar10(data_dir)
         return dataclasses.replace(_shapes(), notice=_shapes_notice(data_dir, obstacle))
 
+    check_source(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, path.resolve().name, image_size, val_fraction, seed)
-    if path.is_file() and path.name.endswith(archive.SUFFIXES):
-        return _archive(path, data_dir, image_size, val_fraction, seed)
-    what = "is not a folder or .tar.gz archive" if path.exists() else "does not exist"
-    raise CifarJaxError(
-        ExitCode.DATA,
-        f"--data {source} {what}",
-        fix="give a folder of class folders, a .tar.gz of one, 'cifar10', 'shapes' or 'auto'",
-    )
+    return _archive(path, data_dir, image_size, val_fraction, seed)
 
 
 # ------------------------------------------------------------------------ shapes, and CIFAR-10

@@ -58,7 +58,10 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             return report
 
     _check_writable(workdir)
-    # Not at the top: JAX and TensorFlow take seconds, and a wrong option is answered at once.
+    # Imports as late as can be: a wrong option is answered before NumPy, JAX and TensorFlow start.
+    from cifar_jax.sources import check_source
+
+    check_source(config.data)
     print(f"cifar_jax {__version__}: starting JAX and TensorFlow ...", flush=True)
     from cifar_jax.loop import train_and_test
 

@@ -172,7 +172,11 @@ def test_a_constant_rate_allows_more_epochs(config: TrainConfig, tmp_path: Path)
     config = dataclasses.replace(config, schedule="constant", optimizer="sgd", epochs=1)
     train_and_evaluate(config, tmp_path / "a")
     longer = dataclasses.replace(config, epochs=2)
-    more = train_and_evaluate(dataclasses.replace(longer, resume=True), tmp_path / "a")
+    resumed = dataclasses.replace(longer, resume=True)
+    with signal_at_step(2, signal.SIGTERM), pytest.raises(Stopped):
+        train_and_evaluate(resumed, tmp_path / "a")
+    assert not (tmp_path / "a" / "report.json").exists(), "it would pass for the report of two"
+    more = train_and_evaluate(resumed, tmp_path / "a")
     at_once = train_and_evaluate(longer, tmp_path / "b")
     assert more["params_sha256"] == at_once["params_sha256"]
 
