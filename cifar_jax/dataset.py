@@ -90,7 +90,7 @@ class Dataset:
 def stratified_choice(
     labels: NDArray[np.int32], count: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Choose ``count`` of the examples, from each class its share of them to within one.
+    """Choose ``count`` of the examples (or all), from each class its share to within one.
 
     Returns:
         Their indices, ascending.

@@ -102,10 +102,8 @@ def load_dataset(
         if megabytes <= cache_mb:
             train, val = decode(train), decode(val)
             sample = train
-        elif len(train) > _STATISTICS_SAMPLE:
-            sample = decode(train.take(stratified_choice(train.labels, _STATISTICS_SAMPLE, rng)))
         else:
-            sample = decode(train)
+            sample = decode(train.take(stratified_choice(train.labels, _STATISTICS_SAMPLE, rng)))
     mean, std = channel_statistics(sample.pixels)
     return Dataset(
         loaded.name,
