@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.convolution import conv3x3
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.pooling import max_pool
 
@@ -19,9 +20,14 @@ Layer = Callable[[jax.Array], jax.Array]
 def conv_block(features: int, *, norm: Callable[[], Layer] | None, pool: bool) -> list[Layer]:
     """Conv 3x3 padding 1, batch norm if wanted, ReLU, MaxPool 2 if wanted."""
     return [
-        # Explicit padding: "SAME" would pad other sides than PyTorch where there is a stride.
-        # A norm subtracts any bias again; Adam would turn its gradient, all rounding, into steps.
-        nn.Conv(features, (3, 3), padding=1, use_bias=norm is None),
+        nn.Conv(
+            features,
+            (3, 3),
+            padding=1,
+            # A norm subtracts any bias; Adam would turn its gradient, all rounding, into steps.
+            use_bias=norm is None,
+            conv_general_dilated=conv3x3,
+        ),
         *([norm()] if norm else []),
         nn.relu,
         *([max_pool] if pool else []),

@@ -1,0 +1,72 @@
+"""The 3x3 convolution of every network, with a faster form on a CPU for images as input.
+
+XLA's CPU convolution multiplies one pixel's window by the kernel. With three input channels and a
+few output channels that product is too small to run well: the first layer of the tutorial's network
+took a quarter of all its forward time. Computing the four pixels of a 2x2 window at once, from the
+4x4 pixels around them, does 16/9 of the arithmetic in half the time or less.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
+_MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
+
+
+def conv3x3(x: jax.Array, kernel: jax.Array, *args: object, **kwargs: object) -> jax.Array:
+    """Stride 1, padding 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
+
+    What ``flax.linen.Conv`` passes on to its ``conv_general_dilated`` besides says just that.
+    """
+    _, height, width, channels = x.shape
+    small = channels <= _MAX_IN_CHANNELS and kernel.shape[-1] <= _MAX_OUT_CHANNELS
+    if small and height % 2 == width % 2 == 0:
+        return _conv_of_images(x, kernel)
+    return _plain(x, kernel)
+
+
+def _plain(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        # Explicit: "SAME" would pad other sides than PyTorch where there is a stride.
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _four_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    batch, height, width, _ = x.shape
+    features = kernel.shape[-1]
+    # [4, 4, C, 4D]: the kernel at its four places in the window, side by side.
+    places = [(row, column) for row in (0, 1) for column in (0, 1)]
+    kernels = [
+        jnp.pad(kernel, ((row, 1 - row), (column, 1 - column), (0, 0), (0, 0)))
+        for row, column in places
+    ]
+    y = _plain(x, jnp.concatenate(kernels, axis=-1), stride=2)
+    y = y.reshape(batch, height // 2, width // 2, 2, 2, features)
+    return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, features)
+
+
+@jax.custom_vjp
+def _conv_of_images(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.platform_dependent(x, kernel, cpu=_four_at_once, default=_plain)
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _conv_of_images(x, kernel), (x, kernel)
+
+
+def _backward(
+    inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # The gradients of the plain form: there is nothing to win here.
+    return jax.vjp(_plain, *inputs)[1](gradient)
+
+
+_conv_of_images.defvjp(_forward, _backward)
