@@ -11,7 +11,9 @@ import jax
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.convolution import conv3x3
+from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.layout import TorchLayout
 from cifar_jax.pooling import max_pool
 
 Layer = Callable[[jax.Array], jax.Array]
@@ -94,6 +96,28 @@ class ConvNet(nn.Module):
                 )
         return flat
 
+    def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
+        """Where the tutorial's ``self.network = nn.Sequential(...)`` keeps the same layers."""
+        height, width, channels = image_shape
+        names: dict[str, str] = {}
+        index = 0
+        for i in range(len(self.widths)):
+            names[f"Conv_{i}"] = f"network.{index}"
+            if self.batch_norm:
+                index += 1
+                names[f"BatchNorm_{i}"] = f"network.{index}"
+            index += 2  # the ReLU, and on
+            if (i + 1) % self.convs_per_pool == 0:
+                index += 1
+                height, width = height // 2, width // 2
+        index += 2 if self.global_pool else 1  # AdaptiveAvgPool2d and Flatten, or Flatten
+        for i in range(len(self.hidden) + 1):
+            names[f"Dense_{i}"] = f"network.{index}"
+            index += 3 if self.dropout else 2  # the ReLU, the Dropout, and on
+        channels = self.widths[-1] if self.widths else channels
+        flattened = None if self.global_pool else ("Dense_0", (height, width, channels))
+        return TorchLayout(names, flattened)
+
 
 class ResNet9(nn.Module):
     """David Page's nine-layer residual network (https://myrtle.ai/learn/how-to-train-your-resnet/).
@@ -115,7 +139,8 @@ class ResNet9(nn.Module):
             return nn.Sequential(conv_block(features, norm=norm, pool=pool))
 
         def residual(features: int, x: jax.Array) -> jax.Array:
-            return x + block(features)(block(features)(x))
+            inner = block(features)(x)  # a line of its own: layers are numbered as they are made
+            return x + block(features)(inner)
 
         first, second, third, fourth = self.widths
         x = block(first)(x)
@@ -127,6 +152,15 @@ class ResNet9(nn.Module):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         # The small factor keeps the first logits, and so the first gradients, small.
         return 0.125 * nn.Dense(self.num_classes, use_bias=False)(x)
+
+    def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
+        """Under the names that the tutorial's successor gives: ``conv1.0.weight`` and so on."""
+        del image_shape  # nothing is flattened but [B, 1, 1, C]
+        blocks = ("conv1", "conv2", "res1.0", "res1.1", "conv3", "conv4", "res2.0", "res2.1")
+        names: dict[str, str] = {}
+        for i, block in enumerate(blocks):
+            names[f"Conv_{i}"], names[f"BatchNorm_{i}"] = f"{block}.0", f"{block}.1"
+        return TorchLayout({**names, "Dense_0": "classifier.3"}, None)
 
 
 def _batch_norm(train: bool, axis_name: str | None) -> Callable[[], nn.BatchNorm]:

@@ -1,0 +1,216 @@
+"""One network in JAX and in PyTorch, side by side: how far apart are they?
+
+Differences are relative: the largest deviation anywhere in an array, over the largest magnitude in
+PyTorch's. Arrays of float64 compare the algorithms; of float32, also what rounding makes of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+from cifar_jax import layout, torch_reference
+from cifar_jax.augment import make_augmentation
+from cifar_jax.config import TrainConfig
+from cifar_jax.layout import Array, Variables
+from cifar_jax.models import ConvNet, ResNet9
+from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.parallel import compile_step, shard, sum_over_devices
+from cifar_jax.train_step import TrainState, normalize, train_step
+
+Model = ConvNet | ResNet9
+
+
+def relative_difference(ours: Array, theirs: Array) -> float:
+    """Max |ours - theirs| / max |theirs|; shapes must agree, as broadcasting would hide errors."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shapes {ours.shape} and {theirs.shape} differ")
+    deviation = float(np.max(np.abs(ours - theirs)))
+    return deviation / (float(np.max(np.abs(theirs))) or 1.0)
+
+
+class Pair:
+    """A Flax network and its PyTorch twin with the same weights.
+
+    Args:
+        variables: of ``model``; their float type is the one that both compute in.
+        image_shape: ``(H, W, C)``.
+    """
+
+    def __init__(
+        self, model: Model, variables: Variables, image_shape: tuple[int, int, int]
+    ) -> None:
+        self.model, self.variables = model, variables
+        self.layout = model.torch_layout(image_shape)
+        self.twin = torch_reference.make_twin(model, image_shape)
+        torch_reference.load(self.twin, layout.to_torch(variables, self.layout))
+
+    def activations(self, images: Array, *, train: bool) -> dict[str, float]:
+        """The difference of each layer's output for images ``[B, H, W, C]``, by Flax's name."""
+        apply = functools.partial(
+            self.model.apply,
+            train=train,
+            capture_intermediates=True,
+            mutable=["intermediates", "batch_stats"],
+        )
+        _, captured = jax.jit(apply)(self.variables, images)
+        theirs = torch_reference.activations(self.twin, layout.nhwc_to_nchw(images), train=train)
+        differences = {}
+        for layer, torch_name in self.layout.names.items():
+            ours = np.asarray(captured["intermediates"][layer]["__call__"][0])
+            if ours.ndim == 4:
+                ours = layout.nhwc_to_nchw(ours)
+            differences[layer] = relative_difference(ours, theirs[torch_name])
+        return differences
+
+    def logits(self, images: Array) -> float:
+        """The difference of the logits of images ``[B, H, W, C]``, in evaluation mode."""
+        ours = np.asarray(jax.jit(self.model.apply)(self.variables, images))
+        return relative_difference(
+            ours, torch_reference.logits(self.twin, layout.nhwc_to_nchw(images))
+        )
+
+    def gradients(self, images: Array, labels: NDArray[np.int32]) -> dict[str, float]:
+        """The differences of the mean loss, ``"loss"``, and of its gradient for each parameter.
+
+        In training mode; without dropout, whose masks no two frameworks share.
+        """
+
+        def loss_fn(params: Any) -> jax.Array:
+            logits, _ = self.model.apply(
+                {**self.variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = jax.device_get(jax.jit(jax.value_and_grad(loss_fn))(self.variables["params"]))
+        their_loss, their_grads = torch_reference.loss_and_gradients(
+            self.twin, layout.nhwc_to_nchw(images), labels
+        )
+        theirs = layout.from_torch(their_grads, self.layout)["params"]
+        differences = jax.tree.map(relative_difference, grads, theirs)
+        leaves = jax.tree_util.tree_leaves_with_path(differences)
+        named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+        return {"loss": abs(float(loss) - their_loss) / abs(their_loss), **named}
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """The same training in both frameworks.
+
+    Attributes:
+        ours, theirs: the loss of each step, JAX's and PyTorch's.
+        params: after each step, the distance between the two sets of parameters, relative to the
+            distance that PyTorch's have come from their start.
+        batch_stats: after the last step, the largest difference of a running mean or variance.
+    """
+
+    ours: list[float]
+    theirs: list[float]
+    params: list[float]
+    batch_stats: float
+
+    @property
+    def loss(self) -> list[float]:
+        """The relative difference of the losses at each step."""
+        pairs = zip(self.ours, self.theirs, strict=True)
+        return [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs]
+
+
+def train_both(
+    pair: Pair,
+    config: TrainConfig,
+    batches: Sequence[tuple[NDArray[np.uint8], NDArray[np.int32]]],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Drift:
+    """Train both networks on the same batches, with this project's own ``train_step`` in JAX.
+
+    Args:
+        pair: its twin is trained in place.
+        config: of the optimizer and schedule; without augmentation and dropout.
+        batches: images ``[B, H, W, C]`` and labels ``[B]``; a step each.
+        mean, std: for :func:`cifar_jax.train_step.normalize`.
+    """
+    tx = make_optimizer(config, make_schedule(config, len(batches)))
+    step = functools.partial(
+        train_step,
+        model=pair.model,
+        tx=tx,
+        augment=make_augmentation(config, mean),
+        mean=mean,
+        std=std,
+        seed=0,
+        label_smoothing=config.label_smoothing,
+    )
+    state = TrainState(
+        step=np.zeros((), np.int32),
+        params=pair.variables["params"],
+        batch_stats=pair.variables["batch_stats"],
+        opt_state=jax.device_get(tx.init(pair.variables["params"])),
+    )
+    images, _ = batches[0]
+    batch_size, image_shape = len(images), images.shape[1:]
+    devices = jax.devices()[:1]
+    compiled = compile_step(step, state, batch_size, image_shape, devices, returns_state=True)
+    normalized = jax.jit(functools.partial(normalize, mean=mean, std=std))
+
+    def torch_batches() -> Any:
+        floating = jax.tree.leaves(state.params)[0].dtype
+        for images, labels in batches:
+            x = np.asarray(normalized(images)).astype(floating)
+            yield layout.nhwc_to_nchw(x), labels
+
+    def their_params() -> Any:
+        current = torch_reference.state_dict_of(pair.twin)
+        return layout.from_torch(current, pair.layout)["params"]
+
+    start = their_params()
+    ours, theirs, params = [], [], []
+    their_losses = torch_reference.train(pair.twin, config, torch_batches(), len(batches))
+    for (images, labels), their_loss in zip(batches, their_losses, strict=True):
+        state, sums = compiled(state, shard({"image": images, "label": labels}, devices))
+        total = sum_over_devices(sums)
+        ours.append(total["loss"] / total["count"])
+        theirs.append(their_loss)
+        now = their_params()
+        params.append(_distance(jax.device_get(state.params), now) / _distance(now, start))
+    statistics = _statistics_difference(pair, jax.device_get(state.batch_stats), images, len(ours))
+    return Drift(ours, theirs, params, statistics)
+
+
+def _statistics_difference(
+    pair: Pair, batch_stats: Any, images: NDArray[np.uint8], steps: int
+) -> float:
+    """The largest difference of a running mean or variance after ``steps`` training steps."""
+    theirs = layout.from_torch(torch_reference.state_dict_of(pair.twin), pair.layout)["batch_stats"]
+    floating = jax.tree.leaves(pair.variables["params"])[0].dtype
+    outputs = torch_reference.activations(
+        pair.twin, layout.nhwc_to_nchw(images).astype(floating), train=False
+    )
+    worst = 0.0
+    for layer, ours in batch_stats.items():
+        variance = layout.torch_running_variance(
+            ours["var"],
+            start=pair.variables["batch_stats"][layer]["var"],
+            n=outputs[pair.layout.names[layer]][:, 0].size,
+            steps=steps,
+        )
+        worst = max(
+            worst,
+            relative_difference(ours["mean"], theirs[layer]["mean"]),
+            relative_difference(variance, theirs[layer]["var"]),
+        )
+    return worst
+
+
+def _distance(a: Any, b: Any) -> float:
+    squares = jax.tree.map(lambda x, y: float(np.sum((x - y).astype(np.float64) ** 2)), a, b)
+    return math.sqrt(sum(jax.tree.leaves(squares)))
