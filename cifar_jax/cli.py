@@ -183,7 +183,8 @@ def _metavar(hint: Any) -> str:
     if origin is typing.Literal:
         return "|".join(arguments)
     if origin is tuple:
-        return "N,N,..."
+        one = _metavar(arguments[0])
+        return f"{one},{one},..."
     return {int: "N", float: "X"}.get(hint, "TEXT")
 
 

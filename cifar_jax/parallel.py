@@ -15,7 +15,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 AXIS_NAME = "batch"
 
 # XLA's YNN fusions, on by default in this jaxlib, make convolutions on a CPU up to twice as slow.
-_CPU_COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+CPU_COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
@@ -85,7 +85,7 @@ def compile_step(
     if devices[0].platform != "cpu":
         return lowered.compile()
     try:
-        compiled = lowered.compile(compiler_options=_CPU_COMPILER_OPTIONS)
+        compiled = lowered.compile(compiler_options=CPU_COMPILER_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -107,40 +108,49 @@ class Drift:
 
     Attributes:
         ours, theirs: the loss of each step, JAX's and PyTorch's.
-        params: after each step, the distance between the two sets of parameters, relative to the
-            distance that PyTorch's have come from their start.
+        params: the distance between the two sets of parameters, relative to the distance that
+            PyTorch's have come from their start; after each of ``params_steps`` steps.
         batch_stats: after the last step, the largest difference of a running mean or variance.
     """
 
     ours: list[float]
     theirs: list[float]
     params: list[float]
+    params_steps: list[int]
     batch_stats: float
 
     @property
     def loss(self) -> list[float]:
-        """The relative difference of the losses at each step."""
+        """The difference of the losses at each step, relative to the loss at the first.
+
+        Not to the loss at that step, which may be next to nothing by then.
+        """
         pairs = zip(self.ours, self.theirs, strict=True)
-        return [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs]
+        return [abs(ours - theirs) / abs(self.theirs[0]) for ours, theirs in pairs]
 
 
-def train_both(
+def train_in_lockstep(
     pair: Pair,
     config: TrainConfig,
-    batches: Sequence[tuple[NDArray[np.uint8], NDArray[np.int32]]],
+    batches: Iterable[tuple[NDArray[np.uint8], NDArray[np.int32]]],
+    total_steps: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Drift:
+) -> Iterator[tuple[TrainState, float, float]]:
     """Train both networks on the same batches, with this project's own ``train_step`` in JAX.
 
     Args:
         pair: its twin is trained in place.
         config: of the optimizer and schedule; without augmentation and dropout.
-        batches: images ``[B, H, W, C]`` and labels ``[B]``; a step each.
+        batches: images ``[B, H, W, C]`` of one size and labels ``[B]``; a step each.
+        total_steps: that the schedule is made for.
         mean, std: for :func:`cifar_jax.train_step.normalize`.
+
+    Yields:
+        After each step our state and loss, and PyTorch's loss.
     """
-    tx = make_optimizer(config, make_schedule(config, len(batches)))
-    step = functools.partial(
+    tx = make_optimizer(config, make_schedule(config, total_steps))
+    unbound_step = functools.partial(
         train_step,
         model=pair.model,
         tx=tx,
@@ -150,40 +160,63 @@ def train_both(
         seed=0,
         label_smoothing=config.label_smoothing,
     )
+    params = pair.variables["params"]
     state = TrainState(
         step=np.zeros((), np.int32),
-        params=pair.variables["params"],
+        params=params,
         batch_stats=pair.variables["batch_stats"],
-        opt_state=jax.device_get(tx.init(pair.variables["params"])),
+        opt_state=jax.device_get(tx.init(params)),
     )
-    images, _ = batches[0]
-    batch_size, image_shape = len(images), images.shape[1:]
-    devices = jax.devices()[:1]
-    compiled = compile_step(step, state, batch_size, image_shape, devices, returns_state=True)
+    floating = jax.tree.leaves(params)[0].dtype
     normalized = jax.jit(functools.partial(normalize, mean=mean, std=std))
+    devices = jax.devices()[:1]
+    step: Callable[..., Any] | None = None
+    ahead: deque[tuple[Array, NDArray[np.int32]]] = deque()
+    their_losses = torch_reference.train(
+        pair.twin, config, iter(ahead.popleft, None), total_steps
+    )
+    for images, labels in batches:
+        if step is None:
+            shape = images.shape[1:]
+            step = compile_step(
+                unbound_step, state, len(images), shape, devices, returns_state=True
+            )
+        state, sums = step(state, shard({"image": images, "label": labels}, devices))
+        x = np.asarray(normalized(images)).astype(floating)
+        ahead.append((layout.nhwc_to_nchw(x), labels))
+        their_loss = next(their_losses)
+        total = sum_over_devices(sums)
+        yield state, total["loss"] / total["count"], their_loss
 
-    def torch_batches() -> Any:
-        floating = jax.tree.leaves(state.params)[0].dtype
-        for images, labels in batches:
-            x = np.asarray(normalized(images)).astype(floating)
-            yield layout.nhwc_to_nchw(x), labels
+
+def measure_drift(
+    pair: Pair,
+    config: TrainConfig,
+    batches: Sequence[tuple[NDArray[np.uint8], NDArray[np.int32]]],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Drift:
+    """How :func:`train_in_lockstep`, a step for each of ``batches``, takes the two apart."""
 
     def their_params() -> Any:
         current = torch_reference.state_dict_of(pair.twin)
         return layout.from_torch(current, pair.layout)["params"]
 
     start = their_params()
+    # At the powers of two and at the end: with a large network this takes as long as a step.
+    params_steps = [*(2**k for k in range((len(batches) - 1).bit_length())), len(batches)]
     ours, theirs, params = [], [], []
-    their_losses = torch_reference.train(pair.twin, config, torch_batches(), len(batches))
-    for (images, labels), their_loss in zip(batches, their_losses, strict=True):
-        state, sums = compiled(state, shard({"image": images, "label": labels}, devices))
-        total = sum_over_devices(sums)
-        ours.append(total["loss"] / total["count"])
+    for state, our_loss, their_loss in train_in_lockstep(
+        pair, config, batches, len(batches), mean, std
+    ):
+        ours.append(our_loss)
         theirs.append(their_loss)
-        now = their_params()
-        params.append(_distance(jax.device_get(state.params), now) / _distance(now, start))
+        if len(ours) in params_steps:
+            now = their_params()
+            params.append(_distance(jax.device_get(state.params), now) / _distance(now, start))
+    images, _ = batches[0]
     statistics = _statistics_difference(pair, jax.device_get(state.batch_stats), images, len(ours))
-    return Drift(ours, theirs, params, statistics)
+    return Drift(ours, theirs, params, params_steps, statistics)
 
 
 def _statistics_difference(
@@ -195,7 +228,7 @@ def _statistics_difference(
     outputs = torch_reference.activations(
         pair.twin, layout.nhwc_to_nchw(images).astype(floating), train=False
     )
-    worst = 0.0
+    differences: list[float] = []
     for layer, ours in batch_stats.items():
         variance = layout.torch_running_variance(
             ours["var"],
@@ -203,12 +236,11 @@ def _statistics_difference(
             n=outputs[pair.layout.names[layer]][:, 0].size,
             steps=steps,
         )
-        worst = max(
-            worst,
+        differences += [
             relative_difference(ours["mean"], theirs[layer]["mean"]),
             relative_difference(variance, theirs[layer]["var"]),
-        )
-    return worst
+        ]
+    return float(np.max(differences, initial=0.0))  # max() would lose a NaN
 
 
 def _distance(a: Any, b: Any) -> float:

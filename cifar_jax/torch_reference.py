@@ -7,7 +7,12 @@ CPU, so that torch never shares a GPU with JAX.
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +23,7 @@ from torch.nn import functional as F
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
+from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.models import ConvNet, ResNet9
 
 StateDict = dict[str, NDArray[Any]]
@@ -106,9 +112,16 @@ def make_twin(model: ConvNet | ResNet9, image_shape: ImageShape) -> nn.Module:
     return Network(*layers)
 
 
+def initial_state_dict(model: ConvNet | ResNet9, image_shape: ImageShape, seed: int) -> StateDict:
+    """The weights that PyTorch itself would begin with."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return state_dict_of(make_twin(model, image_shape))
+
+
 def load(twin: nn.Module, state_dict: StateDict) -> None:
     """Copy ``state_dict`` into ``twin``, which takes its float type."""
-    tensors = {name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}
+    tensors = {name: torch.tensor(array) for name, array in state_dict.items()}
     floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     twin.to(floating).load_state_dict(tensors)
 
@@ -121,7 +134,7 @@ def state_dict_of(twin: nn.Module) -> StateDict:
 def logits(twin: nn.Module, images: NDArray[Any]) -> NDArray[Any]:
     """Images ``[B, C, H, W]`` -> logits ``[B, K]``, in evaluation mode."""
     with torch.inference_mode():
-        return twin.eval()(torch.from_numpy(images)).numpy()
+        return twin.eval()(torch.tensor(images)).numpy()
 
 
 def activations(twin: nn.Module, images: NDArray[Any], *, train: bool) -> dict[str, NDArray[Any]]:
@@ -139,7 +152,7 @@ def activations(twin: nn.Module, images: NDArray[Any], *, train: bool) -> dict[s
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
             module.register_forward_hook(keep(name))
     with torch.no_grad():
-        twin.train(train)(torch.from_numpy(images))
+        twin.train(train)(torch.tensor(images))
     return found
 
 
@@ -148,7 +161,7 @@ def loss_and_gradients(
 ) -> tuple[float, StateDict]:
     """The mean cross-entropy in training mode, and its gradient by parameter name."""
     twin = copy.deepcopy(twin).train()
-    loss = F.cross_entropy(twin(torch.from_numpy(images)), torch.from_numpy(labels).long())
+    loss = F.cross_entropy(twin(torch.tensor(images)), torch.tensor(labels).long())
     loss.backward()
     return loss.item(), {name: p.grad.numpy() for name, p in twin.named_parameters()}
 
@@ -209,9 +222,9 @@ def train(
     Yields the mean cross-entropy of each step, without label smoothing.
     """
     optimizer, schedule = make_optimizer(twin, config, total_steps)
-    twin.train()
     for images, labels in batches:
-        output, target = twin(torch.from_numpy(images)), torch.from_numpy(labels).long()
+        twin.train()  # the caller may have evaluated it in between
+        output, target = twin(torch.tensor(images)), torch.tensor(labels).long()
         loss = F.cross_entropy(output, target, label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -220,3 +233,72 @@ def train(
         optimizer.step()
         schedule.step()
         yield F.cross_entropy(output.detach(), target).item()
+
+
+# CVE-2025-32434 (up to 2.5.1) and CVE-2026-24747 (before 2.10) run code despite weights_only=True.
+_SAFE_TO_READ = (2, 10)
+
+# Where training scripts keep the state_dict beside the optimizer's and the epoch.
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+def read_pth(path: Path) -> StateDict:
+    """The tensors of a state_dict that ``torch.save`` wrote, by name; nothing in it is run.
+
+    Half precision comes as float32, as NumPy does not have all of torch's types.
+
+    Raises:
+        CifarJaxError: checkpoint; damaged, or no state_dict. Environment; a torch with known holes.
+        OSError: the file cannot be read.
+    """
+    if torch.__version__ < _SAFE_TO_READ:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"torch {torch.__version__} can be made to run code by a .pth (CVE-2026-24747)",
+            fix="pip install torch==2.13.0",
+        )
+    content = path.read_bytes()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # on formats that it then refuses
+            payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+) was not", str(error))
+        more = f"{found[1]}, which loading would run" if found else "more than tensors"
+        raise _no_state_dict(path, f"holds {more}") from error
+    except Exception as error:  # a damaged pickle ends in whatever its instructions run into
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise _no_state_dict(path, f"is damaged, or not of torch.save: {reason}") from error
+    if isinstance(payload, dict):
+        payload = next((payload[key] for key in _STATE_DICT_KEYS if key in payload), payload)
+    if not isinstance(payload, dict):
+        raise _no_state_dict(path, f"holds a {type(payload).__name__}")
+    for name, tensor in payload.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise _no_state_dict(path, f"has {name!r}, a {type(tensor).__name__}, in its dict")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise _no_state_dict(path, f"has {name}, which is sparse, quantized or on no device")
+    return {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
+        for name, tensor in payload.items()
+    }
+
+
+def write_pth(path: Path, state_dict: StateDict) -> None:
+    """Write ``state_dict`` for ``model.load_state_dict(torch.load(path))``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    buffer = io.BytesIO()  # torch.save to a full disk raises what other bugs raise too
+    tensors = {name: torch.tensor(np.array(a, order="C")) for name, a in state_dict.items()}
+    torch.save(tensors, buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def _no_state_dict(path: Path, reason: str) -> CifarJaxError:
+    return CifarJaxError(
+        ExitCode.CHECKPOINT,
+        f"{path} {reason}",
+        fix="in PyTorch, load it where you trust it and save the weights alone: "
+        "torch.save(model.state_dict(), path)",
+    )

@@ -18,8 +18,8 @@ from cifar_jax.evaluation import make_evaluate
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
-    _CPU_COMPILER_OPTIONS,
     AXIS_NAME,
+    CPU_COMPILER_OPTIONS,
     compile_step,
     select_devices,
     shard,
@@ -181,7 +181,7 @@ def test_pmap_over_one_device_is_jit() -> None:
     _, mapped = run_steps(SMALL, 1, n_steps=5)
     step, state = make_step(SMALL, None)
     batches = make_batches(5, 16)
-    step = jax.jit(step).lower(state, batches[0]).compile(compiler_options=_CPU_COMPILER_OPTIONS)
+    step = jax.jit(step).lower(state, batches[0]).compile(compiler_options=CPU_COMPILER_OPTIONS)
     for batch in batches:
         state, _ = step(state, batch)
     for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(state), strict=True):

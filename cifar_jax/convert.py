@@ -1,0 +1,303 @@
+"""Trained networks between JAX and PyTorch: ``python -m cifar_jax.convert SOURCE DESTINATION``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar_jax import cli
+from cifar_jax.config import NOT_PART_OF_THE_RUN, ModelName, TrainConfig, from_json, to_json
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+if TYPE_CHECKING:  # slow to import: a wrong option is answered before
+    from cifar_jax.layout import StateDict
+    from cifar_jax.trained import TrainedNetwork
+
+DESCRIPTION = """\
+Convert a trained network between PyTorch and JAX, exactly: float32 weights keep every bit.
+
+The formats are told by the endings: .pth and .pt are state_dicts of PyTorch (they take
+`pip install torch==2.13.0`), .safetensors the same tensors under the same names, and a folder is a
+checkpoint of this program: a --workdir of cifar_jax.train, of which the best step is taken, or one
+checkpoints/<step>. A folder that is written is a workdir of the same kind.
+
+The network is found from the names and shapes of the tensors. Nothing in a file is run: a whole
+pickled model is refused, save torch.save(model.state_dict(), 'net.pth'). Nothing is overwritten.
+
+examples:
+  python -m cifar_jax.convert cifar10-cnn.pth runs/from-torch
+  python -m cifar_jax.convert photos.pth runs/photos --classes ant,bee --mean 0.5,0.5,0.5 \\
+      --std 0.5,0.5,0.5
+  python -m cifar_jax.convert runs/20261122-101500-cnn net.safetensors
+"""
+
+_GROUP = "what the tensors do not say"
+
+# In the order of ImageFolder, which numbers them by name.
+_CIFAR10 = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """What to know of a network whose file holds tensors alone."""
+
+    model: ModelName | None = cli.option(
+        None, "the network; not given, it is found from the tensors", group=_GROUP
+    )
+    image_size: int | None = cli.option(
+        None,
+        "side of the images of training, where the network takes any [default 32]",
+        group=_GROUP,
+        unit="pixels",
+        at_least=1,
+    )
+    mean: tuple[float, ...] = cli.option(
+        (),
+        "what training subtracted from each channel of pixels 0..1 [default 0,0,0]",
+        group=_GROUP,
+    )
+    std: tuple[float, ...] = cli.option(
+        (), "what it then divided each channel by [default 1,1,1]", group=_GROUP, above=0
+    )
+    classes: tuple[str, ...] = cli.option(
+        (),
+        "names of the classes in the order of their labels, comma-separated [default CIFAR-10's in "
+        "alphabetical order for 10 classes, else 'class 0' and on]",
+        group=_GROUP,
+    )
+
+    def __post_init__(self) -> None:
+        cli.check_bounds(self)
+
+    @property
+    def given(self) -> list[str]:
+        fields = dataclasses.fields(self)
+        return [cli.flag(f.name) for f in fields if getattr(self, f.name) != f.default]
+
+
+def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
+    """Write the network in ``source`` as ``destination``; each kind is told by its ending.
+
+    Prints what was assumed of the network, and what was converted.
+
+    Raises:
+        CifarJaxError: usage; ``destination`` exists, or ``options`` that contradict the network.
+            Checkpoint; ``source`` holds no network of the zoo. Environment; no torch for a
+            ``.pth``, or ``destination`` cannot be written.
+    """
+    if os.path.lexists(destination):
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"DESTINATION {destination} exists, and is not overwritten",
+            fix="give a new name, or move it away",
+        )
+    if not source.exists():
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT, f"SOURCE {source} does not exist", fix="check the path"
+        )
+    from cifar_jax import trained
+    from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict
+
+    network = _read(source, options)
+    ending = destination.suffix.lower()
+    with _new(destination) as path:
+        if ending in ENDINGS:
+            write_state_dict(path, network.state_dict(), _metadata_of(network))
+        else:
+            trained.save(network, path, source=f"converted from {source.name}")
+    print(
+        f"converted {network.config.model}, {network.n_params:,} parameters, "
+        f"{len(network.class_names)} classes, images of "
+        f"{'x'.join(map(str, network.image_shape))}: {source} -> {destination}"
+    )
+    if ending == SAFETENSORS_ENDING:
+        print(f'in PyTorch: model.load_state_dict(safetensors.torch.load_file("{destination}"))')
+    elif ending in ENDINGS:
+        print(
+            f'in PyTorch: model.load_state_dict(torch.load("{destination}"))\n'
+            f"a {ending} does not hold mean, std and class names; a {SAFETENSORS_ENDING} does"
+        )
+
+
+def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
+    from cifar_jax import trained
+    from cifar_jax.state_dicts import read_state_dict
+
+    if source.is_dir():
+        network = trained.load(source)
+    else:
+        state_dict, metadata = read_state_dict(source)
+        if "config" not in metadata:
+            return _from_tensors(source, state_dict, options)
+        network = _from_metadata(source, state_dict, metadata)
+    if options.given:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"{', '.join(options.given)} with {source}, which says by itself what it holds",
+            fix="leave it out",
+        )
+    return network
+
+
+def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) -> TrainedNetwork:
+    """The network that the tensors are of; what they do not say is an option, or assumed."""
+    from cifar_jax.state_dicts import identify, takes_one_size, variables_of
+    from cifar_jax.trained import TrainedNetwork
+
+    config, image_shape, num_classes = identify(
+        state_dict, model=options.model, image_size=options.image_size
+    )
+    variables = variables_of(state_dict, config, image_shape, num_classes, path)
+    side, _, channels = image_shape
+    for name, values in (("--mean", options.mean), ("--std", options.std)):
+        if values and len(values) != channels:
+            raise CifarJaxError(
+                ExitCode.USAGE,
+                f"{name} has {len(values)} number(s), the network's images have {channels} "
+                "channel(s)",
+                fix="give one for each channel",
+            )
+    if options.classes and len(set(options.classes)) != num_classes:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--classes has {len(set(options.classes))} name(s), the network {num_classes} "
+            "class(es)",
+            fix="give a name for each, in the order of the labels",
+        )
+    if not options.image_size and not takes_one_size(config):
+        print(f"assumed: images of {side}x{side}; if not, give --image-size")
+    if not options.mean:
+        print("assumed: training subtracted no mean from pixels 0..1; if it did, give --mean")
+    if not options.std:
+        print("assumed: training did not divide them by a std; if it did, give --std")
+    if not options.classes:
+        print(f"assumed: {_describe(_default_classes(num_classes))}; if not, give --classes")
+    if config.model == "resnet9":
+        print("assumed: logits are 0.125 times what the classifier gives, as resnet9's here are")
+    if config.dropout:
+        print(f"assumed: dropout of {config.dropout}, which matters in training alone")
+    return TrainedNetwork(
+        config,
+        options.classes or _default_classes(num_classes),
+        image_shape,
+        options.mean or (0.0,) * channels,
+        options.std or (1.0,) * channels,
+        variables,
+    )
+
+
+def _default_classes(count: int) -> tuple[str, ...]:
+    if count == len(_CIFAR10):
+        return _CIFAR10
+    digits = len(str(count - 1))  # so that they sort as they are numbered
+    return tuple(f"class {k:0{digits}}" for k in range(count))
+
+
+def _describe(classes: tuple[str, ...]) -> str:
+    if len(classes) < 3:
+        return f"classes called {' and '.join(classes)}"
+    return f"classes called {classes[0]}, {classes[1]} ... {classes[-1]}"
+
+
+def _metadata_of(network: TrainedNetwork) -> dict[str, str]:
+    """All of ``network`` but its variables, each value as JSON; no paths of this machine."""
+    config = to_json(network.config)
+    values = {
+        "config": {name: v for name, v in config.items() if name not in NOT_PART_OF_THE_RUN},
+        "class_names": network.class_names,
+        "image_shape": network.image_shape,
+        "mean": network.mean,
+        "std": network.std,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def _from_metadata(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> TrainedNetwork:
+    """The inverse of :func:`_metadata_of`, checked: the file may be anyone's."""
+    from cifar_jax.state_dicts import variables_of
+    from cifar_jax.trained import TrainedNetwork
+
+    try:
+        config = _checked_config(json.loads(metadata["config"]))
+        class_names = tuple(map(str, json.loads(metadata["class_names"])))
+        height, width, channels = map(int, json.loads(metadata["image_shape"]))
+        mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
+        if min(height, width, channels, len(class_names), *std) <= 0:
+            raise ValueError("sizes and std must be above 0")
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"mean {mean} and std {std} are not of {channels} channel(s)")
+    except (CifarJaxError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, CifarJaxError) else repr(error)
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"the metadata of {path} describes no network of this program: {reason}",
+            fix="use the file as cifar_jax.convert wrote it, or save its tensors alone",
+        ) from error
+    image_shape = (height, width, channels)
+    variables = variables_of(state_dict, config, image_shape, len(class_names), path)
+    return TrainedNetwork(config, class_names, image_shape, mean, std, variables)
+
+
+def _checked_config(values: dict[str, Any]) -> TrainConfig:
+    """``from_json``, with each value held to its type and choices as on a command line."""
+    from_json(values)  # no key that is not an option
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            arguments.append(cli.flag(name if value else f"no_{name}"))
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            arguments.append(f"{cli.flag(name)}={text}")
+    return TrainConfig(
+        **cli.make_parser(TrainConfig, prog="", description="").parse_given(arguments)
+    )
+
+
+@contextlib.contextmanager
+def _new(destination: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``destination`` when all is written, or nothing does.
+
+    Raises:
+        CifarJaxError: environment; it cannot be written.
+    """
+    folder = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
+        path = folder / destination.name
+        yield path
+        path.rename(destination)
+    except OSError as error:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"cannot write DESTINATION {destination}: {error}",
+            fix="make room there, or give another place",
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.make_parser(
+        ConvertOptions, prog="python -m cifar_jax.convert", description=DESCRIPTION
+    )
+    parser.add_argument("source", metavar="SOURCE", help="the network: a file or a folder")
+    parser.add_argument("destination", metavar="DESTINATION", help="a new file or folder")
+    given = parser.parse_given(argv)
+    source, destination = Path(given.pop("source")), Path(given.pop("destination"))
+    convert(source, destination, ConvertOptions(**given))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,330 @@
+"""A state_dict of PyTorch in a file: read, written, and recognised as a network of the zoo."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cifar_jax.config import ModelName, TrainConfig
+from cifar_jax.dataset import ImageShape
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.layout import (
+    Array,
+    StateDict,
+    TorchLayout,
+    Variables,
+    fold_bias_into_batch_norm,
+    from_torch,
+    to_torch,
+)
+from cifar_jax.models import create_model
+
+Shape = tuple[int, ...]
+
+SAFETENSORS_ENDING = ".safetensors"
+ENDINGS = (".pth", ".pt", SAFETENSORS_ENDING)
+
+_USUAL_SIDE = 32  # of CIFAR-10's images, where a network takes any
+_USUAL_DROPOUT = 0.5  # PyTorch's default: the layer's place is in the names, its rate is not
+
+# Differences named of each kind; a network that is quite another one has dozens.
+_NAMED = 5
+
+
+def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
+    """The tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file as float32, and its metadata.
+
+    Names come as this program spells them: without the ``module.`` of DataParallel, the
+    ``_orig_mod.`` of torch.compile or anything else that all begin with, and for an
+    ``nn.Sequential`` with the tutorial's ``network.`` before its numbers. Batch norm's
+    ``num_batches_tracked``, which has no use here, is left out.
+
+    Raises:
+        CifarJaxError: checkpoint; absent, damaged, or not of numbers. Usage; another ending.
+            Environment; no torch, or one with known holes, for a ``.pth``.
+    """
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"{path} is no folder, and does not end in {', '.join(ENDINGS)}",
+            fix="give a checkpoint's folder or such a file; rename it if it is one",
+        )
+    metadata: dict[str, str] = {}
+    try:
+        if ending == SAFETENSORS_ENDING:
+            tensors, metadata = _read_safetensors(path)
+        else:
+            tensors = _read_pth(path)
+    except OSError as error:
+        raise _refuse(f"cannot read {path}: {error}", "give another SOURCE") from error
+    tensors = {n: a for n, a in tensors.items() if not n.endswith("num_batches_tracked")}
+    for name, array in tensors.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
+            raise _refuse(
+                f"{name} in {path} is {array.dtype}{list(array.shape)}, which no weights are",
+                "leave it out of the file, or convert the network before it is quantized",
+            )
+    if not tensors:
+        raise _refuse(f"{path} has no tensors", "save the state_dict of a network")
+    return _own_names({n: a.astype(np.float32, order="C") for n, a in tensors.items()}), metadata
+
+
+def write_state_dict(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> None:
+    """Write a ``.pth``, ``.pt`` or ``.safetensors`` file; ``metadata`` goes into the last alone.
+
+    Raises:
+        CifarJaxError: environment; no torch for a ``.pth``.
+        OSError: the file cannot be written.
+    """
+    # safetensors 0.8 writes an array's memory as it lies, whatever its strides.
+    contiguous = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
+    if path.suffix.lower() == SAFETENSORS_ENDING:
+        path.write_bytes(safetensors.numpy.save(contiguous, {"format": "pt", **metadata}))
+    else:
+        _write_pth(path, contiguous)
+
+
+def identify(
+    state_dict: StateDict, *, model: ModelName | None = None, image_size: int | None = None
+) -> tuple[TrainConfig, ImageShape, int]:
+    """The network that ``state_dict`` comes closest to by the names of its layers.
+
+    Widths and hidden units are read off the tensors; of the config, only what differs from the
+    model's own is set. Whether the tensors really are that network's, :func:`variables_of` tells.
+
+    Args:
+        model: the only one to consider; None for all.
+        image_size: the side of the images, for networks that take any.
+
+    Returns:
+        The config, the image shape ``(H, W, C)``, and the number of classes.
+
+    Raises:
+        CifarJaxError: usage; ``image_size`` leaves nothing after the network's poolings.
+    """
+    layers = {name.rpartition(".")[0] for name in state_dict}
+    names: tuple[ModelName, ...] = (model,) if model else typing.get_args(ModelName)
+    candidates = [found for name in names for found in _candidates(name, state_dict, image_size)]
+
+    def distance(candidate: tuple[TrainConfig, ImageShape, int]) -> int:
+        return len(layers.symmetric_difference(_layout(*candidate).names.values()))
+
+    config, image_shape, num_classes = min(candidates, key=distance)
+    halvings = _halvings(config)
+    if image_shape[0] < 2**halvings:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--image-size {image_size} is too small for {config.model}, which halves the image "
+            f"{halvings} times",
+            fix=f"give {2**halvings} or more",
+        )
+    return config, image_shape, num_classes
+
+
+def variables_of(
+    state_dict: StateDict,
+    config: TrainConfig,
+    image_shape: ImageShape,
+    num_classes: int,
+    source: Path,
+) -> Variables:
+    """The variables in Flax's layout, of tensors that are exactly those of the network.
+
+    A bias of a convolution before a batch norm, which our networks do without, is folded into it.
+
+    Args:
+        source: the file, for the error.
+
+    Raises:
+        CifarJaxError: checkpoint; tensors are missing, extra or of another shape.
+    """
+    layout = _layout(config, image_shape, num_classes)
+    expected = _expected_shapes(config, image_shape, num_classes)
+    for layer, following in itertools.pairwise(layout.names.values()):
+        if f"{layer}.bias" in state_dict and f"{following}.running_mean" in expected:
+            expected[f"{layer}.bias"] = expected[f"{following}.running_mean"]
+    found = {name: array.shape for name, array in state_dict.items()}
+    if found != expected:
+        raise _refuse(
+            f"the tensors in {source} are not those of {_describe(config)}: "
+            f"{_differences(found, expected)}",
+            "name the network with --model if it is another one; one that is not of the zoo "
+            "cannot be converted",
+        )
+    return from_torch(fold_bias_into_batch_norm(state_dict, layout), layout)
+
+
+def _candidates(
+    name: ModelName, state_dict: StateDict, image_size: int | None
+) -> Iterator[tuple[TrainConfig, ImageShape, int]]:
+    """The networks called ``name`` with the widths of ``state_dict`` and each choice of options."""
+    ordered = [state_dict[n] for n in sorted(state_dict, key=_network_order)]
+    kernels = [array.shape for array in ordered if array.ndim == 4]  # [O, I, H, W]
+    weights = [array.shape for array in ordered if array.ndim == 2]  # [O, I]
+    num_classes = weights[-1][0] if weights else 10
+    own = create_model(TrainConfig(model=name), num_classes, None)
+    widths: Shape = ()
+    hidden: Shape = ()
+    if own.widths:
+        widths = tuple(shape[0] for shape in kernels)
+    if name == "resnet9":  # conv1 to conv4 come first, then the residual blocks
+        widths = widths[:4] if len(widths) >= 4 else ()
+    elif name != "linear":
+        hidden = tuple(shape[0] for shape in weights[:-1])
+    for batch_norm, dropout in itertools.product((False, True), (0.0, _USUAL_DROPOUT)):
+        try:
+            config = TrainConfig(
+                model=name,
+                widths=widths if widths != own.widths else (),
+                hidden=hidden if hidden and hidden != own.hidden else (),
+                batch_norm=batch_norm,
+                dropout=dropout,
+            )
+        except CifarJaxError:
+            continue  # an option that this model does not have
+        kernel = kernels[0] if kernels else None
+        weight = weights[0] if weights else None
+        yield config, _image_shape(config, kernel, weight, image_size), num_classes
+
+
+def _image_shape(
+    config: TrainConfig, kernel: Shape | None, weight: Shape | None, image_size: int | None
+) -> ImageShape:
+    """The images that fit the first convolution's kernel and the first Dense layer's weight."""
+    inputs = weight[1] if weight else 0
+    model = create_model(config, 1, None)
+    if not model.widths:
+        if image_size:
+            return image_size, image_size, max(inputs // image_size**2, 1)
+        for channels in (3, 1):
+            side = math.isqrt(inputs // channels)
+            if side and side * side * channels == inputs:
+                return side, side, channels
+        return _USUAL_SIDE, _USUAL_SIDE, 3
+    channels = kernel[1] if kernel else 3
+    side = image_size or _USUAL_SIDE
+    if not image_size and takes_one_size(config):
+        side = math.isqrt(inputs // model.widths[-1]) * 2 ** _halvings(config) or _USUAL_SIDE
+    return side, side, channels
+
+
+def takes_one_size(config: TrainConfig) -> bool:
+    """Whether the network flattens, so that its tensors tell the size of the images."""
+    return config.model not in ("cnn-gap", "resnet9")
+
+
+def _halvings(config: TrainConfig) -> int:
+    """How many times the network pools 2x2."""
+    if config.model == "resnet9":
+        return 3
+    model = create_model(config, 1, None)
+    return len(model.widths) // model.convs_per_pool
+
+
+def _layout(config: TrainConfig, image_shape: ImageShape, num_classes: int) -> TorchLayout:
+    return create_model(config, num_classes, None).torch_layout(image_shape)
+
+
+def _expected_shapes(
+    config: TrainConfig, image_shape: ImageShape, num_classes: int
+) -> dict[str, Shape]:
+    """The shape of each tensor in PyTorch, by name, in the order of the network."""
+    model = create_model(config, num_classes, None)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    # Arrays of numbers without bytes: shapes that contradict each other can multiply to terabytes.
+    variables = jax.tree.map(lambda leaf: np.empty(leaf.shape, "V0"), dict(shapes))
+    tensors = to_torch(variables, model.torch_layout(image_shape))
+    return {n: a.shape for n, a in tensors.items() if not n.endswith("num_batches_tracked")}
+
+
+def _describe(config: TrainConfig) -> str:
+    options = [("batch norm", config.batch_norm), ("dropout", config.dropout)]
+    given = [name for name, value in options if value]
+    return config.model + (f" with {' and '.join(given)}" if given else "")
+
+
+def _differences(found: dict[str, Shape], expected: dict[str, Shape]) -> str:
+    missing = [f"{n} {list(shape)}" for n, shape in expected.items() if n not in found]
+    extra = [
+        f"{n} {list(found[n])}" for n in sorted(found, key=_network_order) if n not in expected
+    ]
+    mis_shaped = [
+        f"{n} {list(found[n])} instead of {list(shape)}"
+        for n, shape in expected.items()
+        if found.get(n, shape) != shape
+    ]
+    kinds = {"missing": missing, "extra": extra, "of another shape": mis_shaped}
+    return "; ".join(
+        f"{kind}: {', '.join(names[:_NAMED])}"
+        + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        for kind, names in kinds.items()
+        if names
+    )
+
+
+def _network_order(name: str) -> list[str]:
+    """A key that sorts ``network.2`` before ``network.10``; files keep no order of layers."""
+    return [part.zfill(9) if part.isdecimal() else part for part in name.split(".")]
+
+
+def _own_names(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Without what all names begin with; then ``network.`` before the numbers of a sequence."""
+    while True:
+        heads = {name.split(".")[0] for name in tensors}
+        rests = {name.partition(".")[2]: array for name, array in tensors.items()}
+        if len(heads) > 1 or not all("." in rest for rest in rests):
+            break  # what is left are the layers, of which a linear model has one
+        tensors = rests
+    return {f"network.{n}" if n[:1].isdecimal() else n: array for n, array in tensors.items()}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    # Of types that NumPy lacks it says so in one of the other two.
+    except (safetensors.SafetensorError, AttributeError, TypeError) as error:
+        raise _refuse(
+            f"{path} is damaged, or no {SAFETENSORS_ENDING} of numbers: {error}",
+            "use another copy, or save it again as float32",
+        ) from error
+
+
+def _read_pth(path: Path) -> dict[str, Array]:
+    try:
+        from cifar_jax.torch_reference import read_pth
+    except ImportError as error:
+        raise _no_torch(error) from error
+    return read_pth(path)
+
+
+def _write_pth(path: Path, state_dict: dict[str, Array]) -> None:
+    try:
+        from cifar_jax.torch_reference import write_pth
+    except ImportError as error:
+        raise _no_torch(error) from error
+    write_pth(path, state_dict)
+
+
+def _no_torch(error: ImportError) -> CifarJaxError:
+    return CifarJaxError(
+        ExitCode.ENVIRONMENT,
+        f"a .pth takes PyTorch to read or write: {error}",
+        fix="pip install torch==2.13.0, or use .safetensors",
+    )
+
+
+def _refuse(what: str, fix: str) -> CifarJaxError:
+    return CifarJaxError(ExitCode.CHECKPOINT, what, fix=fix)

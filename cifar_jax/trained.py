@@ -1,0 +1,147 @@
+"""A trained network, as a checkpoint holds it: all that predicting takes, and no training state."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from cifar_jax import checkpoint
+from cifar_jax.config import TrainConfig, from_json, to_json
+from cifar_jax.dataset import ImageShape
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.layout import StateDict, Variables, to_torch
+from cifar_jax.metrics import RunningSums, best_row
+from cifar_jax.models import create_model
+from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.train_step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedNetwork:
+    """A network, its weights, and what its images and answers mean.
+
+    Attributes:
+        class_names: the name of each label, in label order.
+        image_shape: ``(H, W, C)`` of the images of training.
+        mean, std: of each channel, in units of 0..1; images are normalised by them.
+        variables: ``params`` and ``batch_stats`` with NumPy leaves.
+    """
+
+    config: TrainConfig
+    class_names: tuple[str, ...]
+    image_shape: ImageShape
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    variables: Variables
+
+    @property
+    def model(self) -> nn.Module:
+        return create_model(self.config, len(self.class_names), None)
+
+    @property
+    def n_params(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+
+    def state_dict(self) -> StateDict:
+        """The variables under PyTorch's names and in its layout."""
+        return to_torch(self.variables, self.model.torch_layout(self.image_shape))
+
+
+def load(path: Path) -> TrainedNetwork:
+    """The network in ``path``: the best step of a run's workdir, or one step's folder.
+
+    The best step has the highest validation accuracy. Where that is not known, or not saved any
+    more, it is the newest.
+
+    Raises:
+        CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read.
+    """
+    step = _step_folder(path)
+    saved = checkpoint.restore(step)
+    try:
+        height, width, channels = saved.metadata["image_shape"]
+        return TrainedNetwork(
+            config=from_json(saved.metadata["config"]),
+            class_names=tuple(saved.metadata["class_names"]),
+            image_shape=(height, width, channels),
+            mean=tuple(saved.metadata["mean"]),
+            std=tuple(saved.metadata["std"]),
+            variables={
+                "params": jax.device_get(saved.state["params"]),
+                "batch_stats": jax.device_get(saved.state.get("batch_stats") or {}),
+            },
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"the checkpoint {step} holds no network of this program: {error!r}",
+            fix="use the version of cifar_jax that wrote it",
+        ) from error
+
+
+def _step_folder(path: Path) -> Path:
+    if (path / "manifest.json").is_file():
+        return path
+    steps = checkpoint.saved_steps(path / "checkpoints")
+    if not steps:
+        what = "is neither a run's workdir nor a checkpoint" if path.exists() else "does not exist"
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"{path} {what}",
+            fix="give a --workdir of cifar_jax.train that has a saved step, or one "
+            "checkpoints/<step> in it",
+        )
+    best = _best_step(path / "metrics.jsonl")
+    return path / "checkpoints" / str(best if best in steps else steps[-1])
+
+
+def _best_step(metrics: Path) -> int | None:
+    try:
+        history = [json.loads(line) for line in metrics.read_text().splitlines()]
+        return best_row(history)["step"] if history else None
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"cannot read {metrics}, which tells the best step: {error!r}",
+            fix=f"say which step: {metrics.parent / 'checkpoints'}/<step>",
+        ) from error
+
+
+def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:
+    """Write ``network`` as a workdir that :func:`load` reads: ``config.json``, ``checkpoints/0``.
+
+    Args:
+        source: where the network comes from; it stands for the name of the data, which is unknown.
+
+    Raises:
+        CifarJaxError: environment; the checkpoint cannot be written.
+        OSError: nor can the workdir.
+    """
+    params = network.variables["params"]
+    state = TrainState(
+        step=np.array(0, np.int32),
+        params=params,
+        batch_stats=network.variables["batch_stats"],
+        opt_state=make_optimizer(network.config, make_schedule(network.config, 1)).init(params),
+    )
+    metadata = {
+        "config": to_json(network.config),
+        "data": {"name": f"unknown data ({source})", "digest": "unknown"},
+        "class_names": network.class_names,
+        "image_shape": network.image_shape,
+        "mean": network.mean,
+        "std": network.std,
+        "history": [],
+        "sums": dataclasses.asdict(RunningSums()),
+        "seconds": 0.0,
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(to_json(network.config), indent=2) + "\n")
+    checkpoint.save(workdir / "checkpoints", 0, state, metadata, best_step=0)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_jax import checkpoint
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.train import train_and_evaluate
+from cifar_jax.trained import TrainedNetwork, load, save
+
+
+def make_network(value: float = 0.5) -> TrainedNetwork:
+    config = TrainConfig(model="cnn-gap", widths=(4,), batch_norm=True, dropout=0.25)
+    network = TrainedNetwork(config, ("ant", "bee"), (9, 9, 1), (0.1,), (0.3,), {})
+    shapes = jax.eval_shape(network.model.init, jax.random.key(0), np.zeros((1, 9, 9, 1)))
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, value, leaf.dtype), dict(shapes))
+    return dataclasses.replace(network, variables=variables)
+
+
+def add_step(workdir: Path, step: int) -> None:
+    """A copy of step 0 whose parameters are all ``step``."""
+    saved = checkpoint.restore(workdir / "checkpoints" / "0")
+    saved.state["params"] = jax.tree.map(
+        lambda leaf: np.full_like(leaf, step), saved.state["params"]
+    )
+    checkpoint.save(workdir / "checkpoints", step, saved.state, saved.metadata, best_step=0)
+
+
+def step_of(network: TrainedNetwork) -> float:
+    return float(network.variables["params"]["Dense_0"]["bias"][0])
+
+
+def write_history(workdir: Path, accuracy_at: dict[int, float]) -> None:
+    rows = [{"step": step, "val_accuracy": value} for step, value in accuracy_at.items()]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    network = make_network()
+    save(network, tmp_path, source="a test")
+    for path in (tmp_path, tmp_path / "checkpoints" / "0"):
+        loaded = load(path)
+        for field in ("config", "class_names", "image_shape", "mean", "std"):
+            assert getattr(loaded, field) == getattr(network, field)
+        assert jax.tree.structure(loaded.variables) == jax.tree.structure(network.variables)
+        assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(loaded.variables))
+        assert jax.tree.all(jax.tree.map(np.array_equal, loaded.variables, network.variables))
+    logits = network.model.apply(loaded.variables, np.ones((2, 9, 9, 1), np.float32))
+    assert logits.shape == (2, 2)
+    assert network.n_params == 3 * 3 * 4 + 2 * 4 + 4 * 2 + 2
+
+
+def test_the_best_step_is_taken_else_the_newest(tmp_path: Path) -> None:
+    save(make_network(), tmp_path, source="a test")
+    add_step(tmp_path, 9)
+    add_step(tmp_path, 10)
+    assert step_of(load(tmp_path)) == 10, "no history: the newest, as numbers go"
+    write_history(tmp_path, {})
+    assert step_of(load(tmp_path)) == 10
+    write_history(tmp_path, {8: 0.1, 9: 0.3, 10: 0.2})
+    assert step_of(load(tmp_path)) == 9
+    assert step_of(load(tmp_path / "checkpoints" / "10")) == 10
+    write_history(tmp_path, {8: 0.9, 9: 0.3, 10: 0.2})
+    assert step_of(load(tmp_path)) == 10, "the best is not saved"
+
+
+def test_a_run_that_was_trained_is_loaded(image_folder: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=str(image_folder), model="linear", batch_size=27, epochs=2, crop=0, flip=False
+    )
+    report = train_and_evaluate(config, tmp_path)
+    network = load(tmp_path)
+    assert network.config == config
+    assert network.class_names == ("bird", "cat", "frog")
+    assert network.image_shape == (8, 8, 3)
+    assert network.n_params == report["n_params"]
+    best = checkpoint.restore(tmp_path / "checkpoints" / str(report["best_step"]))
+    sha256 = checkpoint.tree_sha256(network.variables["params"])
+    assert sha256 == checkpoint.tree_sha256(best.state["params"])
+    assert network.variables["batch_stats"] == {}
+
+
+def test_a_converted_network_is_no_run_to_resume(image_folder: Path, tmp_path: Path) -> None:
+    config = TrainConfig(data=str(image_folder), model="linear", batch_size=27, epochs=1)
+    variables = {
+        "params": {"Dense_0": {"kernel": np.zeros((192, 3), "f4"), "bias": np.zeros(3, "f4")}},
+        "batch_stats": {},
+    }
+    names, ones = ("bird", "cat", "frog"), (1.0, 1.0, 1.0)
+    save(TrainedNetwork(config, names, (8, 8, 3), ones, ones, variables), tmp_path, source="x.pth")
+    with pytest.raises(CifarJaxError, match=r"was trained on unknown data \(x.pth\)"):
+        train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty folder", "file", "checkpoints"])
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "empty folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("x")
+    elif kind == "checkpoints":
+        save(make_network(), tmp_path, source="a test")
+    with pytest.raises(CifarJaxError, match=r"does not exist|is neither a run's workdir") as caught:
+        load(path)
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert str(path) in str(caught.value)
+
+
+def test_a_damaged_history_or_checkpoint_is_named(tmp_path: Path) -> None:
+    save(make_network(), tmp_path, source="a test")
+    (tmp_path / "metrics.jsonl").write_text('{"step": ')
+    with pytest.raises(CifarJaxError, match=r"cannot read .*metrics\.jsonl") as caught:
+        load(tmp_path)
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert "\n" not in str(caught.value)
+    (tmp_path / "metrics.jsonl").unlink()
+    manifest = tmp_path / "checkpoints" / "0" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("a", "b"))
+    with pytest.raises(CifarJaxError, match="is not the file that was saved"):
+        load(tmp_path)
+    other = tmp_path / "other"
+    checkpoint.save(other / "checkpoints", 1, {"x": np.zeros(1)}, {"a": 1}, best_step=1)
+    with pytest.raises(CifarJaxError, match=r"holds no network .*image_shape"):
+        load(other)
