@@ -1,0 +1,146 @@
+"""The same training in both frameworks, image for image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from cifar_jax import layout, parity, torch_reference
+from cifar_jax.augment import make_augmentation
+from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import Dataset, Split
+from cifar_jax.models import create_model
+from cifar_jax.train_step import normalize
+from layouts.models import initial_variables
+
+
+def train_in_both(source: str, data_dir: str | None, *, quick: bool) -> dict[str, Any]:
+    """Train the tutorial's network in both from the same weights, on the same augmented images.
+
+    Once from each framework's own initial weights, so that what they differ in can be seen too.
+    """
+    from cifar_jax.sources import load_dataset
+
+    config = TrainConfig(model="cnn")
+    if quick:
+        config = dataclasses.replace(config, epochs=4, batch_size=64, max_train_examples=3200)
+    dataset = load_dataset(source, data_dir=data_dir, max_train_examples=config.max_train_examples)
+    runs = {
+        "flax_initial_weights": _train_in_both(config, dataset, torch_weights=False),
+        "torch_initial_weights": _train_in_both(config, dataset, torch_weights=True),
+    }
+    return {
+        "data": dataset.name,
+        "digest": dataset.digest,
+        "n_train": len(dataset.train),
+        "n_val": len(dataset.val),
+        "n_test": len(dataset.test),
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        **runs,
+    }
+
+
+def _train_in_both(config: TrainConfig, dataset: Dataset, *, torch_weights: bool) -> dict[str, Any]:
+    from cifar_jax.input_pipeline import train_batches
+
+    model = create_model(config, len(dataset.class_names), None)
+    pair = parity.Pair(model, initial_variables(model, dataset.image_shape), dataset.image_shape)
+    if torch_weights:
+        weights = torch_reference.initial_state_dict(model, dataset.image_shape, seed=0)
+        variables = layout.from_torch(weights, pair.layout)
+        pair = parity.Pair(model, variables, dataset.image_shape)
+    augment = jax.jit(jax.vmap(make_augmentation(config, dataset.mean)))
+    steps_per_epoch = len(dataset.train) // config.batch_size
+
+    def augmented() -> Iterator[tuple[Any, Any]]:
+        batches = train_batches(
+            dataset.train, batch_size=config.batch_size, seed=0, epochs=config.epochs
+        )
+        for step, batch in enumerate(batches):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), config.batch_size)
+            yield np.asarray(augment(keys, batch["image"])), batch["label"]
+
+    plain = dataclasses.replace(config, flip=False, crop=0)  # it is done already
+    steps = parity.train_in_lockstep(
+        pair, plain, augmented(), config.epochs * steps_per_epoch, dataset.mean, dataset.std
+    )
+    curves: dict[str, list[float]] = {"jax": [], "torch": []}
+    losses: dict[str, list[float]] = {"jax": [], "torch": []}
+    for step, (state, our_loss, their_loss) in enumerate(steps, start=1):
+        losses["jax"].append(our_loss)
+        losses["torch"].append(their_loss)
+        if step % steps_per_epoch == 0:
+            trained = jax.device_get(state.variables)
+            scorers = _scorers(pair, trained, dataset)
+            for framework in curves:
+                correct = scorers[framework](dataset.val)
+                curves[framework].append(correct / len(dataset.val))
+            print(
+                f"  epoch {step // steps_per_epoch}: validation accuracy "
+                + ", ".join(f"{name} {100 * curve[-1]:.2f} %" for name, curve in curves.items()),
+                flush=True,
+            )
+    return {
+        "val_accuracy": curves,
+        "train_loss_by_epoch": {
+            name: np.mean(np.reshape(values, (config.epochs, -1)), axis=1).tolist()
+            for name, values in losses.items()
+        },
+        "test_correct": _cross_score(pair, trained, dataset),
+    }
+
+
+def _scorers(pair: parity.Pair, variables: Any, dataset: Dataset) -> dict[str, Any]:
+    """For ``variables`` in JAX and for the twin as it stands: right answers in a split."""
+    from cifar_jax.input_pipeline import eval_batches
+
+    def normalized(images: Any) -> Any:
+        return np.asarray(normalize(images, dataset.mean, dataset.std))
+
+    apply = jax.jit(pair.model.apply)
+
+    def count(predict: Callable[[Any], Any], split: Split) -> int:
+        correct = 0
+        for batch in eval_batches(split, batch_size=500):
+            right = predict(normalized(batch["image"])).argmax(-1) == batch["label"]
+            correct += int((right * batch["mask"]).sum())
+        return correct
+
+    def theirs(x: Any) -> Any:
+        return torch_reference.logits(pair.twin, layout.nhwc_to_nchw(x))
+
+    return {
+        "jax": lambda split: count(lambda x: np.asarray(apply(variables, x)), split),
+        "torch": lambda split: count(theirs, split),
+    }
+
+
+def _cross_score(pair: parity.Pair, trained: Any, dataset: Dataset) -> dict[str, int]:
+    """Right answers on the test images, of both sets of weights in both frameworks.
+
+    Without the permutation: what becomes of JAX's weights in PyTorch if only the axes of each
+    kernel are moved, and the first Dense layer's inputs stay in the order h, w, c.
+    """
+
+    def score(variables: Any, weights: dict[str, Any]) -> dict[str, int]:
+        torch_reference.load(pair.twin, weights)
+        scorers = _scorers(pair, variables, dataset)
+        return {framework: scorer(dataset.test) for framework, scorer in scorers.items()}
+
+    torch_weights = torch_reference.state_dict_of(pair.twin)
+    theirs = score(layout.from_torch(torch_weights, pair.layout), torch_weights)
+    ours = score(trained, layout.to_torch(trained, pair.layout))
+    unpermuted = dataclasses.replace(pair.layout, flattened=None)
+    without = score(trained, layout.to_torch(trained, unpermuted))
+    return {
+        "jax_weights_in_jax": ours["jax"],
+        "jax_weights_in_torch": ours["torch"],
+        "jax_weights_in_torch_without_permutation": without["torch"],
+        "torch_weights_in_torch": theirs["torch"],
+        "torch_weights_in_jax": theirs["jax"],
+    }

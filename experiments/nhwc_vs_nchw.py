@@ -1,0 +1,122 @@
+r"""NHWC against NCHW, JAX against PyTorch: what is the same, what is faster, what trips people up?
+
+    python experiments/nhwc_vs_nchw.py --quick --output quick.json            # two minutes
+    python experiments/nhwc_vs_nchw.py --data cifar10.tar.gz \
+        --output experiments/results/nhwc_vs_nchw.json                        # an hour
+
+Writes one JSON and, beside it, one figure:
+
+models     how far each network of the zoo is from its PyTorch twin with the same weights:
+           activations, logits, gradients and 200 steps of training, relative to the largest value
+optimizers the same 200 steps with SGD, Nesterov, Adam and AdamW
+timings    JAX in NHWC and NCHW, PyTorch contiguous and channels_last, in turn, a process each
+hlo        what XLA made of each layout: transposes, copies, FLOPs, bytes
+training   the same run in both frameworks, image for image
+pitfalls   what goes wrong when layouts are mixed up, in numbers
+
+A section is written as soon as it is measured; a study that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from layouts.figure import draw
+from layouts.hlo import inspect_hlo
+from layouts.models import compare_models, compare_optimizers
+from layouts.pitfalls import measure_pitfalls
+from layouts.timings import time_all
+from layouts.training import train_in_both
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the JSON to write; the figure goes beside it"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small networks, few rounds, the built-in shapes"
+    )
+    parser.add_argument("--data", help="for the training [default shapes if --quick, else auto]")
+    parser.add_argument("--data-dir", help="as in cifar_jax.train")
+    arguments = parser.parse_args()
+
+    # Not by a worker: one that times JAX does without torch.
+
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    study = Study(arguments.output, {"quick": arguments.quick})
+    study.measure("models", lambda: compare_models(arguments.quick))
+    study.measure("optimizers", lambda: compare_optimizers(arguments.quick))
+    study.measure("timings", lambda: time_all(arguments.quick))
+    study.measure("hlo", lambda: inspect_hlo(arguments.quick))
+    source = arguments.data or ("shapes" if arguments.quick else "auto")
+    study.measure(
+        "training", lambda: train_in_both(source, arguments.data_dir, quick=arguments.quick)
+    )
+    study.measure("pitfalls", lambda: measure_pitfalls(study.results["training"]))
+    study.finish()
+    figure = arguments.output.with_suffix(".png")
+    draw(study.results, figure)
+    print(f"wrote {arguments.output} and {figure}")
+
+
+class Study:
+    """Results that are on the disk as soon as there are any.
+
+    A file that is not ``complete`` is gone on with, if it was begun with the same settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        self.results: dict[str, Any] = {**settings, **environment(), "complete": False}
+        if path.exists():
+            found = json.loads(path.read_text())
+            if not found["complete"] and settings.items() <= found.items():
+                self.results = found
+
+    def measure(self, name: str, section: Callable[[], Any]) -> None:
+        if name in self.results:
+            return
+        print(f"{name} ...", flush=True)
+        started = time.perf_counter()
+        self.results[name] = section()
+        self._write()
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+    def finish(self) -> None:
+        self.results["complete"] = True
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        os.replace(temporary, self._path)
+
+
+def environment() -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
