@@ -153,7 +153,7 @@ def torch_running_variance(variance: Array, *, start: Array, n: int, steps: int)
 
     Args:
         start: the running variance before the first step, of which no factor is due.
-        n: values in a batch of which the variance is taken, B * H * W.
+        n: values of which a batch's variance is taken, B * H * W; the same at every step.
         steps: training steps since ``start``.
     """
     kept = start * _BATCH_NORM_MOMENTUM**steps

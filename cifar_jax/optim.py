@@ -5,21 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from numpy.typing import NDArray
 
 from cifar_jax.config import TrainConfig
 
 
 def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate at each step 0 .. total_steps - 1."""
+    """The learning rate at each step 0 .. total_steps - 1: PyTorch's, rounded once.
+
+    OneCycle is that of ``torch.optim.lr_scheduler.OneCycleLR``, whose peak may lie between two
+    steps; optax would put it on the step before, and be 2 % of the peak away from it.
+    """
     peak = config.learning_rate
-    # A schedule of T values makes T - 1 moves, as torch's OneCycleLR(total_steps=T) does.
-    moves = max(total_steps - 1, 1)
+    steps = np.arange(total_steps)
     if config.schedule == "onecycle":
-        return optax.cosine_onecycle_schedule(moves, peak)
-    if config.schedule == "cosine":
-        return optax.cosine_decay_schedule(peak, moves)
-    return optax.constant_schedule(peak)
+        top = 0.3 * total_steps - 1
+        rates = np.where(
+            steps <= top,
+            _cosine(peak / 25, peak, steps / top),
+            _cosine(peak, peak / 25 / 1e4, (steps - top) / (total_steps - 1 - top)),
+        )
+    elif config.schedule == "cosine":
+        rates = _cosine(peak, 0.0, steps / max(total_steps - 1, 1))
+    else:
+        return optax.constant_schedule(peak)
+    return lambda step: jnp.asarray(rates)[step]
+
+
+def _cosine(start: float, end: float, progress: NDArray[Any]) -> NDArray[Any]:
+    """From ``start`` at progress 0 to ``end`` at 1."""
+    return end + (start - end) * (1 + np.cos(np.pi * progress)) / 2
 
 
 def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

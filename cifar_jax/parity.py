@@ -19,7 +19,6 @@ import optax
 from numpy.typing import NDArray
 
 from cifar_jax import layout, torch_reference
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.layout import Array, Variables
 from cifar_jax.models import ConvNet, ResNet9
@@ -141,20 +140,22 @@ def train_in_lockstep(
 
     Args:
         pair: its twin is trained in place.
-        config: of the optimizer and schedule; without augmentation and dropout.
+        config: of the optimizer and schedule; nothing is augmented, and no network with dropout
+            fits, as no two frameworks share its masks.
         batches: images ``[B, H, W, C]`` of one size and labels ``[B]``; a step each.
         total_steps: that the schedule is made for.
         mean, std: for :func:`cifar_jax.train_step.normalize`.
 
     Yields:
-        After each step our state and loss, and PyTorch's loss.
+        After each step our state, which the next step takes the memory of, and loss, and PyTorch's
+        loss.
     """
     tx = make_optimizer(config, make_schedule(config, total_steps))
     unbound_step = functools.partial(
         train_step,
         model=pair.model,
         tx=tx,
-        augment=make_augmentation(config, mean),
+        augment=lambda key, image: image,
         mean=mean,
         std=std,
         seed=0,
@@ -172,9 +173,7 @@ def train_in_lockstep(
     devices = jax.devices()[:1]
     step: Callable[..., Any] | None = None
     ahead: deque[tuple[Array, NDArray[np.int32]]] = deque()
-    their_losses = torch_reference.train(
-        pair.twin, config, iter(ahead.popleft, None), total_steps
-    )
+    their_losses = torch_reference.train(pair.twin, config, iter(ahead.popleft, None), total_steps)
     for images, labels in batches:
         if step is None:
             shape = images.shape[1:]

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Threads of torch that wait would otherwise spin on the cores that JAX's need: ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

@@ -59,7 +59,8 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.output, {"quick": arguments.quick})
     study.measure("models", lambda: compare_models(arguments.quick))
-    study.measure("optimizers", lambda: compare_optimizers(arguments.quick))
+    if not arguments.quick:
+        study.measure("optimizers", compare_optimizers)
     study.measure("timings", lambda: time_all(arguments.quick))
     study.measure("hlo", lambda: inspect_hlo(arguments.quick))
     source = arguments.data or ("shapes" if arguments.quick else "auto")

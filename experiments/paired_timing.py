@@ -23,6 +23,7 @@ from typing import Any
 
 Spec = dict[str, Any]
 RunSteps = Callable[[int], None]  # runs that many steps and waits until they are done
+Describe = Callable[[], dict[str, Any]]  # what a worker has to say of itself when it is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Timing:
     """What was measured of one program.
 
     Attributes:
+        spec: the worker's, and the program's name as its ``pass``.
         step_ms: of each round, the mean time of a step in milliseconds.
-        info: what the program said of itself: device, compilation time, memory.
+        info: what the worker said of itself: its device, its memory.
     """
 
     spec: Spec
@@ -54,25 +56,24 @@ class Timing:
 def serve(
     spec: Spec, make: Callable[[Spec], tuple[RunSteps, Callable[[], dict[str, Any]]]]
 ) -> None:
-    """The worker's side: build the program of ``spec``, then run steps as it is told.
+    """The worker's side: build the programs of ``spec``, then run steps as it is told.
 
     Args:
-        make: returns the program, and what it has to say of itself when it is done.
+        make: returns the programs by name.
     """
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what a library prints is no answer
         baseline = _peak_memory_mb()
-        started = time.perf_counter()
-        run, describe = make(spec)
-        run(1)
-        first = time.perf_counter() - started
-        print("ready", file=out, flush=True)
-        while steps := int(sys.stdin.readline() or 0):
+        programs, describe = make(spec)
+        for run in programs.values():
+            run(1)
+        print(json.dumps(list(programs)), file=out, flush=True)
+        while order := sys.stdin.readline().split():
+            run, steps = programs[order[0]], int(order[1])
             started = time.perf_counter()
             run(steps)
             print((time.perf_counter() - started) / steps * 1e3, file=out, flush=True)
         info = {
-            "build_and_first_step_s": round(first, 2),
             "peak_memory_mb": round(_peak_memory_mb()),
             "memory_before_mb": round(baseline),
             **describe(),
@@ -92,7 +93,9 @@ def _peak_memory_mb() -> float:
 def time_in_turn(
     command: Sequence[str], specs: Sequence[Spec], *, rounds: int, steps: int, cwd: Path
 ) -> list[Timing]:
-    """Time the programs of ``specs``, each served by ``command SPEC``, in turn.
+    """Time the programs of ``specs``, each served by a process ``command SPEC``, in turn.
+
+    All workers have programs of the same names, which are timed one after the other.
 
     Args:
         rounds: how often each gets its turn; the first is not counted.
@@ -106,16 +109,19 @@ def time_in_turn(
         workers = []
         for spec in specs:
             workers.append(stack.enter_context(_Worker(command, spec, cwd)))
-            workers[-1].read()  # one at a time: compilations side by side would swell the memory
-        times: list[list[float]] = [[] for _ in specs]
-        for round_ in range(rounds + 1):
-            for worker, measured in zip(workers, times, strict=True):
-                step_ms = float(worker.ask(steps))
-                if round_:
-                    measured.append(step_ms)
+        programs = [json.loads(worker.read()) for worker in workers]
+        times: dict[tuple[int, str], list[float]] = {}
+        for name in programs[0]:
+            for round_ in range(rounds + 1):
+                for i, worker in enumerate(workers):
+                    time.sleep(0.2)  # the threads of the one before may spin before they sleep
+                    step_ms = float(worker.ask(f"{name} {steps}"))
+                    if round_:
+                        times.setdefault((i, name), []).append(step_ms)
+        infos = [json.loads(worker.ask("")) for worker in workers]
         return [
-            Timing(spec, measured, json.loads(worker.ask(0)))
-            for spec, worker, measured in zip(specs, workers, times, strict=True)
+            Timing({**specs[i], "pass": name}, measured, infos[i])
+            for (i, name), measured in times.items()
         ]
 
 
@@ -140,11 +146,11 @@ class _Worker:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()  # closes the pipes
         self._errors.close()
 
-    def ask(self, steps: int) -> str:
-        print(steps, file=self._process.stdin, flush=True)
+    def ask(self, order: str) -> str:
+        print(order, file=self._process.stdin, flush=True)
         return self.read()
 
     def read(self) -> str:

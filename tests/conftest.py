@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _folder = tempfile.TemporaryDirectory(prefix="cifar_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as cifar_jax.torch_reference says
 
 import jax
 import numpy as np

@@ -18,9 +18,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     _draw_steps(steps_axes, results["timings"])
     _draw_curves(curves_axes, results["training"])
     _draw_drift(drift_axes, results["models"], "float32")
-    _draw_drift(
-        float64_axes, {name: row["float64"] for name, row in results["models"].items()}, "float64"
-    )
+    if results["quick"]:
+        float64_axes.set_axis_off()
+    else:
+        float64 = {name: row["float64"] for name, row in results["models"].items()}
+        _draw_drift(float64_axes, float64, "float64")
     figure.suptitle(f"NHWC and NCHW, JAX and PyTorch ({results['machine']}, {results['date']})")
     figure.savefig(path, dpi=110)
 
@@ -38,9 +40,11 @@ def _draw_steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
         places = np.arange(len(models)) + i * height
         label = " ".join(program).replace(" compiled", "") if program[0] == "jax" else None
         axes.barh(places, medians, height, xerr=[below, above], label=label or " ".join(program))
-    axes.set_yticks(np.arange(len(models)) + 0.4 - height / 2, models)
+    sizes = {row["model"]: row["batch_size"] for row in rows}
+    names = [f"{model}\n{sizes[model]} images" for model in models]
+    axes.set_yticks(np.arange(len(models)) + 0.4 - height / 2, names)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="ms", title="a training step of 128 images")
+    axes.set(xscale="log", xlabel="ms", title="a training step")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, axis="x")
 

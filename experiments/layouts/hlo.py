@@ -16,8 +16,8 @@ def inspect_hlo(quick: bool) -> dict[str, Any]:
     for model in ("cnn",) if quick else ("cnn", "cnn-wide", "resnet9"):
         found[model] = {}
         for name in ("NHWC", "NCHW"):
-            spec = {"model": model, "layout": name, "pass": "train", "batch_size": 128}
-            compiled, _, _ = compile_jax_step(spec)
+            spec = {"model": model, "layout": name, "batch_size": 128}
+            compiled, _, _ = compile_jax_step(spec, "train")
             text, cost, memory = (
                 compiled.as_text(),
                 compiled.cost_analysis(),

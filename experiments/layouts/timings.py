@@ -23,7 +23,7 @@ from layouts.models import CLASSES, initial_variables
 
 _EXPERIMENTS = Path(__file__).resolve().parents[1]
 
-Program = tuple[paired_timing.RunSteps, Callable[[], dict[str, Any]]]
+Programs = tuple[dict[str, paired_timing.RunSteps], paired_timing.Describe]
 
 
 def time_all(quick: bool) -> list[dict[str, Any]]:
@@ -33,43 +33,42 @@ def time_all(quick: bool) -> list[dict[str, Any]]:
         programs += [("torch", "contiguous", mode), ("torch", "channels_last", mode)]
     rows = []
     for model in ("cnn",) if quick else ("cnn", "cnn-wide", "resnet9"):
-        for pass_ in ("forward", "train"):
-            specs = [
-                {
-                    "framework": framework,
-                    "layout": layout_name,
-                    "mode": mode,
-                    "pass": pass_,
-                    "model": model,
-                    "batch_size": 128,
-                }
-                for framework, layout_name, mode in programs
-            ]
-            command = [sys.executable, "-m", "layouts.timings"]
-            heavy = model == "resnet9" and jax.default_backend() == "cpu"
-            rounds, steps = (5, 3) if quick else (5, 1) if heavy else (11, 4)
-            for timing in paired_timing.time_in_turn(
-                command, specs, rounds=rounds, steps=steps, cwd=_EXPERIMENTS
-            ):
-                row = timing.row()
-                rows.append(row)
-                print(
-                    f"  {model:9s} {pass_:8s} {row['framework']:6s} {row['layout']:14s} "
-                    f"{row['mode']:9s} {row['step_ms_median']:7.1f} ms "
-                    f"({row['step_ms_min']:.1f} to {row['step_ms_max']:.1f})",
-                    flush=True,
-                )
+        on_cpu = jax.default_backend() == "cpu"
+        batch_size = 16 if model == "resnet9" and on_cpu else 128  # whose 128 take seconds there
+        specs = [
+            {
+                "framework": framework,
+                "layout": layout_name,
+                "mode": mode,
+                "model": model,
+                "batch_size": batch_size,
+            }
+            for framework, layout_name, mode in programs
+        ]
+        command = [sys.executable, "-m", "layouts.timings"]
+        rounds = 3 if quick else 11
+        for timing in paired_timing.time_in_turn(
+            command, specs, rounds=rounds, steps=3, cwd=_EXPERIMENTS
+        ):
+            row = timing.row()
+            rows.append(row)
+            print(
+                f"  {model:9s} {row['pass']:8s} {row['framework']:6s} {row['layout']:14s} "
+                f"{row['mode']:9s} {row['step_ms_median']:7.1f} ms "
+                f"({row['step_ms_min']:.1f} to {row['step_ms_max']:.1f})",
+                flush=True,
+            )
     return rows
 
 
-def make_program(spec: dict[str, Any]) -> Program:
-    """The program that a worker times: it runs steps, and describes itself."""
-    make = make_jax_program if spec["framework"] == "jax" else make_torch_program
+def make_programs(spec: dict[str, Any]) -> Programs:
+    """The programs ``forward`` and ``train`` that a worker times."""
+    make = make_jax_programs if spec["framework"] == "jax" else make_torch_programs
     return make(spec)
 
 
-def jax_step(spec: dict[str, Any]) -> tuple[Callable[..., Any], Any, tuple[Any, Any]]:
-    """A step in ``spec``'s layout, its state, and its batch, the images in that layout.
+def jax_step(spec: dict[str, Any], pass_: str) -> tuple[Callable[..., Any], Any, tuple[Any, Any]]:
+    """``forward`` or ``train`` in ``spec``'s layout, with its state and its batch.
 
     The two layouts share everything but the network: loss, gradient, Adam.
     """
@@ -99,7 +98,7 @@ def jax_step(spec: dict[str, Any]) -> tuple[Callable[..., Any], Any, tuple[Any, 
         def apply(params: Any, statistics: Any, images: Any, train: bool) -> tuple[Any, Any]:
             return nchw_program.apply(model, {**params, **statistics}, images, train=train)
 
-    if spec["pass"] == "forward":
+    if pass_ == "forward":
 
         def forward(state: Any, batch: Any) -> tuple[Any, Any]:
             return state, apply(*state, batch[0], False)[0]
@@ -123,23 +122,26 @@ def jax_step(spec: dict[str, Any]) -> tuple[Callable[..., Any], Any, tuple[Any, 
     return train, (params, statistics, tx.init(params)), (images, labels)
 
 
-def compile_jax_step(spec: dict[str, Any]) -> tuple[jax.stages.Compiled, Any, Any]:
-    step, state, batch = jax_step(spec)
-    donated = () if spec["pass"] == "forward" else (0,)
+def compile_jax_step(spec: dict[str, Any], pass_: str) -> tuple[jax.stages.Compiled, Any, Any]:
+    step, state, batch = jax_step(spec, pass_)
+    donated = () if pass_ == "forward" else (0,)
     lowered = jax.jit(step, donate_argnums=donated).lower(state, batch)
     on_cpu = jax.default_backend() == "cpu"
     options = CPU_COMPILER_OPTIONS if on_cpu else None
     return lowered.compile(compiler_options=options), *jax.device_put((state, batch))
 
 
-def make_jax_program(spec: dict[str, Any]) -> Program:
-    compiled, state, batch = compile_jax_step(spec)
+def make_jax_programs(spec: dict[str, Any]) -> Programs:
+    def make(pass_: str) -> paired_timing.RunSteps:
+        compiled, state, batch = compile_jax_step(spec, pass_)
 
-    def run(steps: int) -> None:
-        nonlocal state
-        for _ in range(steps):
-            state, result = compiled(state, batch)
-        jax.block_until_ready((state, result))
+        def run(steps: int) -> None:
+            nonlocal state
+            for _ in range(steps):
+                state, result = compiled(state, batch)
+            jax.block_until_ready((state, result))
+
+        return run
 
     def describe() -> dict[str, Any]:
         device = jax.devices()[0]
@@ -147,10 +149,10 @@ def make_jax_program(spec: dict[str, Any]) -> Program:
         peak = {"device_peak_mb": on_device["peak_bytes_in_use"] >> 20} if on_device else {}
         return {"device": device.device_kind, **peak}
 
-    return run, describe
+    return {pass_: make(pass_) for pass_ in ("forward", "train")}, describe
 
 
-def make_torch_program(spec: dict[str, Any]) -> Program:
+def make_torch_programs(spec: dict[str, Any]) -> Programs:
     import torch  # in its own processes only: not in those that time JAX
     from torch.nn import functional as F
 
@@ -167,22 +169,23 @@ def make_torch_program(spec: dict[str, Any]) -> Program:
     network = torch.compile(twin) if spec["mode"] == "compiled" else twin
     optimizer = torch.optim.Adam(twin.parameters(), lr=1e-3)
 
-    def forward() -> None:
+    def forward(steps: int) -> None:
+        twin.eval()
         with torch.inference_mode():
-            network(x)
+            for _ in range(steps):
+                network(x)
+        synchronize()
 
-    def train() -> None:
-        loss = F.cross_entropy(network(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    twin.train(spec["pass"] == "train")
-    step = train if spec["pass"] == "train" else forward
-
-    def run(steps: int) -> None:
+    def train(steps: int) -> None:
+        twin.train()
         for _ in range(steps):
-            step()
+            loss = F.cross_entropy(network(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        synchronize()
+
+    def synchronize() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -192,7 +195,7 @@ def make_torch_program(spec: dict[str, Any]) -> Program:
         name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() >> 20
         return {"device": name, "device_peak_mb": peak}
 
-    return run, describe
+    return {"forward": forward, "train": train}, describe
 
 
 def timing_batch(batch_size: int) -> tuple[Any, Any]:
@@ -203,4 +206,4 @@ def timing_batch(batch_size: int) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    paired_timing.serve(json.loads(sys.argv[1]), make_program)
+    paired_timing.serve(json.loads(sys.argv[1]), make_programs)

@@ -12,8 +12,9 @@ import numpy as np
 from cifar_jax import layout, parity, torch_reference
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, Split
+from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
 from cifar_jax.models import create_model
+from cifar_jax.sources import load_dataset
 from cifar_jax.train_step import normalize
 from layouts.models import initial_variables
 
@@ -23,12 +24,14 @@ def train_in_both(source: str, data_dir: str | None, *, quick: bool) -> dict[str
 
     Once from each framework's own initial weights, so that what they differ in can be seen too.
     """
-    from cifar_jax.sources import load_dataset
-
-    config = TrainConfig(model="cnn")
+    config = TrainConfig(model="cnn", epochs=5)
     if quick:
-        config = dataclasses.replace(config, epochs=4, batch_size=64, max_train_examples=3200)
+        config = dataclasses.replace(config, epochs=4, batch_size=64, max_train_examples=1920)
     dataset = load_dataset(source, data_dir=data_dir, max_train_examples=config.max_train_examples)
+    if isinstance(dataset.test.images, ImageFiles):
+        from cifar_jax.input_pipeline import decode
+
+        dataset = dataclasses.replace(dataset, test=decode(dataset.test))
     runs = {
         "flax_initial_weights": _train_in_both(config, dataset, torch_weights=False),
         "torch_initial_weights": _train_in_both(config, dataset, torch_weights=True),
@@ -46,8 +49,6 @@ def train_in_both(source: str, data_dir: str | None, *, quick: bool) -> dict[str
 
 
 def _train_in_both(config: TrainConfig, dataset: Dataset, *, torch_weights: bool) -> dict[str, Any]:
-    from cifar_jax.input_pipeline import train_batches
-
     model = create_model(config, len(dataset.class_names), None)
     pair = parity.Pair(model, initial_variables(model, dataset.image_shape), dataset.image_shape)
     if torch_weights:
@@ -58,16 +59,16 @@ def _train_in_both(config: TrainConfig, dataset: Dataset, *, torch_weights: bool
     steps_per_epoch = len(dataset.train) // config.batch_size
 
     def augmented() -> Iterator[tuple[Any, Any]]:
-        batches = train_batches(
-            dataset.train, batch_size=config.batch_size, seed=0, epochs=config.epochs
-        )
-        for step, batch in enumerate(batches):
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), config.batch_size)
-            yield np.asarray(augment(keys, batch["image"])), batch["label"]
+        images, labels = dataset.train.pixels, dataset.train.labels
+        for step in range(config.epochs * steps_per_epoch):
+            epoch, position = divmod(step, steps_per_epoch)
+            start = position * config.batch_size
+            chosen = epoch_order(len(labels), 0, epoch)[start : start + config.batch_size]
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(chosen))
+            yield np.asarray(augment(keys, images[chosen])), labels[chosen]
 
-    plain = dataclasses.replace(config, flip=False, crop=0)  # it is done already
     steps = parity.train_in_lockstep(
-        pair, plain, augmented(), config.epochs * steps_per_epoch, dataset.mean, dataset.std
+        pair, config, augmented(), config.epochs * steps_per_epoch, dataset.mean, dataset.std
     )
     curves: dict[str, list[float]] = {"jax": [], "torch": []}
     losses: dict[str, list[float]] = {"jax": [], "torch": []}
@@ -97,18 +98,14 @@ def _train_in_both(config: TrainConfig, dataset: Dataset, *, torch_weights: bool
 
 def _scorers(pair: parity.Pair, variables: Any, dataset: Dataset) -> dict[str, Any]:
     """For ``variables`` in JAX and for the twin as it stands: right answers in a split."""
-    from cifar_jax.input_pipeline import eval_batches
-
-    def normalized(images: Any) -> Any:
-        return np.asarray(normalize(images, dataset.mean, dataset.std))
-
     apply = jax.jit(pair.model.apply)
 
     def count(predict: Callable[[Any], Any], split: Split) -> int:
         correct = 0
-        for batch in eval_batches(split, batch_size=500):
-            right = predict(normalized(batch["image"])).argmax(-1) == batch["label"]
-            correct += int((right * batch["mask"]).sum())
+        for start in range(0, len(split), 500):
+            images = split.pixels[start : start + 500]
+            logits = predict(np.asarray(normalize(images, dataset.mean, dataset.std)))
+            correct += int((logits.argmax(-1) == split.labels[start : start + 500]).sum())
         return correct
 
     def theirs(x: Any) -> Any:

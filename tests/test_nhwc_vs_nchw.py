@@ -1,0 +1,116 @@
+"""The parts of the study that its figures rest on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_layout import random_variables
+
+from cifar_jax import layout
+from cifar_jax.config import TrainConfig
+from cifar_jax.models import create_model
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import paired_timing
+from layouts import nchw_program
+from layouts.hlo import count_moves
+
+SHAPE = (16, 16, 3)
+CONFIGS = {
+    "linear": TrainConfig(model="linear"),
+    "mlp": TrainConfig(model="mlp", hidden=(8,)),
+    "cnn": TrainConfig(model="cnn", widths=(4, 8), hidden=(16,)),
+    "cnn batch norm": TrainConfig(model="cnn", widths=(4, 8), hidden=(16,), batch_norm=True),
+    "cnn-wide": TrainConfig(model="cnn-wide", widths=(4, 4, 8, 8), hidden=(16,)),
+    "cnn-gap": TrainConfig(model="cnn-gap", widths=(4, 8)),
+    "resnet9": TrainConfig(model="resnet9", widths=(4, 8, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_nchw_program_is_the_same_network(name: str, train: bool) -> None:
+    config = CONFIGS[name]
+    model = create_model(config, 10, None)
+    variables = random_variables(config, SHAPE, "float32")
+    images = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
+    expected, updated = jax.jit(
+        lambda v, x: model.apply(v, x, train=train, mutable=["batch_stats"])
+    )(variables, images)
+    tensors = layout.to_torch(variables, model.torch_layout(SHAPE))
+    logits, statistics = jax.jit(lambda t, x: nchw_program.apply(model, t, x, train=train))(
+        tensors, layout.nhwc_to_nchw(images)
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    theirs = layout.to_torch(dict(updated), model.torch_layout(SHAPE))
+    for tensor, value in statistics.items():
+        np.testing.assert_allclose(value, theirs[tensor], rtol=1e-4, atol=1e-5)
+    assert len(statistics) == (2 * name.count("norm") * 2 + 16 * (name == "resnet9")) * train
+
+
+def test_the_moves_of_a_program_are_counted() -> None:
+    hlo = """
+      %fused (p: f32[2,3]) -> f32[3,2] {
+        ROOT %t = f32[3,2]{1,0} transpose(%p), dimensions={1,0}
+      }
+      %copy.1 = f32[4]{0} copy(%x)
+      %copy.2 = f32[]{:T(128)} copy(%y)
+      %transpose_copy_fusion = f32[3,2]{1,0} fusion(%x), calls=%fused
+    """
+    assert count_moves(hlo) == {
+        "transposes": 1,
+        "elements_in_transposes": 6,
+        "copies": 2,
+        "elements_in_copies": 5,
+    }
+
+
+WORKER = """
+    import json, sys, time
+    import paired_timing
+
+    def make(spec):
+        if spec["ms"] < 0:
+            raise ValueError("no such program")
+        print("a library that prints")
+        slow, fast = (lambda n, k=k: time.sleep(n * k * spec["ms"] / 1e3) for k in (3, 1))
+        return {"slow": slow, "fast": fast}, lambda: {"device": "bed"}
+
+    paired_timing.serve(json.loads(sys.argv[1]), make)
+"""
+
+
+def test_programs_are_timed_in_turn_and_described(tmp_path: Path) -> None:
+    command = _write_worker(tmp_path)
+    specs = [{"ms": ms, "batch_size": 8} for ms in (1, 20)]
+    timings = paired_timing.time_in_turn(command, specs, rounds=3, steps=2, cwd=EXPERIMENTS)
+    rows = {(row["ms"], row["pass"]): row for row in (timing.row() for timing in timings)}
+    assert set(rows) == {(1, "slow"), (1, "fast"), (20, "slow"), (20, "fast")}
+    for (ms, pass_), row in rows.items():
+        assert row["step_ms_min"] >= ms * (3 if pass_ == "slow" else 1)
+        assert row["step_ms_min"] <= row["step_ms_median"] <= row["step_ms_max"]
+        assert row["images_per_second"] == pytest.approx(8000 / row["step_ms_median"])
+        assert (row["rounds"], row["device"]) == (3, "bed")
+        assert row["peak_memory_mb"] >= row["memory_before_mb"] > 0
+
+
+def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
+    command = _write_worker(tmp_path)
+    specs = [{"ms": ms, "batch_size": 8} for ms in (1, -1)]
+    with pytest.raises(RuntimeError, match="no such program"):
+        paired_timing.time_in_turn(command, specs, rounds=1, steps=1, cwd=EXPERIMENTS)
+
+
+def _write_worker(folder: Path) -> list[str]:
+    script = folder / "worker.py"
+    path = f"import sys\nsys.path.insert(0, {json.dumps(str(EXPERIMENTS))})\n"
+    script.write_text(path + textwrap.dedent(WORKER))
+    return [sys.executable, str(script)]
