@@ -53,9 +53,7 @@ class Timing:
         }
 
 
-def serve(
-    spec: Spec, make: Callable[[Spec], tuple[RunSteps, Callable[[], dict[str, Any]]]]
-) -> None:
+def serve(spec: Spec, make: Callable[[Spec], tuple[dict[str, RunSteps], Describe]]) -> None:
     """The worker's side: build the programs of ``spec``, then run steps as it is told.
 
     Args:

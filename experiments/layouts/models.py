@@ -7,15 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from cifar_jax import parity, shapes
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import ImageShape
 from cifar_jax.models import MODELS, create_model
-from cifar_jax.train_step import create_train_state
+from layouts.networks import CLASSES, initial_variables
 
-CLASSES = 10
 DRIFT_STEPS = 200
 BATCH_SIZE = 8
 _MEAN, _STD = 0.5, 0.25
@@ -151,10 +148,3 @@ def _drift(pair: parity.Pair, images: Any, labels: Any, config: TrainConfig) -> 
         "param_difference": {"steps": drift.params_steps, "relative": drift.params},
         "loss_first_and_last": [drift.ours[0], drift.ours[-1]],
     }
-
-
-def initial_variables(model: Any, image_shape: ImageShape, dtype: Any = np.float32) -> Any:
-    """Flax's own initial weights, the same in every float type."""
-    with jax.enable_x64(False):
-        state = create_train_state(model, optax.identity(), image_shape, seed=0)
-    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), state.variables)

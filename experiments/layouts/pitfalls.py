@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from cifar_jax import layout, parity, torch_reference
 from cifar_jax.config import TrainConfig
 from cifar_jax.models import create_model
-from layouts.models import CLASSES, initial_variables
+from layouts.networks import CLASSES, initial_variables
 
 
 def measure_pitfalls(training: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.models import create_model
 from cifar_jax.parallel import CPU_COMPILER_OPTIONS
 from layouts import nchw_program
-from layouts.models import CLASSES, initial_variables
+from layouts.networks import CLASSES, initial_variables
 
 _EXPERIMENTS = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
 from cifar_jax.models import create_model
 from cifar_jax.sources import load_dataset
 from cifar_jax.train_step import normalize
-from layouts.models import initial_variables
+from layouts.networks import initial_variables
 
 
 def train_in_both(source: str, data_dir: str | None, *, quick: bool) -> dict[str, Any]:
