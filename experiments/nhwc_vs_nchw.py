@@ -2,9 +2,9 @@ r"""NHWC against NCHW, JAX against PyTorch: what is the same, what is faster, wh
 
     python experiments/nhwc_vs_nchw.py --quick --output quick.json            # two minutes
     python experiments/nhwc_vs_nchw.py --data cifar10.tar.gz \
-        --output experiments/results/nhwc_vs_nchw.json                        # an hour
+        --output experiments/results/nhwc_vs_nchw.json                        # half an hour
 
-Writes one JSON and, beside it, one figure:
+Needs the test extra, which brings torch. Writes one JSON and, beside it, one figure:
 
 models     how far each network of the zoo is from its PyTorch twin with the same weights:
            activations, logits, gradients and 200 steps of training, relative to the largest value
@@ -14,7 +14,8 @@ hlo        what XLA made of each layout: transposes, copies, FLOPs, bytes
 training   the same run in both frameworks, image for image
 pitfalls   what goes wrong when layouts are mixed up, in numbers
 
-A section is written as soon as it is measured; a study that was stopped goes on where it was.
+A section is written as soon as it is measured; a study that was stopped goes on where it was, and
+a complete one is measured anew.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from typing import Any
 
 import jax
 
+from cifar_jax import cli
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.sources import check_source
 from layouts.figure import draw
 from layouts.hlo import inspect_hlo
 from layouts.models import compare_models, compare_optimizers
@@ -53,17 +57,15 @@ def main() -> None:
     parser.add_argument("--data", help="for the training [default shapes if --quick, else auto]")
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     arguments = parser.parse_args()
-
-    # Not by a worker: one that times JAX does without torch.
-
+    source = arguments.data or ("shapes" if arguments.quick else "auto")
+    check_source(source)  # before minutes of work, as the folder
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.output, {"quick": arguments.quick})
+    study = Study(arguments.output, {"quick": arguments.quick, "data": source})
     study.measure("models", lambda: compare_models(arguments.quick))
     if not arguments.quick:
         study.measure("optimizers", compare_optimizers)
     study.measure("timings", lambda: time_all(arguments.quick))
     study.measure("hlo", lambda: inspect_hlo(arguments.quick))
-    source = arguments.data or ("shapes" if arguments.quick else "auto")
     study.measure(
         "training", lambda: train_in_both(source, arguments.data_dir, quick=arguments.quick)
     )
@@ -84,9 +86,19 @@ class Study:
         self._path = path
         self.results: dict[str, Any] = {**settings, **environment(), "complete": False}
         if path.exists():
-            found = json.loads(path.read_text())
+            found = self._read()
             if not found["complete"] and settings.items() <= found.items():
                 self.results = found
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return {"complete": True} | dict(json.loads(self._path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CifarJaxError(
+                ExitCode.USAGE,
+                f"--output {self._path} is there already, and no result of this study: {error}",
+                fix="give another --output",
+            ) from error
 
     def measure(self, name: str, section: Callable[[], Any]) -> None:
         if name in self.results:
@@ -120,4 +132,4 @@ def environment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

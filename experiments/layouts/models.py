@@ -39,6 +39,8 @@ def compare_models(quick: bool) -> dict[str, Any]:
     The 200 steps are those of a narrower network where the whole one would take minutes;
     ``quick`` makes all narrow, and leaves out float64.
     """
+    # Compiling is most of the time that small networks take, and optimizing most of compiling.
+    jax.config.update("jax_disable_most_optimizations", quick)
     compared = {}
     for name in MODELS:
         whole = _config(name, narrow=quick, **OPTIMIZERS["sgd"])
@@ -68,6 +70,7 @@ def compare_models(quick: bool) -> dict[str, Any]:
                 flush=True,
             )
         compared[name] = row
+    jax.config.update("jax_disable_most_optimizations", False)
     return compared
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from cifar_jax import layout, parity, torch_reference
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
+from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order, stratified_choice
 from cifar_jax.models import create_model
 from cifar_jax.sources import load_dataset
 from cifar_jax.train_step import normalize
@@ -26,8 +26,11 @@ def train_in_both(source: str, data_dir: str | None, *, quick: bool) -> dict[str
     """
     config = TrainConfig(model="cnn", epochs=5)
     if quick:
-        config = dataclasses.replace(config, epochs=4, batch_size=64, max_train_examples=1920)
+        config = dataclasses.replace(config, epochs=3, batch_size=64, max_train_examples=1920)
     dataset = load_dataset(source, data_dir=data_dir, max_train_examples=config.max_train_examples)
+    if quick:
+        chosen = stratified_choice(dataset.test.labels, 500, np.random.default_rng(0))
+        dataset = dataclasses.replace(dataset, test=dataset.test.take(chosen))
     if isinstance(dataset.test.images, ImageFiles):
         from cifar_jax.input_pipeline import decode
 
