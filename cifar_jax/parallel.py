@@ -15,7 +15,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 AXIS_NAME = "batch"
 
 # XLA's YNN fusions, on by default in this jaxlib, make convolutions on a CPU up to twice as slow.
-CPU_COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
@@ -81,19 +81,23 @@ def compile_step(
         donate_argnums=(0,) if returns_state else (),
         devices=devices,
     )
-    lowered = mapped.lower(state, batch)
-    if devices[0].platform != "cpu":
-        return lowered.compile()
-    try:
-        compiled = lowered.compile(compiler_options=CPU_COMPILER_OPTIONS)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        compiled = lowered.compile()  # another jaxlib: without the option, only slower
-    if len(devices) == 1:
+    compiled = compile_lowered(mapped.lower(state, batch), devices[0].platform)
+    if len(devices) == 1 or devices[0].platform != "cpu":
         return compiled
     # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
+
+
+def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+    """Compile with the options that are best for ``platform``."""
+    if platform != "cpu":
+        return lowered.compile()
+    try:
+        return lowered.compile(compiler_options=CPU_COMPILER_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return lowered.compile()  # another jaxlib: without the option, only slower
 
 
 def sum_over_devices(sums: dict[str, jax.Array]) -> dict[str, float]:

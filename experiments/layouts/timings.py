@@ -17,7 +17,7 @@ import paired_timing
 from cifar_jax import layout
 from cifar_jax.config import TrainConfig
 from cifar_jax.models import create_model
-from cifar_jax.parallel import CPU_COMPILER_OPTIONS
+from cifar_jax.parallel import compile_lowered
 from layouts import nchw_program
 from layouts.networks import CLASSES, initial_variables
 
@@ -126,9 +126,8 @@ def compile_jax_step(spec: dict[str, Any], pass_: str) -> tuple[jax.stages.Compi
     step, state, batch = jax_step(spec, pass_)
     donated = () if pass_ == "forward" else (0,)
     lowered = jax.jit(step, donate_argnums=donated).lower(state, batch)
-    on_cpu = jax.default_backend() == "cpu"
-    options = CPU_COMPILER_OPTIONS if on_cpu else None
-    return lowered.compile(compiler_options=options), *jax.device_put((state, batch))
+    compiled = compile_lowered(lowered, jax.default_backend())
+    return compiled, *jax.device_put((state, batch))
 
 
 def make_jax_programs(spec: dict[str, Any]) -> Programs:

@@ -63,12 +63,12 @@ def _train_in_both(config: TrainConfig, dataset: Dataset, *, torch_weights: bool
 
     def augmented() -> Iterator[tuple[Any, Any]]:
         images, labels = dataset.train.pixels, dataset.train.labels
-        for step in range(config.epochs * steps_per_epoch):
-            epoch, position = divmod(step, steps_per_epoch)
-            start = position * config.batch_size
-            chosen = epoch_order(len(labels), 0, epoch)[start : start + config.batch_size]
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(chosen))
-            yield np.asarray(augment(keys, images[chosen])), labels[chosen]
+        for epoch in range(config.epochs):
+            order = epoch_order(len(labels), 0, epoch)[: steps_per_epoch * config.batch_size]
+            for position, chosen in enumerate(order.reshape(steps_per_epoch, -1)):
+                step = epoch * steps_per_epoch + position
+                keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(chosen))
+                yield np.asarray(augment(keys, images[chosen])), labels[chosen]
 
     steps = parity.train_in_lockstep(
         pair, config, augmented(), config.epochs * steps_per_epoch, dataset.mean, dataset.std
