@@ -54,29 +54,25 @@ class Pair:
         torch_reference.load(self.twin, layout.to_torch(variables, self.layout))
 
     def activations(self, images: Array, *, train: bool) -> dict[str, float]:
-        """The difference of each layer's output for images ``[B, H, W, C]``, by Flax's name."""
+        """The differences of all outputs for images ``[B, H, W, C]``, of the last as ``"logits"``.
+
+        Of each layer with parameters by Flax's name.
+        """
         apply = functools.partial(
             self.model.apply,
             train=train,
             capture_intermediates=True,
             mutable=["intermediates", "batch_stats"],
         )
-        _, captured = jax.jit(apply)(self.variables, images)
+        logits, captured = jax.jit(apply)(self.variables, images)
         theirs = torch_reference.activations(self.twin, layout.nhwc_to_nchw(images), train=train)
-        differences = {}
+        differences = {"logits": relative_difference(np.asarray(logits), theirs["logits"])}
         for layer, torch_name in self.layout.names.items():
             ours = np.asarray(captured["intermediates"][layer]["__call__"][0])
             if ours.ndim == 4:
                 ours = layout.nhwc_to_nchw(ours)
             differences[layer] = relative_difference(ours, theirs[torch_name])
         return differences
-
-    def logits(self, images: Array) -> float:
-        """The difference of the logits of images ``[B, H, W, C]``, in evaluation mode."""
-        ours = np.asarray(jax.jit(self.model.apply)(self.variables, images))
-        return relative_difference(
-            ours, torch_reference.logits(self.twin, layout.nhwc_to_nchw(images))
-        )
 
     def gradients(self, images: Array, labels: NDArray[np.int32]) -> dict[str, float]:
         """The differences of the mean loss, ``"loss"``, and of its gradient for each parameter.

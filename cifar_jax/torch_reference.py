@@ -142,7 +142,7 @@ def logits(twin: nn.Module, images: NDArray[Any]) -> NDArray[Any]:
 
 
 def activations(twin: nn.Module, images: NDArray[Any], *, train: bool) -> dict[str, NDArray[Any]]:
-    """What each layer with parameters gives for images ``[B, C, H, W]``, by its name."""
+    """``"logits"`` of images ``[B, C, H, W]``, and each layer with parameters' output by name."""
     twin = copy.deepcopy(twin)  # training mode moves the running statistics
     found: dict[str, NDArray[Any]] = {}
 
@@ -156,7 +156,7 @@ def activations(twin: nn.Module, images: NDArray[Any], *, train: bool) -> dict[s
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
             module.register_forward_hook(keep(name))
     with torch.no_grad():
-        twin.train(train)(torch.tensor(images))
+        found["logits"] = twin.train(train)(torch.tensor(images)).numpy()
     return found
 
 

@@ -125,12 +125,11 @@ def _forward_and_backward(
 ) -> dict[str, Any]:
     x = ((images[0] / 255 - _MEAN) / _STD).astype(dtype)
     gradients = pair.gradients(x, labels[0])
+    evaluating, training = (pair.activations(x, train=train) for train in (False, True))
     return {
         "loss_diff": gradients.pop("loss"),
-        "max_activation_diff": _largest(
-            [*pair.activations(x, train=False).values(), *pair.activations(x, train=True).values()]
-        ),
-        "max_logit_diff": pair.logits(x),
+        "max_activation_diff": _largest([*evaluating.values(), *training.values()]),
+        "max_logit_diff": evaluating["logits"],
         "max_gradient_diff": _largest([*gradients.values()]),
     }
 

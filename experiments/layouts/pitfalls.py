@@ -118,6 +118,11 @@ def _initialisers(training: dict[str, Any]) -> dict[str, Any]:
     ours = initial_variables(model, shape)["params"]
     weights = torch_reference.initial_state_dict(model, shape, seed=0)
     theirs = layout.from_torch(weights, model.torch_layout(shape))["params"]
+    runs = {
+        begun_by: training[key]["val_accuracy"]["jax"]
+        for begun_by in ("flax", "torch")
+        if (key := f"{begun_by}_initial_weights") in training
+    }
     return {
         "what": "Flax draws kernels with std 1/sqrt(fan_in) (LeCun normal) and zero biases; torch "
         "uniformly with std 1/sqrt(3 fan_in), and biases too",
@@ -131,14 +136,8 @@ def _initialisers(training: dict[str, Any]) -> dict[str, Any]:
             }
             for layer, leaves in ours.items()
         },
-        "val_accuracy_first_epoch": {
-            name: training[f"{name}_initial_weights"]["val_accuracy"]["jax"][0]
-            for name in ("flax", "torch")
-        },
-        "val_accuracy_last_epoch": {
-            name: training[f"{name}_initial_weights"]["val_accuracy"]["jax"][-1]
-            for name in ("flax", "torch")
-        },
+        "val_accuracy_first_epoch": {name: curve[0] for name, curve in runs.items()},
+        "val_accuracy_last_epoch": {name: curve[-1] for name, curve in runs.items()},
     }
 
 
