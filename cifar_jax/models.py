@@ -41,6 +41,11 @@ def flatten(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1)
 
 
+def global_max_pool(x: jax.Array) -> jax.Array:
+    """``[B, H, W, C]`` -> ``[B, C]``, for any H and W."""
+    return x.max(axis=(1, 2))
+
+
 def global_average_pool(x: jax.Array) -> jax.Array:
     """``[B, H, W, C]`` -> ``[B, C]``, for any H and W."""
     return x.mean(axis=(1, 2))
@@ -135,23 +140,35 @@ class ResNet9(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         norm = _batch_norm(train, self.axis_name)
 
-        def block(features: int, pool: bool = False) -> nn.Sequential:
-            return nn.Sequential(conv_block(features, norm=norm, pool=pool))
+        def block(features: int, pool: bool = False) -> list[Layer]:
+            return conv_block(features, norm=norm, pool=pool)
 
-        def residual(features: int, x: jax.Array) -> jax.Array:
-            inner = block(features)(x)  # a line of its own: layers are numbered as they are made
-            return x + block(features)(inner)
+        def residual(features: int) -> Layer:
+            branch = nn.Sequential([*block(features), *block(features)])
+
+            def add(x: jax.Array) -> jax.Array:
+                return x + branch(x)
+
+            return add
+
+        def scale(x: jax.Array) -> jax.Array:
+            # The small factor keeps the first logits, and so the first gradients, small.
+            return 0.125 * x
 
         first, second, third, fourth = self.widths
-        x = block(first)(x)
-        x = residual(second, block(second, pool=True)(x))
-        x = block(third, pool=True)(x)
-        x = residual(fourth, block(fourth, pool=True)(x))
-        x = x.max(axis=(1, 2))  # [B, C]
+        layers = [
+            *block(first),
+            *block(second, pool=True),
+            residual(second),
+            *block(third, pool=True),
+            *block(fourth, pool=True),
+            residual(fourth),
+            global_max_pool,
+        ]
         if self.dropout:
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        # The small factor keeps the first logits, and so the first gradients, small.
-        return 0.125 * nn.Dense(self.num_classes, use_bias=False)(x)
+            layers.append(nn.Dropout(self.dropout, deterministic=not train))
+        layers += [nn.Dense(self.num_classes, use_bias=False), scale]
+        return nn.Sequential(layers)(x)
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
         """Under the names that the tutorial's successor gives: ``conv1.0.weight`` and so on."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Most of the tests' time is compiling, and many of them, and the processes that they start, compile
 # the same programs: those are kept for the session.
@@ -45,3 +48,34 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "train", {"bird": 30, "cat": 30, "frog": 30})
     write_images(root / "test", {"bird": 7, "cat": 7, "frog": 7}, seed=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """The workdir of a small `cnn` that was trained on ``image_folder``."""
+    from cifar_jax.config import TrainConfig
+    from cifar_jax.train import train_and_evaluate
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    config = TrainConfig(
+        data=str(image_folder), model="cnn", widths=(4, 8, 16), hidden=(16,), epochs=3, batch_size=9
+    )
+    train_and_evaluate(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")  # its event loop would be in the way of other modules' own
+def browser() -> Iterator[Any]:
+    """A headless Chromium, driven by Playwright; ``.ci/run`` installs it and demands it."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if path is None and "CIFAR_JAX_TESTS_NEED_A_BROWSER" not in os.environ:
+        pytest.skip("needs Chromium or Chrome on the PATH")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox", "--disable-quic", "--disable-background-networking"],
+        )
+        yield chromium
+        chromium.close()

@@ -1,0 +1,91 @@
+"""Image files of any kind, as the pixels that a network was trained on. Pillow only.
+
+A JPEG gives the very pixels that training's decoder gives; what else that decoder does is done
+here too: transparency is dropped, and of 16 bits the upper 8 are kept.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cifar_jax.dataset import ImageShape
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+Fit = Literal["stretch", "crop"]
+
+# 64 megapixels take 200 MB decoded; a file of a few kilobytes can claim thousands of them.
+MAX_PIXELS = 64_000_000
+
+
+def read_image(
+    file: Path | bytes, image_shape: ImageShape, *, fit: Fit = "stretch", name: str | None = None
+) -> NDArray[np.uint8]:
+    """The image in ``file``, a path or a file's content, as uint8 ``[H, W, C]``.
+
+    Turned as its EXIF orientation says; of an animation the first frame.
+
+    Args:
+        image_shape: ``(H, W, C)`` to resize to, bilinear with antialiasing as in training.
+        fit: ``stretch`` changes the proportions to fit; ``crop`` cuts the middle out.
+        name: what to call it in errors.
+
+    Raises:
+        CifarJaxError: data; it cannot be read, is no image, is damaged, or is too large.
+    """
+    name = name or (str(file) if isinstance(file, Path) else "the image")
+    try:
+        content = file.read_bytes() if isinstance(file, Path) else file
+    except OSError as error:
+        raise _refused(name, f"cannot be read: {error.strerror}", "check the path") from error
+    if not content:
+        raise _refused(name, "is empty")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
+            image: Image.Image = Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_PIXELS:
+                raise _refused(
+                    name,
+                    f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}",
+                    "make it smaller",
+                )
+            image = ImageOps.exif_transpose(image)
+            return _resized(_eight_bits(image, image_shape[2]), image_shape, fit)
+    except UnidentifiedImageError as error:
+        raise _refused(name, "is no image of a format that Pillow reads") from error
+    except CifarJaxError:
+        raise
+    except Exception as error:  # a damaged file ends in whatever its decoder runs into
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise _refused(name, f"is damaged: {reason}") from error
+
+
+def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
+    """Greyscale or RGB of 8 bits."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow keeps in 16 or in 32
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255 if values.max() <= 1 else 1
+        image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _resized(image: Image.Image, image_shape: ImageShape, fit: Fit) -> NDArray[np.uint8]:
+    height, width, channels = image_shape
+    if image.size != (width, height):
+        if fit == "crop":
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        else:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(height, width, channels)
+
+
+def _refused(name: str, what: str, fix: str = "give a JPEG, PNG or other image") -> CifarJaxError:
+    return CifarJaxError(ExitCode.DATA, f"{name} {what}", fix=fix)

@@ -1,0 +1,56 @@
+"""A trained network's answers: images in, logits and probabilities out. No TensorFlow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar_jax.parallel import compile_lowered
+from cifar_jax.train_step import normalize
+from cifar_jax.trained import TrainedNetwork
+
+_LARGEST_BATCH = 128
+
+Logits = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+
+def make_logits(network: TrainedNetwork) -> Logits:
+    """A function from images uint8 ``[N, H, W, C]`` to logits ``[N, K]``, for any N.
+
+    It runs in batches whose sizes are powers of two, the last one padded, and compiles each size
+    when it first comes.
+    """
+    model = network.model
+    variables = jax.device_put(network.variables)
+
+    def forward(variables: Any, images: Any) -> jax.Array:
+        return model.apply(variables, normalize(images, network.mean, network.std))
+
+    @functools.cache
+    def compiled(shape: tuple[int, ...]) -> jax.stages.Compiled:
+        images = jax.ShapeDtypeStruct(shape, np.uint8)
+        return compile_lowered(jax.jit(forward).lower(variables, images), jax.default_backend())
+
+    def logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        found = [np.zeros((0, len(network.class_names)), np.float32)]
+        for start in range(0, len(images), _LARGEST_BATCH):
+            batch = images[start : start + _LARGEST_BATCH]
+            n = len(batch)
+            padding = (1 << (n - 1).bit_length()) - n
+            batch = np.pad(batch, [(0, padding), (0, 0), (0, 0), (0, 0)])
+            found.append(np.asarray(compiled(batch.shape)(variables, batch))[:n])
+        return np.concatenate(found)
+
+    return logits
+
+
+def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Logits ``[N, K]`` -> probabilities ``[N, K]``: exp(z_k) / sum_j exp(z_j)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    powers = np.exp(shifted)
+    return powers / powers.sum(axis=-1, keepdims=True)
