@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 from cifar_jax import __version__
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 
+REQUIRED: Any = dataclasses.MISSING
+
 
 def option(
     default: Any,
@@ -38,7 +40,8 @@ def option(
     """A dataclass field that is also a command-line option.
 
     Args:
-        default: the value when the option is not given; ``None`` and 0 often mean "off".
+        default: the value when the option is not given; ``None`` and 0 often mean "off";
+            ``REQUIRED`` demands it, and such fields come first.
         help: one sentence for ``--help``.
         group: the heading in ``--help``.
         unit: what a number counts, e.g. ``"images"``.
@@ -171,6 +174,7 @@ def make_parser(config_type: type, *, prog: str, description: str) -> Parser:
                 flag(field.name),
                 type=functools.partial(_parse_value, flag(field.name), hint),
                 metavar=_metavar(hint),
+                required=field.default is REQUIRED,
                 help=help_text,
             )
     return parser
@@ -192,7 +196,7 @@ def _describe_default(field: dataclasses.Field[Any]) -> str:
     default, unit = field.default, field.metadata["unit"]
     if isinstance(default, bool):
         shown = "on" if default else "off"
-    elif default is None or default == ():
+    elif default is None or default is REQUIRED or default == ():
         shown = ""
     else:
         shown = f"{default:g}" if isinstance(default, float) else str(default)

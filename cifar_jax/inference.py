@@ -51,6 +51,10 @@ def make_logits(network: TrainedNetwork) -> Logits:
 
 def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Logits ``[N, K]`` -> probabilities ``[N, K]``: exp(z_k) / sum_j exp(z_j)."""
+    return np.exp(log_softmax(logits))
+
+
+def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The logarithms of :func:`softmax`, finite also where a probability is next to nothing."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    powers = np.exp(shifted)
-    return powers / powers.sum(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

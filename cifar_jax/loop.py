@@ -8,7 +8,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -27,6 +26,7 @@ from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.evaluation import Evaluate, make_evaluate
+from cifar_jax.files import write_atomically
 from cifar_jax.input_pipeline import Batch, train_batches
 from cifar_jax.metrics import (
     TABLE_HEADER,
@@ -136,7 +136,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     progress = _start_or_resume(config, workdir / "checkpoints", state, dataset)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
-    _write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+    write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
     bound_step = functools.partial(
@@ -357,7 +357,7 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
         # After the last step, where a resumed run must arrive; what was scored is best_step.
         "params_sha256": checkpoint.tree_sha256(jax.device_get(progress.state.params)),
     }
-    _write_atomically(run.workdir / "report.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(run.workdir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
         f"test on {dataset.name}: accuracy {100 * test.accuracy:.2f} % ({test.correct:.0f} of "
         f"{test.count:.0f}), loss {test.mean_loss:.4f}, with epoch {best['epoch']}, the best by "
@@ -370,13 +370,7 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
 def _write_history(run: Run, progress: Progress) -> None:
     """``metrics.jsonl``, anew from the history, so that no line can be torn or come twice."""
     lines = "".join(json.dumps(row) + "\n" for row in progress.history)
-    _write_atomically(run.workdir / "metrics.jsonl", lines)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_atomically(run.workdir / "metrics.jsonl", lines)
 
 
 def _versions() -> dict[str, str]:

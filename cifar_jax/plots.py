@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
 
 from cifar_jax.metrics import EpochRow, best_row
+from cifar_jax.scores import Scores
 
 _TRAIN, _VAL = "#1f77b4", "#d62728"
 
@@ -47,6 +52,79 @@ def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
         [100 * row["train_accuracy"] for row in history],
         [100 * row["val_accuracy"] for row in history],
     )
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def save_confusion(
+    confusion: NDArray[np.int64], class_names: Sequence[str], title: str, path: Path
+) -> None:
+    """The confusion matrix ``[K, K]``, coloured by the share of the true class, as a PNG."""
+    size = max(5.0, 0.62 * len(class_names) + 2)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(class_names) <= 30:  # more numbers than that nobody can read
+        for (row, column), count in np.ndenumerate(confusion):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            shown = str(count) if count else "·"
+            axes.text(column, row, shown, ha="center", va="center", color=colour, fontsize=8)
+    places = range(len(class_names))
+    axes.set_xticks(places, class_names, rotation=90, parse_math=False)
+    axes.set_yticks(places, class_names, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(title, parse_math=False)
+    figure.savefig(path, dpi=120)
+
+
+def save_calibration(scores: Scores, title: str, path: Path) -> None:
+    """Accuracy by confidence, and how many answers have each, as a PNG."""
+    figure = Figure(figsize=(5.5, 6), layout="constrained")
+    axes, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    counts, confidence, accuracy = zip(*scores.calibration, strict=True)
+    axes.plot([0, 1], [0, 1], ":", color="grey", label="perfectly calibrated")
+    axes.plot(
+        confidence,
+        accuracy,
+        "o-",
+        color=_TRAIN,
+        label=f"expected calibration error {100 * scores.calibration_error:.1f} %",
+    )
+    axes.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(title, parse_math=False)
+    axes.legend()
+    histogram.bar(confidence, counts, width=0.03, color=_TRAIN)
+    histogram.set(xlabel="confidence", ylabel="images")
+    for each in (axes.xaxis, axes.yaxis):
+        each.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    histogram.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def save_mistakes(
+    images: NDArray[np.uint8], mistakes: Sequence[dict[str, Any]], title: str, path: Path
+) -> None:
+    """Images ``[N, H, W, C]`` with what they were taken for, as a PNG; without any, none."""
+    if not len(images):
+        path.unlink(missing_ok=True)  # of an earlier network
+        return
+    columns = 6
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.9 * columns, 2.35 * rows + 0.5), layout="constrained")
+    for axes, image, mistake in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, images, mistakes, strict=False
+    ):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)  # the map is for greyscale only
+        axes.set_title(
+            f"{mistake['predicted']} {100 * mistake['confidence']:.1f} %\n"
+            f"is {mistake['class']}\n{mistake['file']}",
+            fontsize=8,
+            parse_math=False,  # a $ in a name is a $
+        )
+    for axes in figure.axes:
+        axes.axis("off")
+    figure.suptitle(f"the most confident mistakes of {title}", parse_math=False)
     figure.savefig(path, dpi=120)

@@ -37,8 +37,11 @@ _STATISTICS_SAMPLE = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class _Source:
-    """What a source holds, before the validation split is taken and files are decoded."""
+class Source:
+    """What a source holds, before files are decoded; the attributes are those of ``Dataset``.
+
+    ``val`` is None where the source has none of its own and none was split off.
+    """
 
     name: str
     digest: str
@@ -63,6 +66,32 @@ def check_source(source: str) -> None:
     )
 
 
+def load_splits(
+    source: str,
+    *,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    val_fraction: float = 0.1,
+    max_train_examples: int | None = None,
+    seed: int = 0,
+) -> Source:
+    """Find ``source`` and split it, without decoding files.
+
+    The arguments are the fields of ``TrainConfig`` of the same names.
+
+    Raises:
+        CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
+    """
+    found = _load(source, _data_dir(data_dir), image_size, val_fraction, seed)
+    rng = np.random.default_rng(seed)
+    train, val = found.train, found.val
+    if val is None:
+        train, val = split_off(train, val_fraction, rng)
+    if max_train_examples is not None and max_train_examples < len(train):
+        train = train.take(stratified_choice(train.labels, max_train_examples, rng))
+    return dataclasses.replace(found, train=train, val=val)
+
+
 def load_dataset(
     source: str,
     *,
@@ -80,13 +109,16 @@ def load_dataset(
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
     """
-    loaded = _load(source, _data_dir(data_dir), image_size, val_fraction, seed)
-    rng = np.random.default_rng(seed)
-    train, val = loaded.train, loaded.val
-    if val is None:
-        train, val = split_off(train, val_fraction, rng)
-    if max_train_examples is not None and max_train_examples < len(train):
-        train = train.take(stratified_choice(train.labels, max_train_examples, rng))
+    found = load_splits(
+        source,
+        data_dir=data_dir,
+        image_size=image_size,
+        val_fraction=val_fraction,
+        max_train_examples=max_train_examples,
+        seed=seed,
+    )
+    train, val = found.train, found.val
+    assert val is not None
     if not len(train):
         raise CifarJaxError(
             ExitCode.DATA,
@@ -103,18 +135,19 @@ def load_dataset(
             train, val = decode(train), decode(val)
             sample = train
         else:
+            rng = np.random.default_rng(seed)
             sample = decode(train.take(stratified_choice(train.labels, _STATISTICS_SAMPLE, rng)))
     mean, std = channel_statistics(sample.pixels)
     return Dataset(
-        loaded.name,
-        loaded.digest,
-        loaded.class_names,
+        found.name,
+        found.digest,
+        found.class_names,
         train,
         val,
-        loaded.test,
+        found.test,
         mean,
         std,
-        loaded.notice,
+        found.notice,
     )
 
 
@@ -125,7 +158,7 @@ def _data_dir(data_dir: str | None) -> Path:
 
 def _load(
     source: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> _Source:
+) -> Source:
     if source == "shapes":
         return _shapes()
     if source == "cifar10":
@@ -152,10 +185,10 @@ def _load(
 # ------------------------------------------------------------------------ shapes, and CIFAR-10
 
 
-def _shapes() -> _Source:
+def _shapes() -> Source:
     train = Split(*shapes.draw(shapes.N_TRAIN, seed=0))
     test = Split(*shapes.draw(shapes.N_TEST, seed=1))
-    return _Source("shapes", array_digest(train, test), shapes.CLASS_NAMES, train, test)
+    return Source("shapes", array_digest(train, test), shapes.CLASS_NAMES, train, test)
 
 
 def _shapes_notice(data_dir: Path, obstacle: str) -> str:
@@ -193,12 +226,12 @@ def _download_obstacle() -> str | None:
     return obstacle[0]
 
 
-def _cifar10(data_dir: Path) -> _Source:
+def _cifar10(data_dir: Path) -> Source:
     from cifar_jax.input_pipeline import read_cifar10
 
     splits, class_names = read_cifar10(data_dir, download=not _is_prepared(data_dir))
     train, test = splits["train"], splits["test"]
-    return _Source("cifar10", array_digest(train, test), class_names, train, test)
+    return Source("cifar10", array_digest(train, test), class_names, train, test)
 
 
 # ------------------------------------------------------------------------------------ archives
@@ -206,7 +239,7 @@ def _cifar10(data_dir: Path) -> _Source:
 
 def _archive(
     path: Path, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> _Source:
+) -> Source:
     names = archive.first_names(path, 3)
     if any(name.startswith(("cifar-10-batches-py", "cifar-10-batches-bin")) for name in names):
         return _official_archive(path)
@@ -214,7 +247,7 @@ def _archive(
     return _folder(folder, path.name, image_size, val_fraction, seed)
 
 
-def _official_archive(path: Path) -> _Source:
+def _official_archive(path: Path) -> Source:
     """The archives of https://www.cs.toronto.edu/~kriz/cifar.html, read without extraction."""
     files: dict[str, bytes] = {}
     with archive.reading(path), tarfile.open(path, mode="r|gz") as members:
@@ -244,7 +277,7 @@ def _official_archive(path: Path) -> _Source:
             f"{type(error).__name__} {error}",
             fix="download it again",
         ) from error
-    return _Source(path.name, array_digest(train, test), class_names, train, test)
+    return Source(path.name, array_digest(train, test), class_names, train, test)
 
 
 def _read_binary_batch(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
@@ -297,7 +330,7 @@ def _unpickle(content: bytes) -> dict[str, Any]:
 
 def _folder(
     root: Path, name: str, image_size: int | None, val_fraction: float, seed: int
-) -> _Source:
+) -> Source:
     """A folder in the layout of torchvision's ImageFolder, with splits or flat.
 
     ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
@@ -332,7 +365,7 @@ def _folder(
         train, test = splits["train"], splits.get("test") or splits["val"]
         val = splits["val"] if len(splits) == 3 else None
     digest = hashlib.sha256(b"".join(scans[split].listing for split in sorted(scans))).hexdigest()
-    return _Source(name, digest, class_names, train, test, val)
+    return Source(name, digest, class_names, train, test, val)
 
 
 def _unwrap(root: Path) -> Path:

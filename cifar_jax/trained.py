@@ -84,8 +84,17 @@ def load(path: Path) -> TrainedNetwork:
         ) from error
 
 
+def workdir_of(path: Path) -> Path:
+    """The workdir of a run: ``path`` itself, or what one step's folder belongs to."""
+    return path.absolute().parents[1] if _is_step(path) else path
+
+
+def _is_step(path: Path) -> bool:
+    return (path / "manifest.json").is_file()
+
+
 def _step_folder(path: Path) -> Path:
-    if (path / "manifest.json").is_file():
+    if _is_step(path):
         return path
     steps = checkpoint.saved_steps(path / "checkpoints")
     if not steps:

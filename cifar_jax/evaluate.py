@@ -1,0 +1,152 @@
+"""Score a trained network on labelled images: ``python -m cifar_jax.evaluate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cifar_jax import cli
+from cifar_jax.config import SplitName
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+DESCRIPTION = """\
+Score a trained network on labelled images: loss, accuracy with its 95 % interval, precision and
+recall of each class, the confusion matrix, how well its confidence is calibrated, and its most
+confident mistakes. Writes evaluation.json and pictures.
+
+The test split is for the end: choose networks and options on --split val.
+
+examples:
+  python -m cifar_jax.evaluate --checkpoint runs/20261122-101500-cnn
+  python -m cifar_jax.evaluate --checkpoint runs/20261122-101500-cnn --split val
+  python -m cifar_jax.evaluate --checkpoint runs/from-torch --data cifar10.tar.gz --output scores
+"""
+
+_MISTAKES = 24
+_GROUP = "options"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """What to score, on what."""
+
+    checkpoint: str = cli.option(
+        cli.REQUIRED,
+        "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>",
+        group=_GROUP,
+    )
+    data: str | None = cli.option(
+        None, "images, as in cifar_jax.train [default: what it was trained on]", group=_GROUP
+    )
+    data_dir: str | None = cli.option(None, "as in cifar_jax.train", group=_GROUP)
+    split: SplitName = cli.option("test", "which of the images", group=_GROUP)
+    output: str | None = cli.option(
+        None, "the folder to write to [default: the run's own]", group=_GROUP
+    )
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Score a network, print its scores, and write them and pictures to the output folder.
+
+    Returns:
+        The contents of ``evaluation.json``.
+
+    Raises:
+        CifarJaxError: there is no such network, or the images are not to be had.
+            Environment; the output folder cannot be written.
+    """
+    from cifar_jax import trained
+    from cifar_jax.files import write_atomically
+    from cifar_jax.labelled import load_labelled, logits_of
+    from cifar_jax.plots import save_calibration, save_confusion, save_mistakes
+    from cifar_jax.scores import score
+
+    checkpoint = Path(options.checkpoint)
+    network = trained.load(checkpoint)
+    output = Path(options.output or trained.workdir_of(checkpoint))
+    labelled = load_labelled(network, options.split, data=options.data, data_dir=options.data_dir)
+    labels = labelled.split.labels
+    scores = score(logits_of(network, labelled), labels)
+    chosen = scores.mistakes(labels, _MISTAKES)
+    names = network.class_names
+    mistakes = [
+        {
+            "file": labelled.file_name(index),
+            "class": names[labels[index]],
+            "predicted": names[scores.predicted[index]],
+            "confidence": float(scores.confidence[index]),
+        }
+        for index in chosen
+    ]
+    evaluation = {
+        "checkpoint": str(checkpoint),
+        "data": {"name": labelled.name, "digest": labelled.digest},
+        "split": options.split,
+        "n": scores.n,
+        "correct": scores.correct,
+        "accuracy": scores.accuracy,
+        "accuracy_interval": scores.accuracy_interval,
+        "loss": scores.loss,
+        "calibration_error": scores.calibration_error,
+        "classes": names,
+        "confusion": scores.confusion.tolist(),
+        "precision": dict(zip(names, scores.precision, strict=True)),
+        "recall": dict(zip(names, scores.recall, strict=True)),
+        "calibration": scores.calibration,
+        "mistakes": mistakes,
+    }
+    title = f"{network.config.model} on {options.split} of {labelled.name}"
+    plots = output / "plots"
+    try:
+        plots.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
+        save_confusion(scores.confusion, names, title, plots / "confusion.png")
+        save_calibration(scores, title, plots / "calibration.png")
+        save_mistakes(labelled.pixels(chosen), mistakes, title, plots / "mistakes.png")
+    except OSError as error:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"cannot write to {output}: {error}",
+            fix="make room there, or give another --output",
+        ) from error
+    print(
+        f"{describe(evaluation)}\n"
+        f"in {output}: evaluation.json, plots/confusion.png, calibration.png, mistakes.png"
+    )
+    return evaluation
+
+
+def describe(evaluation: dict[str, Any]) -> str:
+    """``evaluation`` for a terminal: totals, and a row a class."""
+    low, high = evaluation["accuracy_interval"]
+    lines = [
+        f"{evaluation['split']} of {evaluation['data']['name']}: accuracy "
+        f"{100 * evaluation['accuracy']:.2f} % ({evaluation['correct']} of {evaluation['n']}; 95 % "
+        f"interval {100 * low:.2f} to {100 * high:.2f}), loss {evaluation['loss']:.4f}, expected "
+        f"calibration error {100 * evaluation['calibration_error']:.1f} %",
+        "",
+        f"{'class':16s} {'images':>7s} {'precision':>10s} {'recall':>8s}   most often taken for",
+    ]
+    names = evaluation["classes"]
+    for name, row in zip(names, evaluation["confusion"], strict=True):
+        others = [(count, other) for count, other in zip(row, names, strict=True) if other != name]
+        count, other = max(others)
+        shares = (evaluation["precision"][name], evaluation["recall"][name])
+        precision, recall = ("-" if s is None else f"{100 * s:.1f} %" for s in shares)
+        confused = f"{other} ({count})" if count else ""
+        lines.append(f"{name:16s} {sum(row):7d} {precision:>10s} {recall:>8s}   {confused}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.make_parser(
+        EvaluateOptions, prog="python -m cifar_jax.evaluate", description=DESCRIPTION
+    )
+    evaluate(EvaluateOptions(**parser.parse_given(argv)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

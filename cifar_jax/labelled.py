@@ -1,0 +1,121 @@
+"""The labelled images that a trained network is scored on, and its logits for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cifar_jax.config import SplitName
+from cifar_jax.dataset import ImageFiles, Split
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.inference import make_logits
+from cifar_jax.sources import load_splits
+from cifar_jax.trained import TrainedNetwork
+
+_BATCH_SIZE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledImages:
+    """One split of a source, in the terms of a network: its image size, its labels.
+
+    Attributes:
+        name, digest: of the source, as in ``Dataset``.
+        split: images of the network's shape, files or decoded, and labels in its class order.
+    """
+
+    name: str
+    digest: str
+    split: Split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def pixels(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The images at ``indices``, uint8 ``[N, H, W, C]``."""
+        chosen = self.split.take(indices)
+        if isinstance(chosen.images, ImageFiles):
+            from cifar_jax.input_pipeline import decode
+
+            return decode(chosen).pixels
+        return chosen.pixels
+
+    def file_name(self, index: int) -> str:
+        """Of an image that is a file, class folder and name; of others, a number."""
+        if isinstance(self.split.images, ImageFiles):
+            path = os.fsdecode(self.split.images.paths[index])
+            return "/".join(path.split(os.sep)[-2:])
+        return f"#{index}"
+
+
+def load_labelled(
+    network: TrainedNetwork, split: SplitName, *, data: str | None, data_dir: str | None
+) -> LabelledImages:
+    """The images of ``split``, split as they were in training.
+
+    Args:
+        data: a source as in ``cifar_jax.train``; None is the one that the network was trained on.
+
+    Raises:
+        CifarJaxError: data; the source cannot be had, or has other classes or images.
+    """
+    config = network.config
+    source = data or config.data
+    found = load_splits(
+        source,
+        data_dir=data_dir or config.data_dir,
+        image_size=config.image_size,
+        val_fraction=config.val_fraction,
+        max_train_examples=config.max_train_examples,
+        seed=config.seed,
+    )
+    if set(found.class_names) != set(network.class_names):
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"--data {source} has the classes {', '.join(found.class_names)}; the network was "
+            f"trained on {', '.join(network.class_names)}",
+            fix="give data with the network's classes",
+        )
+    chosen = {"train": found.train, "val": found.val, "test": found.test}[split]
+    assert chosen is not None
+    images = chosen.images
+    if isinstance(images, ImageFiles):
+        images = dataclasses.replace(images, shape=network.image_shape, resize=True)
+    elif chosen.image_shape != network.image_shape:
+        found_shape, wanted = (
+            "x".join(map(str, s)) for s in (images.shape[1:], network.image_shape)
+        )
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"the images of --data {source} are {found_shape}, the network's {wanted}",
+            fix="give a folder of image files, which are resized",
+        )
+    label_of = np.array([network.class_names.index(name) for name in found.class_names], np.int32)
+    return LabelledImages(found.name, found.digest, Split(images, label_of[chosen.labels]))
+
+
+def logits_of(network: TrainedNetwork, labelled: LabelledImages) -> NDArray[np.float32]:
+    """The logits ``[N, K]`` of all images, in order; with a progress bar."""
+    logits = make_logits(network)
+    found = []
+    with tqdm(total=len(labelled), unit="images", desc="scoring", leave=False, disable=None) as bar:
+        for images in _batches(labelled.split):
+            found.append(logits(images))
+            bar.update(len(images))
+    return np.concatenate(found)
+
+
+def _batches(split: Split) -> Iterator[NDArray[np.uint8]]:
+    if isinstance(split.images, ImageFiles):
+        from cifar_jax.input_pipeline import eval_batches
+
+        for batch in eval_batches(split, batch_size=_BATCH_SIZE):
+            yield batch["image"][batch["mask"] == 1]
+    else:
+        for start in range(0, len(split), _BATCH_SIZE):
+            yield split.images[start : start + _BATCH_SIZE]

@@ -1,0 +1,158 @@
+"""``cifar_jax.evaluate``: what it finds equals what training found, and is written down."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image
+
+from cifar_jax import trained
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.evaluate import EvaluateOptions, describe, evaluate, main
+from cifar_jax.inference import make_logits
+
+
+@pytest.fixture(scope="module")
+def evaluation(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("evaluation")
+    found = evaluate(EvaluateOptions(str(trained_run), output=str(output)))
+    assert json.loads((output / "evaluation.json").read_text()) == json.loads(json.dumps(found))
+    for picture in ("confusion", "calibration", "mistakes"):
+        with Image.open(output / "plots" / f"{picture}.png") as image:
+            assert image.width > 300
+    return found
+
+
+def test_the_test_split_gives_what_training_reported(
+    trained_run: Path, evaluation: dict[str, Any]
+) -> None:
+    report = json.loads((trained_run / "report.json").read_text())
+    assert evaluation["correct"] == report["test_correct"]
+    assert evaluation["n"] == report["n_test"]
+    assert evaluation["loss"] == pytest.approx(report["test_loss"], rel=1e-6)
+    assert evaluation["data"] == report["data"]
+    low, high = evaluation["accuracy_interval"]
+    assert low < report["test_accuracy"] < high
+
+
+def test_the_confusion_matrix_has_the_true_class_in_its_rows(
+    trained_run: Path, image_folder: Path, evaluation: dict[str, Any]
+) -> None:
+    confusion = np.array(evaluation["confusion"])
+    assert confusion.sum(axis=1).tolist() == [7, 7, 7]
+    logits = make_logits(trained.load(trained_run))
+    for row, name in zip(confusion, evaluation["classes"], strict=True):
+        files = sorted((image_folder / "test" / name).iterdir())
+        images = np.stack([np.asarray(Image.open(file)) for file in files])
+        counts = np.bincount(logits(images).argmax(axis=-1), minlength=3)
+        assert row.tolist() == counts.tolist()
+
+
+def test_mistakes_name_their_files(evaluation: dict[str, Any], image_folder: Path) -> None:
+    assert len(evaluation["mistakes"]) == evaluation["n"] - evaluation["correct"] > 0
+    for mistake in evaluation["mistakes"]:
+        assert (image_folder / "test" / mistake["file"]).is_file()
+        assert mistake["file"].startswith(mistake["class"] + "/")
+        assert mistake["predicted"] != mistake["class"]
+    confidences = [mistake["confidence"] for mistake in evaluation["mistakes"]]
+    assert confidences == sorted(confidences, reverse=True)
+
+
+def test_the_validation_split_is_that_of_training(trained_run: Path, tmp_path: Path) -> None:
+    found = evaluate(EvaluateOptions(str(trained_run), split="val", output=str(tmp_path)))
+    rows = (trained_run / "metrics.jsonl").read_text().splitlines()
+    best = max(map(json.loads, rows), key=lambda row: row["val_accuracy"])
+    assert found["accuracy"] == pytest.approx(best["val_accuracy"])
+    assert found["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+def test_a_step_writes_to_its_run(trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    step = max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    evaluate(EvaluateOptions(str(step)))
+    assert (run / "evaluation.json").is_file()
+    assert (run / "plots" / "curves.png").is_file()
+
+
+def test_labels_follow_the_network_not_the_folder(trained_run: Path, tmp_path: Path) -> None:
+    """A network whose classes are in another order than sorted folder names."""
+    network = trained.load(trained_run)
+    order = [2, 0, 1]
+    last = network.variables["params"]["Dense_1"]
+    for leaf in ("kernel", "bias"):
+        last[leaf] = last[leaf][..., order]
+    names = tuple(network.class_names[k] for k in order)
+    moved = trained.TrainedNetwork(**{**vars(network), "class_names": names})
+    trained.save(moved, tmp_path / "moved", source="a test")
+    data = network.config.data
+    before = evaluate(EvaluateOptions(str(trained_run), output=str(tmp_path / "a")))
+    after = evaluate(EvaluateOptions(str(tmp_path / "moved"), data=data))
+    assert tuple(after["classes"]) == names
+    assert after["recall"] == before["recall"]
+    assert after["correct"] == before["correct"]
+
+
+def test_images_of_another_size_are_resized(trained_run: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", {"bird": 10, "cat": 10, "frog": 10}, size=13)
+    found = evaluate(
+        EvaluateOptions(str(trained_run), data=str(tmp_path / "data"), output=str(tmp_path))
+    )
+    assert found["n"] == 3
+
+
+def test_other_classes_are_refused_and_both_listed(trained_run: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", {"bird": 3, "cat": 3, "toad": 3})
+    with pytest.raises(CifarJaxError, match=r"bird, cat, toad; .* bird, cat, frog") as caught:
+        evaluate(EvaluateOptions(str(trained_run), data=str(tmp_path / "data")))
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+def test_arrays_of_another_shape_are_refused(trained_run: Path, tmp_path: Path) -> None:
+    network = trained.load(trained_run)
+    from cifar_jax.shapes import CLASS_NAMES
+
+    other = trained.TrainedNetwork(**{**vars(network), "class_names": CLASS_NAMES})
+    trained.save(other, tmp_path / "run", source="a test")
+    with pytest.raises(CifarJaxError, match="32x32x3, the network's 8x8x3"):
+        evaluate(EvaluateOptions(str(tmp_path / "run"), data="shapes"))
+
+
+def test_a_class_without_images_or_answers_has_no_share() -> None:
+    shown = describe(
+        {
+            **{"split": "test", "data": {"name": "x"}, "accuracy": 1.0, "correct": 1, "n": 1},
+            **{"accuracy_interval": (0.2, 1.0), "loss": 0.1, "calibration_error": 0.0},
+            **{"classes": ["$a", "b"], "confusion": [[1, 0], [0, 0]]},
+            **{"precision": {"$a": 1.0, "b": None}, "recall": {"$a": 1.0, "b": None}},
+        }
+    )
+    assert [line.split()[:4] for line in shown.splitlines()[-2:]] == [
+        ["$a", "1", "100.0", "%"],
+        ["b", "0", "-", "-"],
+    ]
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
+    from cifar_jax.plots import save_confusion, save_mistakes
+
+    save_confusion(np.eye(2, dtype=np.int64), ["$\\x$", "b"], "$\\x$", tmp_path / "a.png")
+    mistake = {"class": "$\\x$", "predicted": "b", "confidence": 0.5, "file": "$\\x$/1.png"}
+    save_mistakes(np.zeros((1, 4, 4, 1), np.uint8), [mistake], "$\\x$", tmp_path / "b.png")
+    assert (tmp_path / "b.png").stat().st_size > 0
+    save_mistakes(np.zeros((0, 4, 4, 1), np.uint8), [], "", tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CifarJaxError, match="--checkpoint") as caught:
+        main([])
+    assert caught.value.exit_code == ExitCode.USAGE
+    with pytest.raises(CifarJaxError, match="does not exist") as caught:
+        main(["--checkpoint", str(tmp_path / "none")])
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
