@@ -5,6 +5,7 @@ import cifar_jax
 COMMANDS = {
     "train": "train a network, keep its checkpoints, and score it on the test set",
     "evaluate": "score a trained network: per class, confusion, calibration, its worst mistakes",
+    "predict": "say what is on images",
     "convert": "bring a trained network from PyTorch, or to it",
 }
 

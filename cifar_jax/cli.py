@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import math
+import os
 import signal
 import sys
 import types
@@ -212,14 +214,21 @@ def run(main: Callable[[], None]) -> NoReturn:
         raise Stopped(signum, "nothing was under way that could be saved")
 
     signal.signal(signal.SIGTERM, on_sigterm)
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be of the terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except CifarJaxError as error:
         print(f"cifar_jax: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Stopped as stop:
         print(f"cifar_jax: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except BrokenPipeError:  # as of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("cifar_jax: stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -14,6 +14,7 @@ OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "onecycle"]
 PresetName = Literal["default", "tutorial"]
 SplitName = Literal["train", "val", "test"]
+FitName = Literal["stretch", "crop"]
 
 _DATA, _MODEL, _OPTIMIZER = "data", "model", "optimizer"
 _REGULARISATION, _RUN = "augmentation and regularisation", "run"

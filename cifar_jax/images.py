@@ -6,46 +6,50 @@ here too: transparency is dropped, and of 16 bits the upper 8 are kept.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cifar_jax.config import FitName
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 
-Fit = Literal["stretch", "crop"]
-
 # 64 megapixels take 200 MB decoded; a file of a few kilobytes can claim thousands of them.
 MAX_PIXELS = 64_000_000
+MAX_BYTES = 256 * 2**20
 
 
 def read_image(
-    file: Path | bytes, image_shape: ImageShape, *, fit: Fit = "stretch", name: str | None = None
+    file: Path | BinaryIO, name: str, image_shape: ImageShape, *, fit: FitName = "stretch"
 ) -> NDArray[np.uint8]:
-    """The image in ``file``, a path or a file's content, as uint8 ``[H, W, C]``.
+    """The image in ``file``, a path or an open file, as uint8 ``[H, W, C]``.
 
     Turned as its EXIF orientation says; of an animation the first frame.
 
     Args:
+        name: what to call it in errors.
         image_shape: ``(H, W, C)`` to resize to, bilinear with antialiasing as in training.
         fit: ``stretch`` changes the proportions to fit; ``crop`` cuts the middle out.
-        name: what to call it in errors.
 
     Raises:
         CifarJaxError: data; it cannot be read, is no image, is damaged, or is too large.
     """
-    name = name or (str(file) if isinstance(file, Path) else "the image")
     try:
-        content = file.read_bytes() if isinstance(file, Path) else file
-    except OSError as error:
-        raise _refused(name, f"cannot be read: {error.strerror}", "check the path") from error
+        with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
+            content = opened.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise _refused(name, f"cannot be read: {reason}", "check the path") from error
     if not content:
         raise _refused(name, "is empty")
+    if len(content) > MAX_BYTES:
+        raise _refused(name, f"has more than {MAX_BYTES >> 20} MB", "make it smaller")
     try:
         with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
             image: Image.Image = Image.open(io.BytesIO(content))
@@ -66,6 +70,11 @@ def read_image(
         raise _refused(name, f"is damaged: {reason}") from error
 
 
+def image_suffixes() -> frozenset[str]:
+    """The endings of the formats that can be read, ``.jpg`` and so on."""
+    return frozenset(s for s, f in Image.registered_extensions().items() if f in Image.OPEN)
+
+
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
     """Greyscale or RGB of 8 bits."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow keeps in 16 or in 32
@@ -77,7 +86,7 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _resized(image: Image.Image, image_shape: ImageShape, fit: Fit) -> NDArray[np.uint8]:
+def _resized(image: Image.Image, image_shape: ImageShape, fit: FitName) -> NDArray[np.uint8]:
     height, width, channels = image_shape
     if image.size != (width, height):
         if fit == "crop":

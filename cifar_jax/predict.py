@@ -1,0 +1,183 @@
+"""What is on an image, says a trained network: ``python -m cifar_jax.predict``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar_jax import cli
+from cifar_jax.config import FitName
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+if TYPE_CHECKING:  # slow to import: a wrong option is answered before
+    from cifar_jax.inference import Logits
+    from cifar_jax.trained import TrainedNetwork
+
+DESCRIPTION = """\
+Say what is on images: the probability of each class, by a trained network.
+
+IMAGE is a file of any format and mode that Pillow reads, a folder (all images below it), or - for
+an image on standard input. Each is turned as its EXIF says, brought to the network's size, and
+otherwise read as in training: without transparency, 8 bits a channel. A file that is no image is
+named and the others go on; the exit code is then 3.
+
+examples:
+  python -m cifar_jax.predict --checkpoint runs/20261122-101500-cnn frog.jpg holiday/
+  python -m cifar_jax.predict --checkpoint runs/20261122-101500-cnn --json - < frog.jpg
+"""
+
+_GROUP = "options"
+BATCH_SIZE = 32  # images that are decoded before the first is answered
+_STDIN = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """Which network, and how to show its answers."""
+
+    checkpoint: str = cli.option(
+        cli.REQUIRED,
+        "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>",
+        group=_GROUP,
+    )
+    top: int = cli.option(3, "show so many classes", group=_GROUP, at_least=1)
+    json: bool = cli.option(
+        False,
+        "one JSON object a line: file, class, probability, probabilities; or file, error",
+        group=_GROUP,
+    )
+    fit: FitName = cli.option(
+        "stretch",
+        "how an image of other proportions is brought to the network's: stretched, as in training, "
+        "or its middle cut out",
+        group=_GROUP,
+    )
+
+    def __post_init__(self) -> None:
+        cli.check_bounds(self)
+
+
+def predict(
+    network: TrainedNetwork, logits: Logits, files: Sequence[str], fit: FitName = "stretch"
+) -> Iterator[dict[str, Any]]:
+    """For each image in ``files``, in order, what ``--json`` prints.
+
+    Args:
+        logits: of ``network``, from :func:`cifar_jax.inference.make_logits`.
+        files: paths; ``-`` is standard input.
+
+    Yields:
+        ``file, class, probability, probabilities`` (name -> probability), or ``file, error``.
+    """
+    import numpy as np
+
+    from cifar_jax.images import read_image
+    from cifar_jax.inference import softmax
+
+    for start in range(0, len(files), BATCH_SIZE):
+        batch = files[start : start + BATCH_SIZE]
+        images = np.zeros((len(batch), *network.image_shape), np.uint8)
+        errors: dict[int, CifarJaxError] = {}
+        for i, file in enumerate(batch):
+            source = sys.stdin.buffer if file == _STDIN else Path(file)
+            try:
+                images[i] = read_image(source, file, network.image_shape, fit=fit)
+            except CifarJaxError as error:
+                errors[i] = error
+        for i, (file, probabilities) in enumerate(zip(batch, softmax(logits(images)), strict=True)):
+            if i in errors:
+                yield {"file": file, "error": str(errors[i])}
+                continue
+            named = dict(zip(network.class_names, probabilities.tolist(), strict=True))
+            best = max(named, key=named.__getitem__)
+            yield {
+                "file": file,
+                "class": best,
+                "probability": named[best],
+                "probabilities": named,
+            }
+
+
+def find_images(names: Sequence[str]) -> list[str]:
+    """The files that ``names`` stand for: of a folder, all images below it, sorted.
+
+    Raises:
+        CifarJaxError: data; a folder holds no image.
+    """
+    from cifar_jax.images import image_suffixes
+
+    suffixes = image_suffixes()
+    files: list[str] = []
+    for name in names:
+        path = Path(name)
+        if name == _STDIN or not path.is_dir():
+            files.append(name)
+            continue
+        below = [
+            found
+            for found in sorted(path.rglob("*"))
+            if found.suffix.lower() in suffixes
+            and not any(part.startswith(".") for part in found.relative_to(path).parts)
+            and found.is_file()
+        ]
+        if not below:
+            raise CifarJaxError(
+                ExitCode.DATA, f"the folder {name} holds no image", fix="give one that does"
+            )
+        files += map(os.fspath, below)
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.make_parser(
+        PredictOptions, prog="python -m cifar_jax.predict", description=DESCRIPTION
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder, or -")
+    given = parser.parse_given(argv)
+    names = given.pop("images")
+    options = PredictOptions(**given)
+    import numpy as np
+
+    from cifar_jax import trained
+    from cifar_jax.inference import make_logits
+
+    files = find_images(names)
+    network = trained.load(Path(options.checkpoint))
+    logits = make_logits(network)
+    for size in {min(len(files), BATCH_SIZE), len(files) % BATCH_SIZE}:  # compiles
+        logits(np.zeros((size, *network.image_shape), np.uint8))
+    started = time.perf_counter()
+    n_refused = 0
+    for answer in predict(network, logits, files, options.fit):
+        n_refused += "error" in answer
+        if options.json:
+            print(json.dumps(answer), flush=True)
+        elif "error" in answer:
+            print(f"cifar_jax: {answer['error']}", file=sys.stderr)
+        else:
+            print(_describe(answer, options.top), flush=True)
+    milliseconds = 1000 * (time.perf_counter() - started) / len(files)
+    if not options.json:
+        print(f"{len(files)} image(s), {milliseconds:.1f} ms each, reading included")
+    if n_refused:
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"{n_refused} of {len(files)} image(s) could not be read",
+            fix="each is named above",
+        )
+
+
+def _describe(answer: dict[str, Any], top: int) -> str:
+    ranked = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:top]
+    shown = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in ranked)
+    return f"{answer['file']}: {shown}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

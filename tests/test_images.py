@@ -1,0 +1,138 @@
+"""Images of any kind become the pixels that training's decoder gives."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from cifar_jax import images
+from cifar_jax.dataset import ImageFiles, Split
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import image_suffixes, read_image
+from cifar_jax.input_pipeline import decode
+
+RNG = np.random.default_rng(0)
+# Smooth, as photographs are: noise would hide what a resize does.
+GREY = (128 + 100 * np.sin(np.arange(24)[:, None] / 5 + np.arange(20) / 7)).astype(np.uint8)
+RGB = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)  # 24 high, 20 wide
+
+
+def decoded_for_training(path: Path, shape: tuple[int, int, int], resize: bool) -> NDArray[Any]:
+    paths = np.array([str(path).encode()])
+    return decode(Split(ImageFiles(paths, shape, resize), np.zeros(1, np.int32))).pixels[0]
+
+
+def save(tmp_path: Path, image: Image.Image, name: str, **options: Any) -> Path:
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+COLOUR = {"a.jpg": RGB, "a.png": RGB, "alpha.png": np.dstack([RGB, GREY])}
+WITHOUT = {
+    "grey.jpg": GREY,
+    "grey.png": GREY,
+    "grey-alpha.png": np.dstack([GREY, GREY]),
+    "sixteen-bits.png": GREY.astype(np.uint16) * 257 + 30,
+    "one-bit.png": GREY > 128,
+}
+CASES = [(name, 3) for name in COLOUR] + [(name, c) for name in WITHOUT for c in (1, 3)]
+
+
+@pytest.mark.parametrize(("name", "channels"), CASES)
+def test_the_pixels_are_those_of_training(name: str, channels: int, tmp_path: Path) -> None:
+    path = save(tmp_path, Image.fromarray({**COLOUR, **WITHOUT}[name]), name)
+    shape = (24, 20, channels)
+    ours = read_image(path, name, shape)
+    np.testing.assert_array_equal(ours, decoded_for_training(path, shape, resize=False))
+    assert ours.std() > 10
+
+
+def test_a_palette_is_looked_up(tmp_path: Path) -> None:
+    path = save(tmp_path, Image.fromarray(RGB).quantize(16), "palette.png")
+    ours = read_image(path, "p", (24, 20, 3))
+    np.testing.assert_array_equal(ours, decoded_for_training(path, (24, 20, 3), resize=False))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (48, 40, 3), (12, 30, 3)])
+def test_resizing_agrees_with_training_to_one_level(shape: Any, tmp_path: Path) -> None:
+    path = save(tmp_path, Image.fromarray(RGB), "a.png")
+    theirs = decoded_for_training(path, shape, resize=True).astype(int)
+    assert np.abs(read_image(path, "a", shape) - theirs).max() <= 1
+
+
+def test_cropping_keeps_the_proportions(tmp_path: Path) -> None:
+    wide = np.zeros((10, 40, 3), np.uint8)
+    wide[:, 15:25] = 255  # the middle square
+    path = save(tmp_path, Image.fromarray(wide), "wide.png")
+    assert read_image(path, "wide", (10, 10, 3), fit="crop").min() == 255
+    assert read_image(path, "wide", (10, 10, 3), fit="stretch").min() == 0
+
+
+def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees
+    path = save(tmp_path, Image.fromarray(RGB), "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(path, "a", (20, 24, 3)), np.rot90(RGB, k=-1))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV", "F", "I", "I;16", "1", "P", "PA"])
+def test_every_mode_is_read(mode: str, tmp_path: Path) -> None:
+    if mode == "F":
+        image = Image.fromarray(GREY.astype(np.float32) / 255)
+    elif mode.startswith("I"):
+        image = Image.fromarray(GREY.astype(np.uint16 if mode == "I;16" else np.int32) * 257)
+    else:
+        image = Image.fromarray(RGB).convert("RGB" if mode == "LAB" else mode)
+    name = "a.png" if mode in ("1", "P", "PA", "I;16") else "a.tif"
+    if mode in ("HSV", "PA"):
+        image = image.convert("RGBA" if mode == "PA" else "RGB")
+    pixels = read_image(save(tmp_path, image, name), name, (24, 20, 3))
+    assert pixels.std() > 10
+    if mode in ("F", "I", "I;16"):
+        assert np.abs(pixels[..., 0].astype(int) - GREY).max() <= 1
+
+
+def test_an_open_file_is_read_too() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, "PNG")
+    buffer.seek(0)
+    np.testing.assert_array_equal(read_image(buffer, "-", (24, 20, 3)), RGB)
+
+
+def png(tmp_path: Path) -> bytes:
+    return save(tmp_path, Image.fromarray(RGB), "whole.png").read_bytes()
+
+
+def test_what_is_no_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {
+        "empty.png": (b"", "is empty"),
+        "text.png": (b"no image at all", "is no image"),
+        "cut.png": (png(tmp_path)[:-300], "is damaged"),
+    }
+    for name, (content, what) in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CifarJaxError, match=f"{name} {what}") as caught:
+            read_image(tmp_path / name, name, (8, 8, 3))
+        assert caught.value.exit_code == ExitCode.DATA
+    for name in ("missing.png", "null\0byte.png"):
+        with pytest.raises(CifarJaxError, match="cannot be read"):
+            read_image(tmp_path / name, name, (8, 8, 3))
+    with pytest.raises(CifarJaxError, match="cannot be read"):
+        read_image(tmp_path, "a folder", (8, 8, 3))
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    with pytest.raises(CifarJaxError, match="20x24 pixels, more than 100"):
+        read_image(tmp_path / "whole.png", "whole.png", (8, 8, 3))
+    monkeypatch.setattr(images, "MAX_BYTES", 50)
+    with pytest.raises(CifarJaxError, match="has more than"):
+        read_image(Path("/dev/zero"), "zeros", (8, 8, 3))
+
+
+def test_endings_are_of_formats_that_can_be_read() -> None:
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".gif"} <= image_suffixes()
+    assert not {".pdf", ".txt"} & image_suffixes()

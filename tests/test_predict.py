@@ -1,0 +1,124 @@
+"""``cifar_jax.predict``, as a command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_jax import trained
+from cifar_jax.errors import ExitCode
+from cifar_jax.inference import make_logits, softmax
+from cifar_jax.predict import BATCH_SIZE, find_images, predict
+
+
+def run(
+    *arguments: str | Path, stdin: bytes = b"", python: Sequence[str] = ("-m", "cifar_jax.predict")
+) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, *python, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=120)
+
+
+def test_files_folders_and_standard_input(
+    trained_run: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """And one bad file is named, while the others go on."""
+    folder, bad = image_folder / "test" / "frog", tmp_path / "bad.png"
+    bad.write_text("no image")
+    single = image_folder / "test" / "cat" / "000.png"
+    found = run(
+        "--checkpoint", trained_run, "--json", folder, bad, "-", single, stdin=single.read_bytes()
+    )
+    assert found.returncode == ExitCode.DATA
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    files = [*sorted(map(str, folder.iterdir())), str(bad), "-", str(single)]
+    assert [line["file"] for line in lines] == files
+    assert "no image" in lines[7]["error"]
+    assert "1 of 10 image(s) could not be read" in found.stderr.decode()
+    assert found.stderr.decode().count("\n") == 1
+
+    network = trained.load(trained_run)
+    pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.iterdir())])
+    expected = softmax(make_logits(network)(pixels))
+    for line, row in zip(lines, expected, strict=False):
+        assert list(line["probabilities"]) == list(network.class_names)
+        np.testing.assert_allclose(list(line["probabilities"].values()), row, rtol=1e-5)
+        assert line["probability"] == max(line["probabilities"].values())
+        assert line["probabilities"][line["class"]] == line["probability"]
+    assert {**lines[8], "file": ""} == {**lines[9], "file": ""}  # from standard input, and a file
+
+
+def test_words_for_people_and_no_tensorflow(trained_run: Path, image_folder: Path) -> None:
+    code = (
+        "import sys; from cifar_jax.predict import main; main(sys.argv[1:]);"
+        "assert not {'tensorflow', 'torch'} & set(sys.modules)"
+    )
+    file = image_folder / "test" / "frog" / "000.png"
+    found = run("--checkpoint", trained_run, "--top", "2", file, python=("-c", code))
+    assert found.returncode == ExitCode.OK, found.stderr
+    answer, time = found.stdout.decode().splitlines()
+    assert answer.startswith(f"{file}: ")
+    assert answer.count("%") == 2
+    assert time.startswith("1 image(s), ")
+
+
+def test_more_images_than_one_batch(trained_run: Path, image_folder: Path, tmp_path: Path) -> None:
+    files = []
+    for i in range(BATCH_SIZE + 3):
+        files.append(str(tmp_path / f"{i:02d}.png"))
+        Image.fromarray(np.full((8, 8, 3), 7 * i, np.uint8)).save(files[-1])
+    network = trained.load(trained_run)
+    logits = make_logits(network)
+    together = list(predict(network, logits, files))
+    assert [answer["file"] for answer in together] == files
+    for file, answer in zip(files, together, strict=True):
+        (alone,) = predict(network, logits, [file])
+        assert answer["probability"] == pytest.approx(alone["probability"], rel=1e-5)
+
+
+def test_a_reader_that_stops_reading_is_no_error(trained_run: Path, image_folder: Path) -> None:
+    command = f"{sys.executable} -m cifar_jax.predict --checkpoint {trained_run} --json "
+    command += f"{image_folder / 'test'} | head -n 1"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=120)
+    assert found.stdout.count(b"\n") == 1
+    assert found.stderr == b""
+
+
+def test_folders_give_their_images_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a/c.jpg", "notes.txt", ".d.png", "e.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [Path(file).relative_to(tmp_path).as_posix() for file in find_images([str(tmp_path)])]
+    assert found == ["a/c.jpg", "b.PNG", "e.webp"]
+
+
+def test_wrong_use_is_one_line(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, code, message in (
+        (["--checkpoint", trained_run], ExitCode.USAGE, "IMAGE"),
+        (["x.png"], ExitCode.USAGE, "--checkpoint"),
+        (["--checkpoint", trained_run, "--top", "0", "x.png"], ExitCode.USAGE, "--top 0"),
+        (["--checkpoint", trained_run, "--fit", "pad", "x.png"], ExitCode.USAGE, "--fit 'pad'"),
+        (["--checkpoint", tmp_path / "no", "x.png"], ExitCode.CHECKPOINT, "does not exist"),
+        (["--checkpoint", trained_run, tmp_path / "empty"], ExitCode.DATA, "holds no image"),
+    ):
+        found = run(*arguments)
+        assert found.returncode == code, found.stderr
+        assert message in found.stderr.decode()
+        assert found.stderr.count(b"\n") == 1
+
+
+def test_a_name_that_is_no_text_is_shown(trained_run: Path, tmp_path: Path) -> None:
+    name = bytes(tmp_path) + b"/\xff.png"
+    shutil.copyfile(next((Path(__file__).parent.parent / "tests").glob("*.py")), name)
+    command = [sys.executable, "-m", "cifar_jax.predict", "--checkpoint", trained_run, name]
+    found = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    assert found.returncode == ExitCode.DATA
+    assert b"is no image" in found.stderr
