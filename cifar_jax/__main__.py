@@ -3,6 +3,7 @@
 import cifar_jax
 
 COMMANDS = {
+    "summary": "show a network layer by layer, and what training it takes",
     "train": "train a network, keep its checkpoints, and score it on the test set",
     "evaluate": "score a trained network: per class, confusion, calibration, its worst mistakes",
     "predict": "say what is on images",

@@ -13,14 +13,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cifar_jax.errors import CifarJaxError, ExitCode
+
 
 def max_pool(x: jax.Array) -> jax.Array:
     """The maximum of each 2x2 window, stride 2: ``[B, H, W, C]`` -> ``[B, H//2, W//2, C]``.
 
     An odd last row or column is left out, as in ``torch.nn.MaxPool2d(2, 2)``; and as there, the
     gradient of a window goes to the first of its largest values.
+
+    Raises:
+        CifarJaxError: data; not even one window fits.
     """
     _, height, width, _ = x.shape
+    if min(height, width) < 2:
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"the images are too small for the network: {height}x{width} pixels are left where a "
+            "2x2 pool comes",
+            fix="give larger images, or a network with fewer pools, such as --widths 16,32",
+        )
     return _max_pool_even(x[:, : height // 2 * 2, : width // 2 * 2, :])
 
 

@@ -32,23 +32,26 @@ class TrainState(struct.PyTreeNode):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
+def initial_train_state(
+    model: nn.Module, tx: optax.GradientTransformation, image_shape: ImageShape, seed: int
+) -> TrainState:
+    """The state before the first step; pure, so that ``jax.eval_shape`` can give its shapes."""
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))
+    params = variables["params"]
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(params),
+    )
+
+
 def create_train_state(
     model: nn.Module, tx: optax.GradientTransformation, image_shape: ImageShape, seed: int
 ) -> TrainState:
-    """The state before the first step."""
-
-    def init() -> TrainState:
-        variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))
-        params = variables["params"]
-        return TrainState(
-            step=jnp.int32(0),
-            params=params,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=tx.init(params),
-        )
-
+    """:func:`initial_train_state`, computed."""
     # The draws take a CPU 30 ms, and their optimized compilation seconds.
-    lowered = jax.jit(init).lower()
+    lowered = jax.jit(lambda: initial_train_state(model, tx, image_shape, seed)).lower()
     if jax.default_backend() != "cpu":
         return lowered.compile()()
     return lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})()

@@ -1,0 +1,125 @@
+"""What each layer of a network costs and sees, counted from its shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from cifar_jax.dataset import ImageShape
+from cifar_jax.layers import Layer, trace_layers
+
+_FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """One layer.
+
+    Attributes:
+        name, kind: as in :class:`cifar_jax.layers.Layer`.
+        output_shape: ``(B, H, W, C)`` or ``(B, F)``.
+        params: what training changes; the running statistics of a norm are not among them.
+        arithmetic: how ``params`` comes about, such as ``3*3*3*16 + 16``; empty without any.
+        macs: multiply-accumulates for one image, by the textbook: a convolution's
+            ``H*W*C_out * kh*kw*C_in`` (outputs at the padded border in full), a Dense layer's
+            ``F_in*F_out``; additions of biases, norms, ReLUs and pools count nothing.
+        receptive_field: side of the square of the image that one output depends on, as if the image
+            had no border; from a global pool or flatten on, what of the image is seen at all.
+        stride: pixels of the image from one output to the next; 0 where there is one position.
+        start: the first pixel that the first output sees; below 0 in the padding.
+        activation_bytes: of the output for the whole batch, in float32.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    params: int
+    arithmetic: str
+    macs: int
+    receptive_field: int
+    stride: int
+    start: int
+    activation_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What outputs of a layer see of the image, along one axis.
+
+    Output i sees the pixels ``start + i * stride`` to ``start + i * stride + size - 1``, of which
+    those outside the image are padding.
+    """
+
+    start: int = 0
+    size: int = 1
+    stride: int = 1
+
+    def through(self, window: int, step: int, padding: int) -> View:
+        """After a convolution or pool.
+
+        Source: Araujo, Norris and Sim, "Computing receptive fields of convolutional neural
+        networks", Distill 2019: size += (window - 1) * stride, stride *= step.
+        """
+        return View(
+            self.start - padding * self.stride,
+            self.size + (window - 1) * self.stride,
+            self.stride * step,
+        )
+
+    def of_all(self, outputs: tuple[int, ...], pixels: tuple[int, ...]) -> View:
+        """What all ``outputs`` along each axis see together of its ``pixels``: the longer axis."""
+        start = max(self.start, 0)
+        ends = [self.start + (n - 1) * self.stride + self.size for n in outputs]
+        size = max(min(end, limit) for end, limit in zip(ends, pixels, strict=True)) - start
+        return View(start, size, stride=0)
+
+
+def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> list[LayerRow]:
+    """A row for each layer of ``model``, for images ``(H, W, C)``; nothing is computed."""
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    layers = jax.eval_shape(lambda v, x: trace_layers(model, v, x), variables, images)
+    view = View()
+    rows = []
+    for layer in layers:
+        if view.stride:
+            if layer.kind == "conv":
+                kernel = variables["params"][layer.name]["kernel"].shape
+                view = view.through(kernel[0], step=1, padding=kernel[0] // 2)
+            elif layer.kind == "pool":
+                view = view.through(2, step=2, padding=0)
+            elif layer.kind in ("global_pool", "flatten"):
+                view = view.of_all(layer.input.shape[1:3], image_shape[:2])
+        leaves = variables["params"].get(layer.name, {})
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                kind=layer.kind,
+                output_shape=layer.output.shape,
+                params=sum(math.prod(leaf.shape) for leaf in leaves.values()),
+                arithmetic=" + ".join(
+                    "*".join(map(str, leaves[name].shape))
+                    for name in ("kernel", "scale", "bias")
+                    if name in leaves
+                ),
+                macs=_macs(layer, leaves),
+                receptive_field=view.size,
+                stride=view.stride,
+                start=view.start,
+                activation_bytes=_FLOAT_BYTES * math.prod(layer.output.shape),
+            )
+        )
+    return rows
+
+
+def _macs(layer: Layer, leaves: dict[str, Any]) -> int:
+    """Each weight of a kernel is used once at each position of the output."""
+    if "kernel" not in leaves:
+        return 0
+    positions = math.prod(layer.output.shape[1:-1])
+    return positions * math.prod(leaves["kernel"].shape)

@@ -1,0 +1,123 @@
+"""What the table says of each layer, against the network itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.layer_table import LayerRow, layer_table
+from cifar_jax.layers import trace_layers
+from cifar_jax.models import MODELS, create_model
+
+CONFIGS = {name: TrainConfig(model=name) for name in MODELS} | {  # type: ignore[arg-type]
+    "cnn with options": TrainConfig(model="cnn", batch_norm=True, dropout=0.1, widths=(5, 7)),
+}
+# What an output sees does not depend on the widths.
+NARROW = {
+    "linear": TrainConfig(model="linear"),
+    "mlp": TrainConfig(model="mlp", hidden=(3,)),
+    "cnn": TrainConfig(model="cnn", widths=(4, 4, 4), hidden=(4,)),
+    "cnn-wide": TrainConfig(model="cnn-wide", widths=(4, 4, 4, 4, 4, 4), hidden=(4,)),
+    "cnn-gap": TrainConfig(model="cnn-gap", widths=(4, 4, 4)),
+    "resnet9": TrainConfig(model="resnet9", widths=(4, 4, 4, 4)),
+}
+
+
+def rows_by_name(rows: list[LayerRow]) -> dict[str, LayerRow]:
+    return {row.name: row for row in rows}
+
+
+@pytest.mark.parametrize("size", [32, 37])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_and_shapes_are_those_of_the_network(name: str, size: int) -> None:
+    model = create_model(CONFIGS[name], 10, None)
+    rows = layer_table(model, (size, size, 3), batch_size=2)
+    images = np.zeros((2, size, size, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    counted = {
+        layer: sum(math.prod(leaf.shape) for leaf in leaves.values())
+        for layer, leaves in variables["params"].items()
+    }
+    assert {row.name: row.params for row in rows if row.params} == counted
+    for row in rows:
+        if row.params:
+            terms = [math.prod(map(int, t.split("*"))) for t in row.arithmetic.split(" + ")]
+            assert sum(terms) == row.params
+
+    _, captured = jax.eval_shape(
+        lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"]),
+        variables,
+        images,
+    )
+    table = rows_by_name(rows)
+    for layer in counted:
+        output = captured["intermediates"][layer]["__call__"][0]
+        assert table[layer].output_shape == output.shape
+        assert table[layer].activation_bytes == 4 * output.size
+    assert rows[-1].output_shape == (2, 10)
+
+
+def test_the_tutorials_network_by_hand() -> None:
+    rows = rows_by_name(
+        layer_table(create_model(TrainConfig(model="cnn"), 10, None), (32, 32, 3), 1)
+    )
+    assert dataclasses.astuple(rows["Conv_0"])[3:6] == (448, "3*3*3*16 + 16", 32 * 32 * 16 * 27)
+    assert rows["Conv_1"].macs == 16 * 16 * 32 * 3 * 3 * 16
+    assert rows["Dense_0"].params == 1024 * 512 + 512
+    assert rows["Dense_0"].macs == 1024 * 512
+    assert [(r.receptive_field, r.stride) for r in rows.values() if r.kind in ("conv", "pool")] == [
+        (3, 1), (4, 2), (8, 2), (10, 4), (18, 4), (22, 8),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [32, 37])
+@pytest.mark.parametrize("name", NARROW)
+def test_what_an_output_sees_is_where_its_gradient_is(name: str, size: int) -> None:
+    """For the first, a middle and the last output of each layer, on a real gradient."""
+    model = create_model(NARROW[name], 10, None)
+    # All positive, so that no ReLU is in the way; several, so that each pixel wins some maximum.
+    images = jax.random.uniform(jax.random.key(0), (16, size, size, 3))
+    variables = jax.tree.map(abs, jax.jit(model.init)(jax.random.key(1), images))
+
+    @jax.jit
+    def pulled_back(images: Any, cotangents: Any) -> Any:
+        def outputs(images: Any) -> list[Any]:
+            return [layer.output for layer in trace_layers(model, variables, images)]
+
+        (gradient,) = jax.vjp(outputs, images)[1](cotangents)
+        return (gradient != 0).any(axis=(0, 3))  # [H, W]
+
+    rows = layer_table(model, (size, size, 3), len(images))
+    nothing = [np.zeros(row.output_shape, np.float32) for row in rows]
+    for k, row in enumerate(rows):
+        spatial = len(row.output_shape) == 4
+        n = row.output_shape[1] if spatial else 1
+        for i in sorted({0, n // 2, n - 1}):
+            cotangents = list(nothing)
+            cotangents[k] = nothing[k].copy()
+            cotangents[k][(slice(None), i, n // 2) if spatial else ...] = 1
+            seen = np.flatnonzero(pulled_back(images, cotangents).any(axis=1))
+            first = row.start + i * row.stride
+            last = first + row.receptive_field - 1
+            assert (seen[0], seen[-1]) == (max(first, 0), min(last, size - 1)), (row, i)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_every_layer_is_traced_and_the_last_gives_the_logits(name: str) -> None:
+    model = create_model(NARROW[name], 10, None)
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    layers = jax.jit(lambda v, x: trace_layers(model, v, x))(variables, images)
+    logits = jax.jit(model.apply)(variables, images)
+    np.testing.assert_allclose(layers[-1].output, logits, rtol=1e-5)
+    assert len({layer.name for layer in layers}) == len(layers)
+    for before, after in itertools.pairwise(layers):
+        if after.kind != "add":  # whose input is that of its branch
+            np.testing.assert_array_equal(after.input, before.output)

@@ -1,0 +1,110 @@
+"""``cifar_jax.summary``, as a command, and what a training step takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax
+import optax
+import pytest
+
+from cifar_jax import step_memory as module
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.models import create_model
+from cifar_jax.step_memory import largest_batch, step_memory
+from cifar_jax.summary import SummaryOptions, describe, main, summarize
+
+SMALL = {"model": "cnn", "widths": (4, 8), "hidden": (16,), "image_size": 8, "batch_size": 16}
+SHAPE = (8, 8, 3)
+
+
+def test_json_has_the_layers_and_totals() -> None:
+    code = (
+        "import sys; from cifar_jax.summary import main; main(sys.argv[1:]);"
+        "assert not {'tensorflow', 'torch', 'PIL'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "--json", "--image-size", "8", "--batch-size", "4"]
+    found = subprocess.run(command, capture_output=True, check=True, timeout=120)
+    summary = json.loads(found.stdout)
+    assert summary["total_params"] == sum(layer["params"] for layer in summary["layers"])
+    assert summary["total_macs"] == sum(layer["macs"] for layer in summary["layers"])
+    assert summary["layers"][0] == {
+        **{"name": "Conv_0", "kind": "conv", "output_shape": [4, 8, 8, 16], "params": 448},
+        **{"arithmetic": "3*3*3*16 + 16", "macs": 8 * 8 * 16 * 27, "receptive_field": 3},
+        **{"stride": 1, "start": -1, "activation_bytes": 4 * 4 * 8 * 8 * 16},
+    }
+    assert summary["largest_batch"] is None
+
+
+def test_the_table_shows_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--model", "cnn", "--image-size", "8", "--widths", "4,8", "--hidden", "16"])
+    shown = capsys.readouterr().out
+    assert "3*3*4*8 + 8 = 296" in shown
+    total = 3 * 3 * 3 * 4 + 4 + 296 + 2 * 2 * 8 * 16 + 16 + 16 * 10 + 10
+    assert f"{total:,}" in next(line for line in shown.splitlines() if line.startswith("total"))
+
+
+def test_memory_counts_parameters_and_optimizer() -> None:
+    config = TrainConfig(widths=(4, 8), hidden=(16,), batch_norm=True)
+    model = create_model(config, 10, None)
+    memory = step_memory(config, model, SHAPE, 16)
+    variables = jax.jit(model.init)(jax.random.key(0), jax.numpy.zeros((1, *SHAPE)))
+    adam = optax.adam(1e-3).init(variables["params"])
+    # Beside Adam's own, one step count of the schedule.
+    assert memory.opt_state == sum(x.nbytes for x in jax.tree.leaves(adam)) + 4
+    assert memory.params == sum(x.nbytes for x in jax.tree.leaves(variables["params"]))
+    assert memory.batch_stats == 2 * (4 + 8) * 4
+    held = memory.params + memory.batch_stats + memory.opt_state
+    batch = 16 * (8 * 8 * 3 + 4)
+    assert memory.xla_arguments == pytest.approx(held + 4 + batch, abs=64)
+    assert memory.xla_total >= memory.xla_arguments + memory.xla_temporaries
+    assert memory.xla_temporaries > memory.params  # the gradients are among them
+
+
+def test_the_largest_batch_fits_and_twice_as_many_do_not() -> None:
+    config = TrainConfig(widths=(4,), hidden=(8,))
+    model = create_model(config, 10, None)
+    known = step_memory(config, model, SHAPE, 16)
+    limit = 1e6
+    found = largest_batch(config, model, SHAPE, limit, known)
+    assert found is not None
+    assert found.xla_total <= limit
+    assert step_memory(config, model, SHAPE, 2 * found.batch_size).xla_total > limit
+    assert largest_batch(config, model, SHAPE, 100, known) is None
+
+
+@pytest.mark.parametrize("guessed", [1.0, 1e-3, 1e3])
+def test_a_wrong_guess_still_ends_at_the_largest_batch(
+    guessed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def memory(config: object, model: object, shape: object, n: int) -> module.StepMemory:
+        return module.StepMemory(n, 100, 0, 0, 0, 0, 1000 + 10 * n)
+
+    monkeypatch.setattr(module, "step_memory", memory)
+    known = module.StepMemory(16, 100, 0, 0, 0, 0, int(1160 * guessed))
+    found = largest_batch(TrainConfig(), None, SHAPE, 1000 + 10 * 64, known)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.batch_size == 64
+
+
+def test_what_does_not_fit_is_said() -> None:
+    summary = summarize(SummaryOptions(**SMALL, memory=1e-9))  # type: ignore[arg-type]
+    assert "none; the state alone takes" in describe(summary)
+
+
+def test_images_too_small_for_the_pools_are_an_error() -> None:
+    for model in ("cnn", "cnn-gap", "resnet9"):
+        with pytest.raises(CifarJaxError, match="1x1 pixels are left") as caught:
+            main(["--model", model, "--image-size", "7"] if model == "cnn" else
+                 ["--model", model, "--image-size", "4"])  # fmt: skip
+        assert caught.value.exit_code == ExitCode.DATA
+
+
+def test_options_that_contradict_are_refused() -> None:
+    with pytest.raises(CifarJaxError, match="--widths with --model mlp"):
+        main(["--model", "mlp", "--widths", "3"])
+    with pytest.raises(CifarJaxError, match="--image-size 0"):
+        main(["--image-size", "0"])
