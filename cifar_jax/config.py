@@ -55,6 +55,13 @@ class TrainConfig:
         at_least=0,
     )
 
+    tensorboard: bool = option(
+        False,
+        "write TensorBoard event files too, to tensorboard/ in the workdir (needs "
+        "pip install tensorboardX)",
+        group=_RUN,
+    )
+
     data: str = option(
         "auto",
         "a folder of class folders (or of train/ and test/ with them), a .tar.gz of one, an "
@@ -213,7 +220,7 @@ PRESETS: dict[str, TrainConfig] = {
 
 # What a resumed run may change: where things are and what they run on, not what is computed.
 NOT_PART_OF_THE_RUN = frozenset(
-    {"resume", "data", "data_dir", "cache_mb", "devices", "checkpoint_every"}
+    {"resume", "data", "data_dir", "cache_mb", "devices", "checkpoint_every", "tensorboard"}
 )
 
 

@@ -26,6 +26,7 @@ from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.evaluation import Evaluate, make_evaluate
+from cifar_jax.events import event_log
 from cifar_jax.files import write_atomically
 from cifar_jax.input_pipeline import Batch, train_batches
 from cifar_jax.metrics import (
@@ -219,7 +220,11 @@ def _train(run: Run, progress: Progress) -> None:
     _write_history(run, progress)
     if len(progress.history) < config.epochs:
         print(TABLE_HEADER)
-    with StopSignals() as stop:
+    events: contextlib.AbstractContextManager[Callable[[EpochRow], None]]
+    events = contextlib.nullcontext(lambda row: None)
+    if config.tensorboard:
+        events = event_log(run.workdir / "tensorboard", progress.history)
+    with StopSignals() as stop, events as add_event:
         while len(progress.history) < config.epochs:
             if 0 < config.early_stopping <= epochs_without_progress(progress.history):
                 print(f"early stop: {config.early_stopping} epochs without a lower val loss")
@@ -228,6 +233,7 @@ def _train(run: Run, progress: Progress) -> None:
             if progress.step == (len(progress.history) + 1) * run.steps_per_epoch:
                 _validate(run, progress)
                 print(table_row(progress.history[-1]), flush=True)
+                add_event(progress.history[-1])
             path = _save(run, progress)
             if stop.received is not None:
                 raise Stopped(

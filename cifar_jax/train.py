@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -57,6 +58,12 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             print(f"already complete: {report['steps']} steps; see {report_path}")
             return report
 
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            "--tensorboard needs the package tensorboardX",
+            fix="pip install tensorboardX, or leave --tensorboard out: metrics.jsonl has the same",
+        )
     _check_writable(workdir)
     # Imports as late as can be: a wrong option is answered before NumPy, JAX and TensorFlow start.
     from cifar_jax.sources import check_source
