@@ -7,6 +7,9 @@ COMMANDS = {
     "train": "train a network, keep its checkpoints, and score it on the test set",
     "evaluate": "score a trained network: per class, confusion, calibration, its worst mistakes",
     "predict": "say what is on images",
+    "report": "show a run, or several beside each other, as one HTML page",
+    "serve": "try a trained network in the browser",
+    "export": "write a trained network for other programs: StableHLO, ONNX, safetensors, pth",
     "convert": "bring a trained network from PyTorch, or to it",
 }
 

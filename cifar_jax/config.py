@@ -15,6 +15,7 @@ ScheduleName = Literal["constant", "cosine", "onecycle"]
 PresetName = Literal["default", "tutorial"]
 SplitName = Literal["train", "val", "test"]
 FitName = Literal["stretch", "crop"]
+ExportFormat = Literal["stablehlo", "onnx", "safetensors", "pth"]
 
 _DATA, _MODEL, _OPTIMIZER = "data", "model", "optimizer"
 _REGULARISATION, _RUN = "augmentation and regularisation", "run"

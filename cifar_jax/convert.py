@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cifar_jax import cli
-from cifar_jax.config import NOT_PART_OF_THE_RUN, ModelName, TrainConfig, from_json, to_json
+from cifar_jax.config import ModelName
 from cifar_jax.errors import CifarJaxError, ExitCode
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
@@ -106,13 +102,15 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
             ExitCode.CHECKPOINT, f"SOURCE {source} does not exist", fix="check the path"
         )
     from cifar_jax import trained
+    from cifar_jax.files import new_path
+    from cifar_jax.network_metadata import metadata_of
     from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict
 
     network = _read(source, options)
     ending = destination.suffix.lower()
-    with _new(destination) as path:
+    with new_path(destination, "DESTINATION") as path:
         if ending in ENDINGS:
-            write_state_dict(path, network.state_dict(), _metadata_of(network))
+            write_state_dict(path, network.state_dict(), metadata_of(network))
         else:
             trained.save(network, path, source=f"converted from {source.name}")
     print(
@@ -131,6 +129,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 
 def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
     from cifar_jax import trained
+    from cifar_jax.network_metadata import network_of
     from cifar_jax.state_dicts import read_state_dict
 
     if source.is_dir():
@@ -139,7 +138,7 @@ def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
         state_dict, metadata = read_state_dict(source)
         if "config" not in metadata:
             return _from_tensors(source, state_dict, options)
-        network = _from_metadata(source, state_dict, metadata)
+        network = network_of(source, state_dict, metadata)
     if options.given:
         raise CifarJaxError(
             ExitCode.USAGE,
@@ -207,85 +206,6 @@ def _describe(classes: tuple[str, ...]) -> str:
     if len(classes) < 3:
         return f"classes called {' and '.join(classes)}"
     return f"classes called {classes[0]}, {classes[1]} ... {classes[-1]}"
-
-
-def _metadata_of(network: TrainedNetwork) -> dict[str, str]:
-    """All of ``network`` but its variables, each value as JSON; no paths of this machine."""
-    config = to_json(network.config)
-    values = {
-        "config": {name: v for name, v in config.items() if name not in NOT_PART_OF_THE_RUN},
-        "class_names": network.class_names,
-        "image_shape": network.image_shape,
-        "mean": network.mean,
-        "std": network.std,
-    }
-    return {name: json.dumps(value) for name, value in values.items()}
-
-
-def _from_metadata(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> TrainedNetwork:
-    """The inverse of :func:`_metadata_of`, checked: the file may be anyone's."""
-    from cifar_jax.state_dicts import variables_of
-    from cifar_jax.trained import TrainedNetwork
-
-    try:
-        config = _checked_config(json.loads(metadata["config"]))
-        class_names = tuple(map(str, json.loads(metadata["class_names"])))
-        height, width, channels = map(int, json.loads(metadata["image_shape"]))
-        mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
-        if min(height, width, channels, len(class_names), *std) <= 0:
-            raise ValueError("sizes and std must be above 0")
-        if not len(mean) == len(std) == channels:
-            raise ValueError(f"mean {mean} and std {std} are not of {channels} channel(s)")
-    except (CifarJaxError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, CifarJaxError) else repr(error)
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
-            f"the metadata of {path} describes no network of this program: {reason}",
-            fix="use the file as cifar_jax.convert wrote it, or save its tensors alone",
-        ) from error
-    image_shape = (height, width, channels)
-    variables = variables_of(state_dict, config, image_shape, len(class_names), path)
-    return TrainedNetwork(config, class_names, image_shape, mean, std, variables)
-
-
-def _checked_config(values: dict[str, Any]) -> TrainConfig:
-    """``from_json``, with each value held to its type and choices as on a command line."""
-    from_json(values)  # no key that is not an option
-    arguments = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            arguments.append(cli.flag(name if value else f"no_{name}"))
-        elif value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, list) else value
-            arguments.append(f"{cli.flag(name)}={text}")
-    return TrainConfig(
-        **cli.make_parser(TrainConfig, prog="", description="").parse_given(arguments)
-    )
-
-
-@contextlib.contextmanager
-def _new(destination: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``destination`` when all is written, or nothing does.
-
-    Raises:
-        CifarJaxError: environment; it cannot be written.
-    """
-    folder = None
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-        path = folder / destination.name
-        yield path
-        path.rename(destination)
-    except OSError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"cannot write DESTINATION {destination}: {error}",
-            fix="make room there, or give another place",
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from cifar_jax.errors import CifarJaxError, ExitCode
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -15,3 +21,31 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def new_path(destination: Path, option: str) -> Iterator[Path]:
+    """A path to write a file or folder to, which becomes ``destination`` when all went well.
+
+    Args:
+        option: what a person calls ``destination``.
+
+    Raises:
+        CifarJaxError: environment; it cannot be written.
+    """
+    folder = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
+        path = folder / destination.name
+        yield path
+        path.rename(destination)
+    except OSError as error:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"cannot write {option} {destination}: {error}",
+            fix="make room there, or give another place",
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

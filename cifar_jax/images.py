@@ -6,6 +6,7 @@ here too: transparency is dropped, and of 16 bits the upper 8 are kept.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import warnings
@@ -94,6 +95,18 @@ def _resized(image: Image.Image, image_shape: ImageShape, fit: FitName) -> NDArr
         else:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(height, width, channels)
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """The PNG file of an image ``[H, W]`` or ``[H, W, C]``."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def png_uri(pixels: NDArray[np.uint8]) -> str:
+    """:func:`png` as a ``data:`` address, for pages that hold all they show."""
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
 def _refused(name: str, what: str, fix: str = "give a JPEG, PNG or other image") -> CifarJaxError:

@@ -66,6 +66,13 @@ def check_source(source: str) -> None:
     )
 
 
+def is_here(source: str, data_dir: str | None) -> bool:
+    """Whether ``source`` can be had without a download, or drawing something in its stead."""
+    if source in ("auto", "cifar10"):
+        return _is_prepared(_data_dir(data_dir))
+    return source == "shapes" or Path(source).expanduser().exists()
+
+
 def load_splits(
     source: str,
     *,

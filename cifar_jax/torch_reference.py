@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import os
 import pickle
 import re
@@ -297,6 +298,69 @@ def write_pth(path: Path, state_dict: StateDict) -> None:
     tensors = {name: torch.tensor(np.array(a, order="C")) for name, a in state_dict.items()}
     torch.save(tensors, buffer)
     path.write_bytes(buffer.getvalue())
+
+
+def write_onnx(
+    path: Path,
+    twin: nn.Module,
+    image_shape: ImageShape,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    metadata: dict[str, str],
+) -> None:
+    """Write a classifier for any number of images: ``images``, uint8 ``[N, H, W, C]``, go in, and
+    ``probabilities``, float32 ``[N, K]``, come out.
+
+    Args:
+        image_shape: ``(H, W, C)``.
+        mean, std: of each channel, in units of 0..1; normalising by them is part of it.
+        metadata: for the file's ``metadata_props``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    example = torch.zeros((2, *image_shape), dtype=torch.uint8)
+    # Of its own insides the exporter warns that they are deprecated, and that there is no
+    # torchvision, whose operators no network here has.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        program = torch.onnx.export(
+            _Classifier(twin, mean, std).eval(),
+            (example,),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            dynamo=True,  # the other exporter is deprecated
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    # Where in our sources each node comes from: paths of this machine, and half the file.
+    for part in (
+        *model.graph.node,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.value_info,
+    ):
+        del part.metadata_props[:]
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+
+
+class _Classifier(nn.Module):
+    """Images uint8 ``[N, H, W, C]`` -> probabilities ``[N, K]``."""
+
+    def __init__(self, twin: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.twin = twin
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = (images.float() / 255 - self.mean) / self.std
+        # Contiguous: of a view, pooling is exported as arithmetic on strides.
+        return torch.softmax(self.twin(x.permute(0, 3, 1, 2).contiguous()), dim=1)
 
 
 def _no_state_dict(path: Path, reason: str) -> CifarJaxError:

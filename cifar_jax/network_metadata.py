@@ -1,0 +1,65 @@
+"""What a network's tensors do not say, as the metadata of the file that holds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cifar_jax import cli
+from cifar_jax.config import NOT_PART_OF_THE_RUN, TrainConfig, from_json, to_json
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.layout import StateDict
+from cifar_jax.state_dicts import variables_of
+from cifar_jax.trained import TrainedNetwork
+
+
+def metadata_of(network: TrainedNetwork) -> dict[str, str]:
+    """All of ``network`` but its variables, each value as JSON; no paths of this machine."""
+    config = to_json(network.config)
+    values = {
+        "config": {name: v for name, v in config.items() if name not in NOT_PART_OF_THE_RUN},
+        "class_names": network.class_names,
+        "image_shape": network.image_shape,
+        "mean": network.mean,
+        "std": network.std,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> TrainedNetwork:
+    """The inverse of :func:`metadata_of`, checked: the file may be anyone's."""
+    try:
+        config = _checked_config(json.loads(metadata["config"]))
+        class_names = tuple(map(str, json.loads(metadata["class_names"])))
+        height, width, channels = map(int, json.loads(metadata["image_shape"]))
+        mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
+        if min(height, width, channels, len(class_names), *std) <= 0:
+            raise ValueError("sizes and std must be above 0")
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"mean {mean} and std {std} are not of {channels} channel(s)")
+    except (CifarJaxError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, CifarJaxError) else repr(error)
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"the metadata of {path} describes no network of this program: {reason}",
+            fix="use the file as cifar_jax.convert wrote it, or save its tensors alone",
+        ) from error
+    image_shape = (height, width, channels)
+    variables = variables_of(state_dict, config, image_shape, len(class_names), path)
+    return TrainedNetwork(config, class_names, image_shape, mean, std, variables)
+
+
+def _checked_config(values: dict[str, Any]) -> TrainConfig:
+    """``from_json``, with each value held to its type and choices as on a command line."""
+    from_json(values)  # no key that is not an option
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            arguments.append(cli.flag(name if value else f"no_{name}"))
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            arguments.append(f"{cli.flag(name)}={text}")
+    return TrainConfig(
+        **cli.make_parser(TrainConfig, prog="", description="").parse_given(arguments)
+    )

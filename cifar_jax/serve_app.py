@@ -1,0 +1,203 @@
+"""The page and the JSON endpoints of ``cifar_jax.serve``, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import io
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from cifar_jax import shapes
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import png, png_uri, read_image
+from cifar_jax.inference import make_logits, softmax
+from cifar_jax.layers import trace_layers
+from cifar_jax.parallel import compile_lowered
+from cifar_jax.sources import IMAGE_SUFFIXES
+from cifar_jax.train_step import normalize
+from cifar_jax.trained import TrainedNetwork
+
+MAX_BYTES = 10 * 2**20
+# What is over the limit is still read, as most senders listen only when all is sent; up to here.
+_MAX_BYTES_READ = 10 * MAX_BYTES
+_MAX_SAMPLES = 12
+
+Predict = Callable[[bytes, str], dict[str, Any]]
+
+
+def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
+    """The page at ``/``, and JSON: ``GET /network``, ``POST /predict``.
+
+    Args:
+        hosts: the names that it answers to, ``*`` for any.
+    """
+    html = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+    security = {"Content-Security-Policy": _content_security_policy(html)}
+    predict = make_predict(network)
+    description = {
+        "model": network.config.model,
+        "parameters": network.n_params,
+        "classes": network.class_names,
+        "image_shape": network.image_shape,
+        "max_bytes": MAX_BYTES,
+        "samples": _samples(network),
+    }
+
+    async def on_page(request: Request) -> Response:
+        return HTMLResponse(html, headers=security)
+
+    async def on_network(request: Request) -> Response:
+        return JSONResponse(description)
+
+    async def on_predict(request: Request) -> Response:
+        name = request.query_params.get("file") or "the image"
+        kind = request.headers.get("content-type", "").lower()
+        # Also what keeps other sites' pages out: without asking first, none can send these types.
+        if not kind.startswith(("image/", "application/octet-stream")):
+            return refuse(415, "the body is no image. Fix: give Content-Type: image/jpeg, say.")
+        try:
+            content = await _body(request)
+        except (ClientDisconnect, asyncio.CancelledError):  # the latter at the server's end
+            return Response()  # which nobody reads
+        if content is None:
+            return refuse(413, f"{name} has over {MAX_BYTES >> 20} MiB. Fix: make it smaller.")
+        try:
+            return JSONResponse(await run_in_threadpool(predict, content, name))
+        except CifarJaxError as error:
+            return refuse(422, str(error))
+
+    def refuse(status: int, error: str) -> Response:
+        return JSONResponse({"error": error}, status)
+
+    return Starlette(
+        routes=[
+            Route("/", on_page),
+            Route("/network", on_network),
+            Route("/predict", on_predict, methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+    )
+
+
+def _content_security_policy(html: str) -> str:
+    """Nothing runs but the page's own style and script, and nothing is fetched from elsewhere."""
+
+    def digest(tag: str) -> str:
+        (inline,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        return base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+
+    return (
+        f"default-src 'none'; style-src 'sha256-{digest('style')}'; "
+        f"script-src 'sha256-{digest('script')}'; img-src data: blob:; connect-src 'self' data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+async def _body(request: Request) -> bytes | None:
+    """The body, or None if it has more than ``MAX_BYTES``."""
+    content, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= MAX_BYTES:
+            content += chunk
+        elif size > _MAX_BYTES_READ:
+            break
+    return bytes(content) if size <= MAX_BYTES else None
+
+
+def make_predict(network: TrainedNetwork) -> Predict:
+    """A function from an image file's content and name to the answer of ``POST /predict``.
+
+    One call is at work at a time. All is compiled, and was tried, when this returns.
+
+    Raises:
+        CifarJaxError: numerics; the network's answers are not finite. So does the function, and
+            data; what it is given is no image.
+    """
+
+    def trace(variables: Any, images: Any) -> Any:
+        normalised = normalize(images, network.mean, network.std)
+        return trace_layers(network.model, variables, normalised)
+
+    black = np.zeros((1, *network.image_shape), np.uint8)
+    variables = jax.device_put(network.variables)
+    kinds = [layer.kind for layer in jax.eval_shape(trace, variables, black)]
+    features = None
+    if "conv" in kinds:
+        first = kinds.index("conv")
+        shown = kinds.index("relu", first) if "relu" in kinds[first:] else first
+        lowered = jax.jit(lambda *given: trace(*given)[shown].output).lower(variables, black)
+        features = compile_lowered(lowered, jax.default_backend())
+    logits = make_logits(network)
+    lock = threading.Lock()
+
+    def predict(content: bytes, name: str) -> dict[str, Any]:
+        with lock:  # also so that no two large images are decoded at once
+            start = time.perf_counter()
+            image = read_image(io.BytesIO(content), name, network.image_shape)[None]
+            values = softmax(logits(image))[0]
+            if not np.isfinite(values).all():
+                raise CifarJaxError(
+                    ExitCode.NUMERICS,
+                    f"the network's answer to {name} is not finite",
+                    fix="serve another checkpoint",
+                )
+            maps = np.asarray(features(variables, image))[0] if features else np.zeros((0, 0, 0))
+            best = int(values.argmax())
+            return {
+                "file": name,
+                "class": network.class_names[best],
+                "probability": float(values[best]),
+                "probabilities": dict(zip(network.class_names, map(float, values), strict=True)),
+                "network_input": png_uri(image[0]),
+                "feature_maps": [png_uri(_stretched(each)) for each in np.moveaxis(maps, -1, 0)],
+                "seconds": time.perf_counter() - start,
+            }
+
+    predict(png(black[0]), "a black image")
+    return predict
+
+
+def _samples(network: TrainedNetwork) -> list[dict[str, str]]:
+    """Images to start with, one a class, where the data of training is at hand; none otherwise."""
+    if network.class_names == shapes.CLASS_NAMES:
+        images, _ = shapes.draw(len(shapes.CLASS_NAMES), seed=1)
+        return [
+            {"class": name, "file": f"{name}.png", "image": png_uri(pixels)}
+            for name, pixels in zip(shapes.CLASS_NAMES, images, strict=True)
+        ]
+    samples = []
+    data = Path(network.config.data).expanduser()
+    split = data / "test" if (data / "test").is_dir() else data / "val"
+    with contextlib.suppress(OSError, CifarJaxError):  # it is no folder, or is no more as it was
+        for folder in sorted(path for path in split.iterdir() if path.is_dir())[:_MAX_SAMPLES]:
+            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if folder.name in network.class_names and files:
+                file = f"{folder.name}/{files[0].name}"
+                image = png_uri(read_image(files[0], file, network.image_shape))
+                samples.append({"class": folder.name, "file": file, "image": image})
+    return samples
+
+
+def _stretched(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Black for the lowest, white for the highest."""
+    shifted = values - values.min()
+    return (255 * shifted / max(shifted.max(), 1e-12)).astype("uint8")

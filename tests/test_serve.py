@@ -1,0 +1,481 @@
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_jax import shapes, trained
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import read_image
+from cifar_jax.inference import make_logits, softmax
+from cifar_jax.serve import main
+from cifar_jax.serve_app import MAX_BYTES, _samples, _stretched, make_predict
+from cifar_jax.trained import TrainedNetwork
+
+SCRIPT = "<script>alert(1)</script>"
+MARKUP = "<img src=x onerror=alert(2)>"
+
+
+def linear(class_names: tuple[str, ...], size: int = 8) -> TrainedNetwork:
+    kernel = np.zeros((size * size * 3, len(class_names)), np.float32)
+    bias = np.arange(len(class_names), dtype=np.float32)
+    variables = {"params": {"Dense_0": {"kernel": kernel, "bias": bias}}, "batch_stats": {}}
+    ones = (1.0, 1.0, 1.0)
+    config = TrainConfig(model="linear", data="nowhere")
+    return TrainedNetwork(config, class_names, (size, size, 3), ones, ones, variables)
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The command at work: where it answers, and the process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cifar_jax.serve", "--checkpoint", str(checkpoint), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert " at http://127.0.0.1:" in line, line
+            yield line.split(" at ")[1].split()[0], process
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def url(trained_run: Path) -> Iterator[str]:
+    with serving(trained_run) as (url, process):
+        yield url
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+        assert "Traceback" not in stderr, stderr
+
+
+def noise_file(size: int = 40, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size, size + 9, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def ask(
+    url: str, body: Any = None, *, kind: str = "image/jpeg", **headers: str
+) -> tuple[int, dict[str, Any]]:
+    """The status and the JSON of an answer."""
+    if body is not None:
+        headers["Content-Type"] = kind
+    request = urllib.request.Request(url, data=body, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def pixels_of(uri: str) -> np.ndarray:
+    kind, content = uri.split(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+
+
+# ------------------------------------------------------------------------------------- answers
+
+
+def test_an_answer_is_what_the_network_says(url: str, trained_run: Path) -> None:
+    network = trained.load(trained_run)
+    content = noise_file()
+    status, answer = ask(f"{url}predict?file=my%20cat.jpg", content)
+    assert status == 200
+    image = read_image(io.BytesIO(content), "x", network.image_shape)
+    expected = softmax(make_logits(network)(image[None]))[0]
+    assert list(answer["probabilities"]) == ["bird", "cat", "frog"]
+    np.testing.assert_allclose(list(answer["probabilities"].values()), expected, rtol=1e-6)
+    assert answer["class"] == network.class_names[expected.argmax()]
+    assert answer["probability"] == max(answer["probabilities"].values())
+    assert answer["file"] == "my cat.jpg"
+    assert 0 < answer["seconds"] < 60
+    np.testing.assert_array_equal(pixels_of(answer["network_input"]), image)
+
+    # The first convolution by hand, as shifted products; then ReLU, then black to white.
+    convolution = network.variables["params"]["Conv_0"]
+    inputs = (image / 255 - network.mean) / network.std
+    padded = np.pad(inputs, [(1, 1), (1, 1), (0, 0)])
+    maps = convolution["bias"] + sum(
+        padded[i : i + 8, j : j + 8] @ convolution["kernel"][i, j]
+        for i in range(3)
+        for j in range(3)
+    )
+    maps = np.maximum(maps, 0)
+    maps -= maps.min(axis=(0, 1))
+    maps /= np.maximum(maps.max(axis=(0, 1)), 1e-12)
+    shown = np.stack([pixels_of(uri) for uri in answer["feature_maps"]], axis=-1)
+    assert shown.shape == (8, 8, 4)
+    assert shown.max() == 255
+    np.testing.assert_allclose(shown, 255 * maps, atol=1.01)
+
+
+def test_maps_are_stretched_from_black_to_white() -> None:
+    values = np.array([[-1, 1], [3, 3]], np.float32)
+    np.testing.assert_array_equal(_stretched(values), [[0, 127], [255, 255]])
+    np.testing.assert_array_equal(_stretched(np.full((2, 2), 7.0)), np.zeros((2, 2)))
+
+
+def test_a_network_without_convolutions_has_no_feature_maps() -> None:
+    answer = make_predict(linear(("a", "b")))(noise_file(), "x")
+    assert answer["class"] == "b"
+    assert answer["feature_maps"] == []
+
+
+def test_a_network_that_gives_no_numbers_is_not_served() -> None:
+    network = linear(("a", "b"))
+    variables = jax.tree.map(lambda leaf: leaf * np.nan, network.variables)
+    with pytest.raises(CifarJaxError, match="is not finite") as caught:
+        make_predict(dataclasses.replace(network, variables=variables))
+    assert caught.value.exit_code == ExitCode.NUMERICS
+
+
+def test_samples(trained_run: Path, image_folder: Path) -> None:
+    network = trained.load(trained_run)
+    samples = _samples(network)
+    assert [sample["class"] for sample in samples] == ["bird", "cat", "frog"]
+    assert samples[1]["file"] == "cat/000.png"
+    expected = read_image(image_folder / "test" / "cat" / "000.png", "x", (8, 8, 3))
+    np.testing.assert_array_equal(pixels_of(samples[1]["image"]), expected)
+    elsewhere = dataclasses.replace(network.config, data=str(image_folder / "train"))
+    assert _samples(dataclasses.replace(network, config=elsewhere)) == []
+    drawn = _samples(linear(shapes.CLASS_NAMES, 32))
+    assert tuple(sample["class"] for sample in drawn) == shapes.CLASS_NAMES
+    np.testing.assert_array_equal(pixels_of(drawn[3]["image"]), shapes.draw(10, seed=1)[0][3])
+
+
+def test_many_at_a_time_get_their_own_answers(url: str) -> None:
+    files = [noise_file(seed=seed) for seed in range(12)]
+    alone = [ask(f"{url}predict", file)[1]["probabilities"] for file in files]
+    assert len({str(probabilities) for probabilities in alone}) > 1
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda file: ask(f"{url}predict", file)[1], files))
+    assert [answer["probabilities"] for answer in together] == alone
+
+
+def test_others_are_answered_while_an_image_is_decoded(url: str) -> None:
+    file = io.BytesIO()
+    Image.new("L", (7900, 8000)).save(file, "PNG", compress_level=1)
+    meanwhile = 0
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(ask, f"{url}predict", file.getvalue())
+        time.sleep(0.15)
+        while not slow.done():
+            ask(f"{url}network")
+            meanwhile += not slow.done()
+        assert slow.result()[0] == 200
+    assert meanwhile
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def test_what_is_no_image_is_refused(url: str) -> None:
+    for body, kind, status, message in (
+        (b"a plain text", "text/plain", 415, "the body is no image"),
+        (b"a plain text", "application/octet-stream", 422, "n.txt is no image of a format"),
+        (b"", "image/jpeg", 422, "n.txt is empty"),
+        (noise_file()[:600], "image/jpeg", 422, "n.txt is damaged"),
+    ):
+        answered, answer = ask(f"{url}predict?file=n.txt", body, kind=kind)
+        assert answered == status
+        assert list(answer) == ["error"]
+        assert message in answer["error"]
+        assert "Fix: " in answer["error"]
+
+
+def test_what_is_too_large_is_refused(url: str) -> None:
+    fits, large = bytes(MAX_BYTES), bytes(MAX_BYTES + 1)
+    assert ask(f"{url}predict", fits)[0] == 422
+    status, answer = ask(f"{url}predict?file=huge.png", large)
+    assert (status, answer["error"]) == (413, "huge.png has over 10 MiB. Fix: make it smaller.")
+    chunked = iter([large[: len(large) // 2], large[len(large) // 2 :]])  # with no Content-Length
+    assert ask(f"{url}predict", chunked)[0] == 413
+    host, port = url.split("/")[2].split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    connection.putrequest("POST", "/predict")
+    connection.putheader("Content-Type", "image/png")
+    connection.putheader("Content-Length", str(10**15))
+    connection.endheaders()
+    status = 413
+    with contextlib.suppress(ConnectionError):  # it hangs up, or its answer comes first
+        for _ in range(12):
+            connection.send(large)
+        status = connection.getresponse().status
+    assert status == 413
+    connection.close()
+
+
+def test_a_sender_who_leaves_leaves_no_trace(trained_run: Path) -> None:
+    """Nor does one who stalls keep the server from ending."""
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    with serving(trained_run) as (url, process):
+        host, port = url.split("/")[2].split(":")
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(head + b"Content-Length: 100\r\n\r\nabc")
+        assert ask(f"{url}predict", noise_file())[0] == 200
+        with socket.create_connection((host, int(port))) as stalled:
+            stalled.sendall(head + b"Content-Length: 100\r\n\r\nabc")
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            _, stderr = process.communicate(timeout=20)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "Traceback" not in stderr, stderr
+        assert "cifar_jax: stopped by SIGTERM" in stderr
+
+
+def test_other_sites_are_kept_out(url: str) -> None:
+    host, port = url.split("/")[2].split(":")
+
+    def status(name: str) -> int:
+        connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        connection.request("GET", "/network", headers={"Host": name})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status
+
+    for name in ("127.0.0.1", f"127.0.0.1:{port}", "localhost", f"localhost:{port}"):
+        assert status(name) == 200
+    for name in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
+        assert status(name) == 400
+    with urllib.request.urlopen(
+        urllib.request.Request(url, headers={"Origin": "http://a.b"})
+    ) as page:
+        assert not [name for name in page.headers if name.lower().startswith("access-control")]
+        policy = page.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+
+
+def test_what_keeps_the_server_from_starting(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusal(*argv: str) -> tuple[int, str]:
+        with pytest.raises(CifarJaxError) as caught:
+            main(argv)
+        return caught.value.exit_code, str(caught.value)
+
+    run = ("--checkpoint", str(trained_run))
+    code, message = refusal()
+    assert code == ExitCode.USAGE
+    assert "--checkpoint" in message
+    assert refusal("--checkpoint", str(tmp_path / "no"))[0] == ExitCode.CHECKPOINT
+    assert refusal("--checkpoint", str(tmp_path), "--port", "0")[0] == ExitCode.CHECKPOINT
+    assert refusal(*run, "--port", "65536")[0] == ExitCode.USAGE
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, message = refusal(*run, "--port", str(port))
+        assert code == ExitCode.ENVIRONMENT
+        assert message.startswith(
+            f"cannot listen on port {port} of 127.0.0.1: Address already in use. Fix: give another "
+            "--port"
+        )
+    for host in ("192.0.2.1", "no..name"):  # an address of another machine; a name of none
+        code, message = refusal(*run, "--host", host, "--port", "0")
+        assert code == ExitCode.ENVIRONMENT
+        assert f"cannot listen on port 0 of {host}: " in message
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, message = refusal(*run)
+    assert code == ExitCode.ENVIRONMENT
+    assert message == (
+        "cifar_jax.serve needs uvicorn, which is not installed. Fix: pip install starlette uvicorn."
+    )
+
+
+def test_a_wrong_option_is_answered_before_anything_slow() -> None:
+    program = """if True:
+        import sys
+        from cifar_jax.errors import CifarJaxError
+        from cifar_jax.serve import main
+        for argv in (["--help"], [], ["--port", "x"], ["--checkpoint", "no"], ["--chekpoint"]):
+            try:
+                main(argv)
+            except (SystemExit, CifarJaxError):
+                pass
+        slow = {"jax", "numpy", "PIL", "starlette", "uvicorn"} & set(sys.modules)
+        assert not slow, slow
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "--checkpoint" in done.stdout
+
+
+# ------------------------------------------------------------------------------------ the page
+
+
+@contextlib.contextmanager
+def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
+    """The page, which must neither complain nor ask anyone else."""
+    page = browser.new_page(**options)
+    troubles: list[str] = []
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: troubles.append(dialog.message))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(url)
+    page.locator("#network", has_text="classes").wait_for()
+    yield page
+    # Chromium itself tells of each answer that is an error.
+    assert [text for text in troubles if "the server responded with a status of" not in text] == []
+    assert [other for other in asked if not other.startswith((url, "data:", "blob:"))] == []
+    width, inner = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width <= inner, "it scrolls sideways"
+    page.close()
+
+
+def shown(page: Any) -> tuple[str, list[tuple[str, str]]]:
+    """The class, and the bars' names and numbers."""
+    page.locator("#result").wait_for()
+    bars = [tuple(bar.inner_text().split("\n")) for bar in page.locator("#bars li").all()]
+    return page.locator("#class").inner_text(), bars
+
+
+def expected(answer: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    ordered = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
+    return answer["class"], [(name, f"{100 * p:.1f} %") for name, p in ordered]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_the_page_shows_what_predict_answers(
+    browser: Any, url: str, image_folder: Path, tmp_path: Path, width: int, scheme: str
+) -> None:
+    path = tmp_path / "a <b> & c.png"
+    path.write_bytes((image_folder / "test" / "frog" / "000.png").read_bytes())
+    _, answer = ask(f"{url}predict", path.read_bytes())
+    assert answer["class"] == "frog", "the last in the order of the classes"
+    viewport = {"width": width, "height": 800}
+    with opened(browser, url, viewport=viewport, color_scheme=scheme) as page:
+        assert page.locator("#network").inner_text().startswith("cnn, ")
+        page.locator("input[type=file]").set_input_files(path)
+        assert shown(page) == expected(answer)
+        widths = page.locator(".bar").evaluate_all(
+            "bars => bars.map(b => parseFloat(b.style.width))"
+        )
+        probabilities = sorted(answer["probabilities"].values(), reverse=True)
+        np.testing.assert_allclose(widths, np.multiply(100, probabilities), atol=1e-3)
+        assert answer["class"] in page.locator("[aria-live]").inner_text()
+        assert page.locator("#original-caption").inner_text() == path.name
+        assert page.locator("#seen").get_attribute("src") == answer["network_input"]
+        maps = page.locator("#maps img").evaluate_all("maps => maps.map(map => map.src)")
+        assert maps == answer["feature_maps"]
+        page.wait_for_load_state("networkidle")
+        images = page.locator("img").evaluate_all("all => all.map(image => image.naturalWidth)")
+        assert len(images) == 3 + 2 + 4  # samples, the two pictures, feature maps
+        assert all(images)
+        left, right = page.locator("main > div").all()
+        beside = right.bounding_box()["x"] > left.bounding_box()["x"]
+        assert beside == (width > 1000)
+
+
+def test_images_come_by_drop_paste_and_keyboard(browser: Any, url: str) -> None:
+    transfer = """content => {
+        const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+        const transfer = new DataTransfer();
+        if (content) transfer.items.add(new File([bytes], "given.jpg", {type: "image/jpeg"}));
+        return transfer;
+    }"""
+    paste = """transfer => document.body.dispatchEvent(
+        new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true}))"""
+    with opened(browser, url) as page:
+        page.on("filechooser", lambda chooser: None)  # early: to subscribe takes a moment
+        for seed, way in enumerate(("drop", "paste")):
+            content = noise_file(seed=seed)
+            given = page.evaluate_handle(transfer, base64.b64encode(content).decode())
+            if way == "drop":
+                page.dispatch_event("body", "drop", {"dataTransfer": given})
+            else:
+                page.evaluate(paste, given)
+            _, answer = ask(f"{url}predict", content)
+            page.locator(f'#seen[src="{answer["network_input"]}"]').wait_for()
+            assert shown(page) == expected(answer)
+        page.evaluate(paste, page.evaluate_handle(transfer, ""))
+        assert "What was pasted is no file." in page.locator("#error").inner_text()
+
+        page.keyboard.press("Tab")
+        with page.expect_file_chooser():
+            page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.locator("#original-caption", has_text="cat/000.png").wait_for()
+        assert page.locator("#error").is_hidden()
+
+
+def test_the_page_says_what_is_wrong(browser: Any, url: str, tmp_path: Path) -> None:
+    (tmp_path / "image.jpg").write_bytes(noise_file())
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "huge.png").write_bytes(bytes(MAX_BYTES + 1))
+    sent = []
+    with opened(browser, url) as page:
+        page.on("request", lambda request: sent.append(request.method))
+        for name, message in (("notes.txt", "is no image"), ("huge.png", "has over 10 MiB.")):
+            page.locator("input[type=file]").set_input_files(tmp_path / "image.jpg")
+            shown(page)
+            assert page.locator("#error").is_hidden()
+            page.locator("input[type=file]").set_input_files(tmp_path / name)
+            page.locator("#error", has_text=f"{name} {message}").wait_for()
+            assert page.locator("#result").is_hidden()
+    assert sent.count("POST") == 3, "what is too large is not even sent"
+
+
+def test_a_late_answer_is_not_shown(browser: Any, url: str, tmp_path: Path) -> None:
+    held: list[Any] = []
+    with opened(browser, url) as page:
+        page.route("**/predict?*", lambda route: held.append(route))
+        for n in range(2):
+            (tmp_path / f"{n}.jpg").write_bytes(noise_file(seed=n))
+            page.locator("input[type=file]").set_input_files(tmp_path / f"{n}.jpg")
+            while len(held) == n:
+                page.wait_for_timeout(20)
+        held[1].continue_()
+        page.locator("#original-caption", has_text="1.jpg").wait_for()
+        held[0].continue_()
+        page.wait_for_timeout(300)
+        assert page.locator("#original-caption").inner_text() == "1.jpg"
+        assert page.locator("#error").is_hidden()
+
+
+def test_names_are_text_and_ctrl_c_ends_it(browser: Any, tmp_path: Path) -> None:
+    trained.save(linear((MARKUP, SCRIPT)), tmp_path / "run", source="a test")
+    path = tmp_path / "image.jpg"
+    path.write_bytes(noise_file())
+    with serving(tmp_path / "run") as (url, process):
+        with opened(browser, url) as page:
+            assert page.locator("#samples").is_hidden()
+            page.locator("input[type=file]").set_input_files(path)
+            assert shown(page) == (SCRIPT, [(SCRIPT, "73.1 %"), (MARKUP, "26.9 %")])
+            assert "has no convolution" in page.locator("#maps").inner_text()
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+    assert (stdout, stderr) == ("", "cifar_jax: stopped by SIGINT\n")
