@@ -23,13 +23,13 @@ import pytest
 import safetensors.torch
 import torch
 
-import cifar_jax.export
-import cifar_jax.export_formats
 from cifar_jax import trained
 from cifar_jax.config import ExportFormat, TrainConfig
 from cifar_jax.convert import ConvertOptions, convert
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.export import TOLERANCE, export_network, main
+from cifar_jax.export import __main__ as command
+from cifar_jax.export import formats
+from cifar_jax.export.__main__ import TOLERANCE, export_network, main
 from cifar_jax.inference import make_logits
 from cifar_jax.models import create_model
 from cifar_jax.state_dicts import read_state_dict
@@ -126,7 +126,7 @@ def load_file(format: ExportFormat, path: Path, network: TrainedNetwork) -> Call
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar_jax.export, "_MAX_IMAGES", 128)
+    monkeypatch.setattr(command, "_MAX_IMAGES", 128)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_every_network_in_every_format_gives_the_same_answers(
         np.testing.assert_allclose(answers, expected[:n], atol=TOLERANCE, rtol=0)
         if format in ("stablehlo", "onnx"):
             assert answers.dtype == np.float32
-    for here in (Path(cifar_jax.export.__file__).parent, tmp_path):
+    for here in (Path(command.__file__).parent, tmp_path):
         assert str(here).encode() not in output.read_bytes(), "a path of this machine"
 
 
@@ -249,7 +249,7 @@ def test_the_weights_are_those_that_convert_writes(tmp_path: Path, saved: Saved)
 def test_a_wrong_file_is_found_and_removed(
     format: ExportFormat, tmp_path: Path, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, read = cifar_jax.export_formats.FORMATS[format]
+    write, read = formats.FORMATS[format]
 
     def write_wrong(network: TrainedNetwork, path: Path) -> None:
         off = (network.mean[0] + 0.001, *network.mean[1:])
@@ -258,7 +258,7 @@ def test_a_wrong_file_is_found_and_removed(
         write(dataclasses.replace(network, mean=off), path)
         assert path.stat().st_size > 0
 
-    monkeypatch.setattr(cifar_jax.export_formats, "FORMATS", {format: (write_wrong, read)})
+    monkeypatch.setattr(formats, "FORMATS", {format: (write_wrong, read)})
     error = refusal(saved("cnn"), format, tmp_path / f"net.{format}")
     assert error.exit_code == ExitCode.NUMERICS
     assert re.search(rf"the {format} file gave probabilities up to \S+ from .* removed", str(error))
@@ -275,7 +275,7 @@ def test_a_difference_at_any_one_image_or_batch_size_counts() -> None:
                 answers[k, 1] = by if wrong(len(images), image) else 0
             return answers
 
-        return cifar_jax.export._largest_difference(classify, images, expected)
+        return command._largest_difference(classify, images, expected)
 
     assert largest(lambda size, image: False) == 0
     for size in (1, 7, 128):
@@ -412,7 +412,7 @@ def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
 def test_a_wrong_option_is_answered_before_anything_slow(tmp_path: Path) -> None:
     program = """if True:
         import sys
-        from cifar_jax.export import main
+        from cifar_jax.export.__main__ import main
         from cifar_jax.errors import CifarJaxError
         open("run.onnx", "w").close()
         for argv in (

@@ -28,8 +28,8 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import read_image
 from cifar_jax.inference import make_logits, softmax
-from cifar_jax.serve import main
-from cifar_jax.serve_app import MAX_BYTES, _samples, _stretched, make_predict
+from cifar_jax.serve.__main__ import main
+from cifar_jax.serve.app import MAX_BYTES, _samples, _stretched, make_predict
 from cifar_jax.trained import TrainedNetwork
 
 SCRIPT = "<script>alert(1)</script>"
@@ -314,7 +314,7 @@ def test_a_wrong_option_is_answered_before_anything_slow() -> None:
     program = """if True:
         import sys
         from cifar_jax.errors import CifarJaxError
-        from cifar_jax.serve import main
+        from cifar_jax.serve.__main__ import main
         for argv in (["--help"], [], ["--port", "x"], ["--checkpoint", "no"], ["--chekpoint"]):
             try:
                 main(argv)

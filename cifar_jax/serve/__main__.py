@@ -71,7 +71,7 @@ def serve(options: ServeOptions) -> None:
         ) from error
     with _listen(options.host, options.port) as listener:  # before the seconds that loading takes
         from cifar_jax import trained
-        from cifar_jax.serve_app import make_app
+        from cifar_jax.serve.app import make_app
 
         address, port = listener.getsockname()[:2]
         hosts = ["*"]

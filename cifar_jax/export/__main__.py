@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # slow to import: a wrong option is answered before
     import numpy as np
     from numpy.typing import NDArray
 
-    from cifar_jax.export_formats import Classify
+    from cifar_jax.export.formats import Classify
     from cifar_jax.trained import TrainedNetwork
 
 DESCRIPTION = """\
@@ -113,7 +113,7 @@ def export_network(
     print(f"reading the checkpoint {checkpoint}", flush=True)
     _check_installed(format)
     from cifar_jax import trained
-    from cifar_jax.export_formats import FORMATS, classify_here, how_to_use
+    from cifar_jax.export.formats import FORMATS, classify_here, how_to_use
     from cifar_jax.files import new_path
 
     network = trained.load(checkpoint)

@@ -49,7 +49,7 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
     Args:
         hosts: the names that it answers to, ``*`` for any.
     """
-    html = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+    html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     security = {"Content-Security-Policy": _content_security_policy(html)}
     predict = make_predict(network)
     description = {

@@ -1,0 +1,1 @@
+"""``python -m cifar_jax.export``: the command that checks each file, and the formats."""

@@ -1,0 +1,1 @@
+"""``python -m cifar_jax.report``: run -> page (plain data) -> figures and html."""

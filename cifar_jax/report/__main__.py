@@ -1,0 +1,111 @@
+"""A page that shows a run, or compares several: ``python -m cifar_jax.report WORKDIR``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_jax import cli
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import write_atomically
+from cifar_jax.report.run import read_run
+
+DESCRIPTION = """\
+Write what a run of cifar_jax.train came to as one HTML file, which needs no network and no other
+file: its curves, its scores, its mistakes, and what the network looks like from inside.
+
+Several runs give one page that compares them. A run that is not finished is scored on its
+validation images: the test images are for the end.
+
+examples:
+  python -m cifar_jax.report runs/20261122-101500-cnn
+  python -m cifar_jax.report runs/20261122-101500-cnn --data cifar10.tar.gz --output cnn.html
+  python -m cifar_jax.report runs/* --output comparison.html
+"""
+
+_GROUP = "options"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Where the page goes, and where the images are that it shows."""
+
+    output: str | None = cli.option(
+        None,
+        "the file to write [default: report.html in the run's folder; comparison.html here for "
+        "several runs]",
+        group=_GROUP,
+    )
+    data: str | None = cli.option(
+        None, "images, as in cifar_jax.train [default: what the run was trained on]", group=_GROUP
+    )
+    data_dir: str | None = cli.option(None, "as in cifar_jax.train", group=_GROUP)
+
+
+def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
+    """Write the page of one run, or the comparison of several, and say where it is.
+
+    Returns:
+        The file.
+
+    Raises:
+        CifarJaxError: usage; options that do not go together. Checkpoint; a workdir holds no run,
+            or a damaged one. Data; ``options.data`` cannot be had. Environment; the file cannot be
+            written.
+    """
+    single = len(workdirs) == 1
+    for name in ("data", "data_dir"):
+        if getattr(options, name) and not single:
+            raise CifarJaxError(
+                ExitCode.USAGE,
+                f"{cli.flag(name)} with {len(workdirs)} runs, whose comparison reads no images",
+                fix="leave it out, or give one WORKDIR",
+            )
+    default = workdirs[0] / "report.html" if single else Path("comparison.html")
+    output = Path(options.output) if options.output else default
+    if output.is_dir():
+        raise CifarJaxError(
+            ExitCode.USAGE, f"--output {output} is a folder", fix="give the name of a file"
+        )
+    runs = [read_run(workdir) for workdir in workdirs]
+
+    # As late as can be: what is wrong with the command is said before JAX starts.
+    print(f"reading {', '.join(map(str, workdirs))} ...", flush=True)
+    from cifar_jax.report import html, page
+
+    if single:
+        content = page.gather_run(runs[0], data=options.data, data_dir=options.data_dir)
+        print("drawing ...", flush=True)
+        text = html.render_run(content)
+    else:
+        text = html.render_comparison(page.gather_comparison(runs))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # ASCII, so that neither the locale nor a file name of odd bytes can spoil it.
+        write_atomically(output, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
+    except OSError as error:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT, f"cannot write {output}: {error}", fix="give another --output"
+        ) from error
+    print(f"the page is {output}")
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.make_parser(
+        ReportOptions, prog="python -m cifar_jax.report", description=DESCRIPTION
+    )
+    parser.add_argument(
+        "workdirs",
+        metavar="WORKDIR",
+        nargs="+",
+        type=Path,
+        help="a run's folder, as cifar_jax.train wrote it",
+    )
+    given = parser.parse_given(argv)
+    write_report(given.pop("workdirs"), ReportOptions(**given))
+
+
+if __name__ == "__main__":
+    cli.run(main)

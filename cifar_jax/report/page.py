@@ -1,0 +1,409 @@
+"""What a report shows, as plain data: gathered from a run, its network and its images."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar_jax import checkpoint, trained
+from cifar_jax.dataset import ImageShape, stratified_choice
+from cifar_jax.errors import CifarJaxError
+from cifar_jax.labelled import LabelledImages, load_labelled, logits_of
+from cifar_jax.layer_table import layer_table
+from cifar_jax.layers import Layer, trace_layers
+from cifar_jax.parallel import compile_lowered
+from cifar_jax.report.run import Run
+from cifar_jax.scores import Scores, score, wilson_interval
+from cifar_jax.train_step import normalize
+from cifar_jax.trained import TrainedNetwork
+
+_SAMPLES = 20
+_MISTAKES = 12
+_IMAGES_WITH_MAPS = 3
+_MAPS = 8  # channels of a layer
+_FILTERS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A run in numbers; None is what is not known (yet).
+
+    Attributes:
+        data, digest: the data's name, and what tells it from other data.
+        test_interval: the 95 % interval of the test accuracy.
+        seconds: of training and validation, all epochs.
+    """
+
+    run: Run
+    data: str | None
+    digest: str | None
+    n_params: int | None
+    best_epoch: int | None
+    val_accuracy: float | None
+    test_accuracy: float | None
+    test_interval: tuple[float, float] | None
+    test_loss: float | None
+    epochs: int
+    steps: int | None
+    seconds: float | None
+    images_per_second: float | None
+    devices: str
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An image, what it is, and what the network takes it for."""
+
+    file: str
+    pixels: NDArray[np.uint8]
+    label: str
+    predicted: str
+    confidence: float
+
+    @property
+    def right(self) -> bool:
+        return self.label == self.predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The network's answers for one split.
+
+    Attributes:
+        samples: some images of every class, or of as many classes as there are samples.
+        mistakes: the most confident ones.
+    """
+
+    split: Literal["val", "test"]
+    data: str
+    scores: Scores
+    samples: list[Example]
+    mistakes: list[Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureMaps:
+    """What some channels of a layer give for some images: ``maps`` is ``[images, H, W, shown]``.
+
+    Attributes:
+        layer: the convolution that they are of, after its ReLU.
+        channels: the numbers of those shown, out of ``n_channels``.
+    """
+
+    layer: str
+    n_channels: int
+    channels: list[int]
+    maps: NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceptiveField:
+    """The square of the image that one unit of a layer depends on.
+
+    Attributes:
+        size: its side, pixels.
+        stride: pixels between the squares of neighbouring units.
+        start: the middle of the square of the first unit, pixels from the image's edge.
+        units: rows and columns of units in the layer.
+    """
+
+    layer: str
+    kind: str
+    size: int
+    stride: int
+    start: float
+    units: tuple[int, ...]
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """(row, column) of the middle of the square of the layer's middle unit."""
+        row, column = (self.start + n // 2 * self.stride for n in self.units)
+        return row, column
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPage:
+    """All that the page of one run shows.
+
+    Attributes:
+        missing: what is not on the page and why, a sentence each.
+        warnings: what a reader must know before believing it, a sentence each.
+        filters: kernels of the first convolution, ``[shown, h, w, C]``, of ``n_filters``.
+    """
+
+    summary: Summary
+    missing: list[str]
+    warnings: list[str]
+    class_names: tuple[str, ...] = ()
+    image_shape: ImageShape | None = None
+    scored: Scored | None = None
+    filters: NDArray[np.float32] | None = None
+    n_filters: int = 0
+    feature_maps: list[FeatureMaps] = dataclasses.field(default_factory=list)
+    receptive_fields: list[ReceptiveField] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Several runs side by side.
+
+    Attributes:
+        names: of each run: its folder's name, or all of the path where that tells them not apart.
+        differing: each option in which they differ, with every run's value.
+    """
+
+    summaries: list[Summary]
+    names: list[str]
+    differing: dict[str, list[Any]]
+
+    @property
+    def same_data(self) -> bool:
+        """Whether all runs are known to be of the same data."""
+        digests = {summary.digest for summary in self.summaries}
+        return len(digests) == 1 and None not in digests
+
+
+def gather_run(run: Run, *, data: str | None, data_dir: str | None) -> RunPage:
+    """The page of ``run``, scored on the test images if it is complete, else on validation images.
+
+    What cannot be had is left out, and said on the page and on stderr.
+
+    Args:
+        data: a source as in ``cifar_jax.train``; None is the one that the run was trained on.
+
+    Raises:
+        CifarJaxError: data; ``data`` is given and cannot be had.
+    """
+    summary = summarize(run)
+    page = RunPage(summary, missing=[], warnings=[])
+    if not run.history:
+        _miss(page, "The curves: metrics.jsonl has no epoch yet.")
+    try:
+        network = _load(run)
+    except CifarJaxError as error:
+        _miss(page, f"All that the network shows: {error}")
+        return page
+    page = dataclasses.replace(
+        page, class_names=network.class_names, image_shape=network.image_shape
+    )
+    traced = _trace_shapes(network)
+    convs = [layer.name for layer in traced if layer.kind == "conv"]
+    if convs:
+        kernel = network.variables["params"][convs[0]]["kernel"]
+        page = dataclasses.replace(
+            page,
+            filters=np.moveaxis(kernel, -1, 0)[:_FILTERS],
+            n_filters=kernel.shape[-1],
+            receptive_fields=receptive_fields(network),
+        )
+    split: Literal["val", "test"] = "val" if run.report is None else "test"
+    try:
+        labelled = load_labelled(network, split, data=data, data_dir=data_dir)
+        print(f"scoring {len(labelled):,} {split} images of {labelled.name} ...", flush=True)
+        scored = _score(network, labelled, split)
+    except CifarJaxError as error:
+        if data is not None:
+            raise
+        _miss(page, f"Scores of each class, images and feature maps: {error}")
+        return page
+    page.warnings.extend(_disagreements(summary, labelled, scored))
+    maps = _feature_maps(network, scored.samples) if convs else []
+    return dataclasses.replace(page, scored=scored, feature_maps=maps)
+
+
+def gather_comparison(runs: Sequence[Run]) -> Comparison:
+    """``runs`` side by side, in the order given."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.workdir) for run in runs]
+    configs = [dataclasses.asdict(run.config) for run in runs]
+    differing = {
+        option: [config[option] for config in configs]
+        for option in configs[0]
+        if any(config[option] != configs[0][option] for config in configs)
+    }
+    return Comparison([summarize(run) for run in runs], names, differing)
+
+
+def summarize(run: Run) -> Summary:
+    """``run`` in numbers: from ``report.json``, else from its history and newest checkpoint."""
+    if run.report is not None:
+        report = run.report
+        return Summary(
+            run=run,
+            data=report["data"]["name"],
+            digest=report["data"]["digest"],
+            n_params=report["n_params"],
+            best_epoch=run.best["epoch"] if run.best else None,
+            val_accuracy=report["val_accuracy"],
+            test_accuracy=report["test_accuracy"],
+            test_interval=wilson_interval(report["test_correct"], report["n_test"]),
+            test_loss=report["test_loss"],
+            epochs=report["epochs"],
+            steps=report["steps"],
+            seconds=report["train_seconds"],
+            images_per_second=report["images_per_second"],
+            devices=f"{report['devices']} {report['device_kind']}",
+            versions=report["versions"],
+        )
+    saved = _newest(run)
+    history = run.history
+    data = saved.metadata["data"] if saved else {}
+    speeds = [row["images_per_second"] for row in history]
+    leaves = jax.tree.leaves(saved.state["params"]) if saved else []
+    return Summary(
+        run=run,
+        data=data.get("name"),
+        digest=None if data.get("digest") == "unknown" else data.get("digest"),
+        n_params=sum(leaf.size for leaf in leaves) or None,
+        best_epoch=run.best["epoch"] if run.best else None,
+        val_accuracy=run.best["val_accuracy"] if run.best else None,
+        test_accuracy=None,
+        test_interval=None,
+        test_loss=None,
+        epochs=len(history),
+        steps=history[-1]["step"] if history else None,
+        seconds=sum(row["seconds"] for row in history) if history else None,
+        images_per_second=statistics.harmonic_mean(speeds) if speeds else None,
+        devices=str(run.config.devices),
+        versions=saved.metadata.get("versions", {}) if saved else {},
+    )
+
+
+def receptive_fields(network: TrainedNetwork) -> list[ReceptiveField]:
+    """The receptive field of each convolution and pooling, in order."""
+    return [
+        ReceptiveField(
+            layer=row.name,
+            kind=row.kind,
+            size=row.receptive_field,
+            stride=row.stride,
+            start=row.start + row.receptive_field / 2,
+            units=row.output_shape[1:3],
+        )
+        for row in layer_table(network.model, network.image_shape, batch_size=1)
+        if row.kind in ("conv", "pool")
+    ]
+
+
+def _miss(page: RunPage, what: str) -> None:
+    page.missing.append(what)
+    print(f"warning: the page lacks: {what}", file=sys.stderr)
+
+
+def _newest(run: Run) -> checkpoint.Checkpoint | None:
+    folder = run.workdir / "checkpoints"
+    steps = checkpoint.saved_steps(folder)
+    try:
+        return checkpoint.restore(folder / str(steps[-1])) if steps else None
+    except CifarJaxError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return None
+
+
+def _load(run: Run) -> TrainedNetwork:
+    """The network that the report is about; of a run without one, the best so far."""
+    if run.report is None:
+        return trained.load(run.workdir)
+    return trained.load(run.workdir / "checkpoints" / str(run.report["best_step"]))
+
+
+def _score(
+    network: TrainedNetwork, labelled: LabelledImages, split: Literal["val", "test"]
+) -> Scored:
+    labels = labelled.split.labels
+    scores = score(logits_of(network, labelled), labels)
+
+    def examples(indices: NDArray[np.int64]) -> list[Example]:
+        if not len(indices):
+            return []
+        return [
+            Example(
+                labelled.file_name(index),
+                pixels,
+                network.class_names[labels[index]],
+                network.class_names[scores.predicted[index]],
+                float(scores.confidence[index]),
+            )
+            for index, pixels in zip(indices, labelled.pixels(indices), strict=True)
+        ]
+
+    chosen = stratified_choice(labels, _SAMPLES, np.random.default_rng(0))
+    by_class = chosen[np.argsort(labels[chosen], kind="stable")]
+    return Scored(
+        split,
+        labelled.name,
+        scores,
+        examples(by_class),
+        examples(scores.mistakes(labels, _MISTAKES)),
+    )
+
+
+def _disagreements(summary: Summary, labelled: LabelledImages, scored: Scored) -> list[str]:
+    """What does not fit together between the run's own record and what was scored now."""
+    if summary.digest not in (None, labelled.digest):
+        return [
+            f"The images found ({labelled.name}) are not the data of the run ({summary.data}): "
+            "its digest is another. The scores below are of the images found."
+        ]
+    report, scores = summary.run.report, scored.scores
+    if report is not None:
+        recorded = report["test_correct"]
+    elif summary.val_accuracy is not None:
+        recorded = round(summary.val_accuracy * scores.n)
+    else:
+        return []
+    if recorded == scores.correct:
+        return []
+    return [
+        f"Scored anew, {scores.correct:,} {scored.split} images are right; by the run's own record "
+        f"it was {recorded:,}. Another machine rounds differently; more than a few mean another "
+        "network or other images."
+    ]
+
+
+def _trace_shapes(network: TrainedNetwork) -> list[Layer]:
+    images = np.zeros((1, *network.image_shape), np.float32)
+    return jax.eval_shape(functools.partial(trace_layers, network.model), network.variables, images)
+
+
+def _feature_maps(network: TrainedNetwork, samples: list[Example]) -> list[FeatureMaps]:
+    """Each ReLU after a convolution, on :func:`images_with_maps`; its most active channels."""
+    pixels = np.stack([each.pixels for each in images_with_maps(samples)])
+    shapes = _trace_shapes(network)
+    chosen: dict[int, str] = {}  # the place of the ReLU, the convolution's name
+    conv = None
+    for place, layer in enumerate(shapes):
+        conv = layer.name if layer.kind == "conv" else conv
+        if layer.kind == "relu" and conv is not None and len(layer.output.shape) == 4:
+            chosen[place] = conv
+
+    def run(variables: Any, images: Any) -> list[Any]:
+        normalised = normalize(images, network.mean, network.std)
+        traced = trace_layers(network.model, variables, normalised)
+        return [traced[place].output for place in chosen]
+
+    lowered = jax.jit(run).lower(network.variables, pixels)
+    outputs = compile_lowered(lowered, jax.default_backend())(network.variables, pixels)
+    found = []
+    for name, output in zip(chosen.values(), outputs, strict=True):
+        values = np.asarray(output)
+        activity = values.mean(axis=(0, 1, 2))
+        channels = sorted(np.argsort(-activity, kind="stable")[:_MAPS].tolist())
+        found.append(FeatureMaps(name, values.shape[-1], channels, values[..., channels]))
+    return found
+
+
+def images_with_maps(samples: list[Example]) -> list[Example]:
+    """The samples whose feature maps are shown: far apart, so of different classes."""
+    places = np.linspace(0, len(samples) - 1, min(len(samples), _IMAGES_WITH_MAPS)).round()
+    return [samples[int(place)] for place in places]

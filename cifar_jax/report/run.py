@@ -1,0 +1,135 @@
+"""What the text files of a workdir say about its run. Quick: no NumPy, no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from pathlib import Path
+from typing import Any
+
+from cifar_jax.config import TrainConfig, from_json
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.metrics import EpochRow, best_row
+
+_REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("data", "versions"), dict),
+    **dict.fromkeys(("model", "device_kind"), str),
+    **dict.fromkeys(("n_params", "n_train", "n_val", "n_test", "test_correct"), int),
+    **dict.fromkeys(("epochs", "steps", "best_step", "devices", "seed"), int),
+    **dict.fromkeys(("val_accuracy", "test_accuracy", "test_loss"), (int, float)),
+    **dict.fromkeys(("train_seconds", "images_per_second"), (int, float)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, as far as it has come.
+
+    Attributes:
+        history: a row for each epoch done.
+        report: ``report.json``, which a run writes at its end; None before.
+    """
+
+    workdir: Path
+    config: TrainConfig
+    history: list[EpochRow]
+    report: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return os.path.basename(os.path.abspath(self.workdir))
+
+    @property
+    def best(self) -> EpochRow | None:
+        """The row of the epoch whose network is scored."""
+        if self.report is None:
+            return best_row(self.history) if self.history else None
+        return next((r for r in self.history if r["step"] == self.report["best_step"]), None)
+
+
+def read_run(workdir: Path) -> Run:
+    """Read ``config.json``, ``metrics.jsonl`` and ``report.json``; the last two may be missing.
+
+    Raises:
+        CifarJaxError: checkpoint; there is no run in ``workdir``, or one of the files is damaged.
+    """
+    if not (workdir / "config.json").is_file():
+        what = "holds no run" if workdir.is_dir() else "is no folder"
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"{workdir} {what}",
+            fix="give a --workdir of cifar_jax.train, with config.json in it",
+        )
+    return Run(
+        workdir,
+        _config(workdir / "config.json"),
+        _history(workdir / "metrics.jsonl"),
+        _report(workdir / "report.json"),
+    )
+
+
+def _config(path: Path) -> TrainConfig:
+    try:
+        return from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, CifarJaxError) as error:
+        raise _damaged(path, str(error), "restore it, or use the version that wrote it") from error
+
+
+def _history(path: Path) -> list[EpochRow]:
+    rows: list[EpochRow] = []
+    for number, line in enumerate((_text(path) or "").splitlines(), start=1):
+        values = _json(path, line, f"line {number}")
+        _check(path, values, dict.fromkeys(EpochRow.__annotations__, (int, float)), number)
+        rows.append(typing.cast(EpochRow, values))
+    return rows
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    text = _text(path)
+    if text is None:
+        return None
+    report = _json(path, text, "it")
+    _check(path, report, _REPORT_TYPES)
+    _check(path, report["data"], {"name": str, "digest": str})
+    return typing.cast("dict[str, Any]", report)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+
+
+def _json(path: Path, text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _unreadable(path, f"{where} is no JSON: {error}") from error
+
+
+def _check(path: Path, values: Any, types: dict[str, Any], line: int | None = None) -> None:
+    """Raise ``CifarJaxError`` unless ``values`` has these keys with values of these types."""
+    where = "" if line is None else f"line {line}: "
+    for name, kind in types.items():
+        if not isinstance(values, dict) or not isinstance(values.get(name), kind):
+            raise _unreadable(path, f"{where}{name} is missing, or of a wrong type")
+
+
+def _unreadable(path: Path, reason: str) -> CifarJaxError:
+    workdir = path.parent
+    return _damaged(
+        path,
+        reason,
+        f"restore it, or delete {workdir / 'report.json'} and let python -m cifar_jax.train "
+        f"--resume --workdir {workdir} write both metrics.jsonl and report.json anew",
+    )
+
+
+def _damaged(path: Path, reason: str, fix: str) -> CifarJaxError:
+    return CifarJaxError(ExitCode.CHECKPOINT, f"{path} cannot be used: {reason}", fix=fix)

@@ -1,0 +1,562 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image
+
+from cifar_jax import trained
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.layers import trace_layers
+from cifar_jax.models import create_model
+from cifar_jax.report import figures as report_figures
+from cifar_jax.report import page as report_page
+from cifar_jax.report.__main__ import ReportOptions, main, write_report
+from cifar_jax.report.run import read_run
+from cifar_jax.scores import wilson_interval
+from cifar_jax.trained import TrainedNetwork
+
+HOSTILE = ("<b>bold", "<img src=x onerror=alert(1)>", "{{ 7 * 7 }} & 'so' \"on\"")
+
+
+class Elements(HTMLParser):
+    """The elements of a page as (tag, attributes), and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, key: str) -> list[Any]:
+        """Every ``data-value`` of ``data-key`` ``key``; numbers as such."""
+        found = [a["data-value"] for _, a in self.elements if a.get("data-key") == key]
+        return [json.loads(v) if v and re.fullmatch(r"[-\d.e\[\], ]+", v) else v for v in found]
+
+    def with_class(self, name: str) -> list[dict[str, str | None]]:
+        return [a for _, a in self.elements if name in (a.get("class") or "").split()]
+
+
+def pixels_of(uri: str | None) -> np.ndarray:
+    assert uri is not None
+    assert uri.startswith("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+
+
+def copy_of(run: Path, folder: Path, **report: Any) -> Path:
+    """A copy of ``run``, whose ``report.json`` has other values for ``report``."""
+    shutil.copytree(run, folder)
+    path = folder / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **report}))
+    return folder
+
+
+def make_page(*workdirs: Path, output: Path, **options: Any) -> Elements:
+    write_report(workdirs, ReportOptions(output=str(output), **options))
+    return Elements(output.read_text())
+
+
+def untrained(
+    workdir: Path, config: TrainConfig, classes: tuple[str, ...], shape: tuple[int, int, int]
+) -> TrainedNetwork:
+    """A network with random weights, as the workdir of a run without any epoch."""
+    model = create_model(config, len(classes), None)
+    variables = jax.device_get(model.init(jax.random.key(0), np.zeros((1, *shape), np.float32)))
+    channels = shape[2]
+    network = TrainedNetwork(
+        config, classes, shape, (0.5,) * channels, (0.25,) * channels, dict(variables)
+    )
+    network.variables.setdefault("batch_stats", {})
+    trained.save(network, workdir, source="a test")
+    return network
+
+
+@pytest.fixture(scope="module")
+def page_file(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of ``trained_run``."""
+    output = tmp_path_factory.mktemp("page") / "report.html"
+    return write_report([trained_run], ReportOptions(output=str(output)))
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of an mlp on classes whose names are HTML."""
+    root = tmp_path_factory.mktemp("hostile")
+    for split in ("train", "test"):
+        write_images(root / "data" / split, dict.fromkeys(HOSTILE, 10))
+    config = TrainConfig(model="mlp", hidden=(8,), data="<script>alert(1)</script>")
+    untrained(root / "run<i>", config, HOSTILE, (8, 8, 3))
+    output = root / "page.html"
+    return write_report(
+        [root / "run<i>"], ReportOptions(output=str(output), data=str(root / "data"))
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The comparison of ``trained_run``, the same on other data, and one that is not finished."""
+    root = tmp_path_factory.mktemp("compared")
+    other = copy_of(
+        trained_run, root / "other", data={"name": "<b>else", "digest": "0" * 64}, val_accuracy=0.5
+    )
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "learning_rate": 0.25, "flip": False}))
+    unfinished = copy_of(trained_run, root / ("unfinished-" + 20 * "long-name-"))
+    (unfinished / "report.json").unlink()
+    output = root / "comparison.html"
+    return write_report([trained_run, other, unfinished], ReportOptions(output=str(output)))
+
+
+Opened = Callable[[Path, int, str], Any]
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Opened]:
+    """A function that opens a file at a width, in light or dark; nothing may go wrong there."""
+    wrong: list[str] = []
+    opened = []
+
+    def run(path: Path, width: int, scheme: str) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        opened.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(f"dialog {dialog.message}"))
+
+        def on_request(request: Any) -> None:
+            if request.url != path.as_uri() and not request.url.startswith("data:"):
+                wrong.append(f"asked for {request.url}")
+
+        page.on("request", on_request)
+        page.goto(path.as_uri())
+        return page
+
+    yield run
+    for context in opened:
+        context.close()
+    assert wrong == []
+
+
+def test_the_page_says_what_report_and_metrics_say(page_file: Path, trained_run: Path) -> None:
+    page = Elements(page_file.read_text())
+    report = json.loads((trained_run / "report.json").read_text())
+    history = [json.loads(x) for x in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    for key in (
+        *("model", "n_params", "n_train", "n_val", "n_test", "val_accuracy", "test_accuracy"),
+        *("test_loss", "epochs", "steps", "train_seconds", "images_per_second", "seed"),
+    ):
+        assert page.values(key) == [report[key]], key
+    best = max(history, key=lambda row: row["val_accuracy"])
+    assert page.values("best_epoch") == [best["epoch"]]
+    assert page.values("data") == [report["data"]["name"]]
+    assert page.values("devices") == [f"{report['devices']} {report['device_kind']}"]
+    low, high = wilson_interval(report["test_correct"], report["n_test"])
+    assert page.values("test_interval") == [[low, high]]
+    # What is scored anew is the same network on the same images.
+    assert page.values("correct") == [report["test_correct"]]
+    assert page.values("scored_accuracy") == [report["test_accuracy"]]
+    assert f"{100 * report['test_accuracy']:.2f}\xa0%" in page.text
+    for name, version in report["versions"].items():
+        assert name in page.text
+        assert version in page.text
+    rows = [a["data-class"] for tag, a in page.elements if tag == "tr" and "data-class" in a]
+    assert rows == ["bird", "cat", "frog"]
+    assert not page.with_class("note")
+
+
+def test_the_curves_are_those_of_metrics(trained_run: Path) -> None:
+    run = read_run(trained_run)
+    history = run.history
+
+    def line(svg: str, colour: str) -> np.ndarray:
+        (path,) = re.findall(rf'<path d="([^"]*)"[^>]*clip-path[^>]*stroke: var\({colour}\);', svg)
+        return np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), float)
+
+    def assert_drawn(points: np.ndarray, values: list[float]) -> None:
+        """Up to the scale of the axes, ``values`` are where the line goes."""
+        assert len(points) == len(history)
+        for place, value, sign in ((points[:, 0], range(3), 1), (-points[:, 1], values, 1)):
+            slope, offset = np.polyfit(value, place, 1)
+            assert np.sign(slope) == sign
+            np.testing.assert_allclose(np.polyval((slope, offset), value), place, atol=1e-3)
+
+    loss = report_figures.loss_curves(history, None)
+    accuracy = report_figures.accuracy_curves(history, None)
+    assert_drawn(line(loss, "--accent"), [row["val_loss"] for row in history])
+    assert_drawn(line(loss, "--other"), [row["train_loss"] for row in history])
+    assert_drawn(line(accuracy, "--accent"), [row["val_accuracy"] for row in history])
+    assert_drawn(line(accuracy, "--other"), [row["train_accuracy"] for row in history])
+    gaps = [row["train_accuracy"] - row["val_accuracy"] for row in history]
+    assert_drawn(line(report_figures.gap_curve(history, None), "--accent"), gaps)
+    rates = [row["learning_rate"] for row in history]
+    assert_drawn(line(report_figures.learning_rate_curve(history, None), "--accent"), rates)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1200, "light")])
+@pytest.mark.parametrize("which", ["page_file", "hostile_page", "compared"])
+def test_it_opens_in_a_browser(
+    which: str, width: int, scheme: str, open_page: Opened, request: pytest.FixtureRequest
+) -> None:
+    page = open_page(request.getfixturevalue(which), width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth)")
+    assert page.evaluate("[...document.images].every(i => i.alt)")
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(set(ids)) == len(ids)
+    targets = page.evaluate(
+        "[...document.querySelectorAll('[href^=\"#\"]')].map(e => e.getAttribute('href'))"
+        ".concat([...document.querySelectorAll('[clip-path]')]"
+        ".map(e => e.getAttribute('clip-path').slice(4, -1)))"
+    )
+    assert {target[1:] for target in targets} <= set(ids)
+    outside = "e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll')"
+    assert page.evaluate(f"[...document.querySelectorAll('main *')].filter({outside}).length") == 0
+    # Text is text, in the colour of the scheme: the axis labels contrast with their card.
+    if which != "hostile_page":
+        fill = page.evaluate("getComputedStyle(document.querySelector('.plot text')).fill")
+        assert (sum(map(int, re.findall(r"\d+", fill)[:3])) > 380) == (scheme == "dark")
+        assert page.locator(".plot text", has_text="epoch").count() >= 2
+
+
+def test_nothing_in_the_file_leads_outside(page_file: Path, compared: Path) -> None:
+    for path in (page_file, compared):
+        html = path.read_text(encoding="ascii")
+        assert "://" not in html
+        assert "@import" not in html
+        assert "<script" not in html
+        assert "default-src 'none'" in html
+    assert page_file.stat().st_size < 2_000_000
+
+
+def test_names_are_shown_as_they_are(hostile_page: Path, open_page: Opened) -> None:
+    page = open_page(hostile_page, 1200, "light")
+    shown = page.locator("#classes tbody th").all_inner_texts()
+    assert sorted(shown) == sorted(HOSTILE)
+    assert page.title() == "mlp on unknown data (a test)"
+    assert "run<i>" in page.locator("header").inner_text()
+    page.locator("summary").click()
+    assert page.locator("tr", has_text="--data ").first.locator("td").inner_text() == (
+        "<script>alert(1)</script>"
+    )
+    assert page.locator("main b, main i, main script, main img[onerror]").count() == 0
+
+
+def test_a_network_without_convolutions(hostile_page: Path) -> None:
+    page = Elements(hostile_page.read_text())
+    assert "0 of 10 epochs" in page.text
+    assert not page.with_class("warning")  # that its data is unknown is no disagreement
+    ids = {a.get("id") for _, a in page.elements}
+    assert {"glance", "samples", "confusion", "classes", "mistakes"} <= ids
+    assert not {"curves", "filters", "maps", "fields"} & ids
+
+
+def test_the_same_run_gives_the_same_file(page_file: Path, trained_run: Path) -> None:
+    again = page_file.with_name("again.html")
+    write_report([trained_run], ReportOptions(output=str(again)))
+    assert again.read_bytes() == page_file.read_bytes()
+    assert list(page_file.parent.glob(".*")) == []
+
+
+def test_an_unfinished_run_is_scored_on_validation(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = copy_of(trained_run, tmp_path / "run")
+    report = json.loads((workdir / "report.json").read_text())
+    (workdir / "report.json").unlink()
+    write_report([workdir], ReportOptions())
+    page = Elements((workdir / "report.html").read_text())
+    assert "This run is not finished" in page.text
+    (confusion,) = [a for _, a in page.elements if a.get("id") == "confusion"]
+    assert confusion["data-split"] == "val"
+    assert confusion["data-n"] == str(report["n_val"])
+    assert page.values("scored_accuracy") == page.values("val_accuracy") == [report["val_accuracy"]]
+    assert page.values("n_params") == [report["n_params"]]
+    assert page.values("test_accuracy") == page.values("test_loss") == []
+    assert report["versions"]["jax"] in page.text
+    printed = capsys.readouterr()
+    assert f"scoring {report['n_val']} val images" in printed.out
+    assert printed.out.endswith(f"the page is {workdir / 'report.html'}\n")
+    assert printed.err == ""
+
+
+def test_a_run_before_its_first_epoch(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((trained_run / "config.json").read_text())
+    page = make_page(tmp_path, output=tmp_path / "page.html")
+    assert "0 of 3 epochs" in page.text
+    assert "The curves: metrics.jsonl has no epoch yet." in page.text
+    assert "All that the network shows" in page.text
+
+
+def test_without_its_data_the_page_shows_the_rest(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir, gone = tmp_path / "run", tmp_path / "gone"
+    network = trained.load(trained_run)
+    moved = dataclasses.replace(network.config, data=str(gone))
+    trained.save(dataclasses.replace(network, config=moved), workdir, source="a test")
+    report = json.loads((trained_run / "report.json").read_text())
+    (workdir / "report.json").write_text(json.dumps({**report, "best_step": 0}))
+    shutil.copy(trained_run / "metrics.jsonl", workdir)
+    page = make_page(workdir, output=tmp_path / "page.html")
+    ids = {a.get("id") for _, a in page.elements}
+    assert {"missing", "curves", "filters", "fields"} <= ids
+    assert not {"samples", "confusion", "mistakes", "maps"} & ids
+    assert f"--data {gone} does not exist" in page.text
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the page lacks: Scores of each class, images and feature maps")
+    assert str(gone) in line
+    with pytest.raises(CifarJaxError, match="nowhere does not exist"):
+        write_report([workdir], ReportOptions(data=str(tmp_path / "nowhere")))
+
+
+def test_images_of_other_data_are_told(trained_run: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_images(tmp_path / "data" / split, {"bird": 10, "cat": 9, "frog": 8}, seed=5)
+    page = make_page(trained_run, output=tmp_path / "page.html", data=str(tmp_path / "data"))
+    assert len(page.with_class("warning")) == 1
+    assert "are not the data of the run" in page.text
+
+
+def test_a_report_of_another_network_is_told(trained_run: Path, tmp_path: Path) -> None:
+    workdir = copy_of(trained_run, tmp_path / "run", test_correct=1)
+    page = make_page(workdir, output=tmp_path / "page.html")
+    assert len(page.with_class("warning")) == 1
+    assert "by the run's own record it was 1." in page.text
+
+
+def test_another_step_than_the_best_is_told(trained_run: Path, tmp_path: Path) -> None:
+    workdir = copy_of(trained_run, tmp_path / "run")
+    (workdir / "report.json").unlink()
+    first, *_ = (workdir / "metrics.jsonl").read_text().splitlines()
+    row = {**json.loads(first), "step": 1, "val_accuracy": 0.0}  # a step that is not saved
+    (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    page = make_page(workdir, output=tmp_path / "page.html")
+    assert len(page.with_class("warning")) == 1
+    assert "by the run's own record it was 0." in page.text
+
+
+def test_greyscale_mistakes_and_filters(tmp_path: Path) -> None:
+    classes = ("bird", "cat", "frog")
+    for split in ("train", "test"):
+        write_images(tmp_path / split, dict.fromkeys(classes, 30), mode="L")
+    config = TrainConfig(model="cnn", widths=(3, 9), hidden=(4,), data=str(tmp_path))
+    network = untrained(tmp_path / "run", config, classes, (8, 8, 1))
+    page = make_page(tmp_path / "run", output=tmp_path / "page.html")
+    (confusion,) = [a for _, a in page.elements if a.get("id") == "confusion"]
+    n, (correct,) = int(str(confusion["data-n"])), page.values("correct")
+    assert n == 9
+
+    kernel = network.variables["params"]["Conv_0"]["kernel"]
+    tiles = [a for _, a in page.elements if (a.get("alt") or "").startswith("filter ")]
+    assert len(tiles) == 3
+    for k, tile in enumerate(tiles):
+        scaled = kernel[:, :, 0, k] / np.abs(kernel[..., k]).max()
+        np.testing.assert_allclose(pixels_of(tile["src"]) / 127.5 - 1, scaled, atol=0.01)
+
+    start = next(i for i, (_, a) in enumerate(page.elements) if a.get("id") == "mistakes")
+    end = next(i for i, (_, a) in enumerate(page.elements) if a.get("id") == "filters")
+    mistakes = [a for tag, a in page.elements[start:end] if tag == "img"]
+    assert len(mistakes) == n - correct
+    files = re.findall(r"(?:bird|cat|frog)/\d+\.png", page.text)
+    assert len(files) == len(mistakes)
+    for file, image in zip(files, mistakes, strict=True):
+        np.testing.assert_array_equal(
+            pixels_of(image["src"]), np.asarray(Image.open(tmp_path / "train" / file))
+        )
+        assert image["alt"] == f"an image of {file.partition('/')[0]}"
+    wrong = [a for a in page.with_class("wrong") if a["data-right"] == "false"]
+    assert len(wrong) >= len(mistakes)
+    assert page.text.count("\N{BALLOT X}") == len(wrong)  # not told by colour alone
+
+    maps = [a["alt"] for _, a in page.elements if (a.get("alt") or "").startswith("channel ")]
+    assert len(maps) == 3 * 3 + 3 * 8  # three images; all of 3 channels, and 8 of 9
+    headings = re.findall(r"Conv_\d: .*", page.text)
+    assert headings == [
+        "Conv_0: 8\N{MULTIPLICATION SIGN}8, 3 of 3 channels",
+        "Conv_1: 4\N{MULTIPLICATION SIGN}4, 8 of 9 channels, those most active here",
+    ]
+
+
+def test_feature_maps_are_the_layers_outputs(trained_run: Path) -> None:
+    run = read_run(trained_run)
+    page = report_page.gather_run(run, data=None, data_dir=None)
+    assert page.scored is not None
+    network = trained.load(trained_run)
+    pixels = np.stack([e.pixels for e in report_page.images_with_maps(page.scored.samples)])
+    images = (pixels / 255 - network.mean) / network.std
+    traced = trace_layers(network.model, network.variables, images.astype(np.float32))
+    relus = [layer.output for layer in traced if layer.kind == "relu" and layer.output.ndim == 4]
+    assert [each.layer for each in page.feature_maps] == ["Conv_0", "Conv_1", "Conv_2"]
+    for each, relu in zip(page.feature_maps, relus, strict=True):
+        assert each.n_channels == relu.shape[-1]
+        np.testing.assert_allclose(each.maps, relu[..., each.channels], atol=1e-5)
+        activity = np.asarray(relu).mean(axis=(0, 1, 2))
+        left_out = sorted(set(range(each.n_channels)) - set(each.channels))
+        assert len(each.channels) == min(8, each.n_channels)
+        assert not left_out or activity[left_out].max() <= activity[each.channels].min() + 1e-6
+
+
+def test_receptive_fields_are_what_a_unit_depends_on() -> None:
+    config = TrainConfig(model="cnn", widths=(2, 2, 2), hidden=())
+    model = create_model(config, 2, None)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 1)))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    without_bias = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * (path[-1].key == "kernel"), ones
+    )
+    # One image for each pixel, where that pixel alone is not 0: a unit that sees it is not 0.
+    images = np.eye(32 * 32, dtype=np.float32).reshape(-1, 32, 32, 1)
+    traced = [
+        layer
+        for layer in trace_layers(model, without_bias, images)
+        if layer.kind in ("conv", "pool")
+    ]
+    network = TrainedNetwork(config, ("a", "b"), (32, 32, 1), (0.5,), (0.5,), without_bias)
+    fields = report_page.receptive_fields(network)
+    assert [(f.size, f.stride) for f in fields] == [
+        (3, 1),
+        (4, 2),
+        (8, 2),
+        (10, 4),
+        (18, 4),
+        (22, 8),
+    ]
+    for field, layer in zip(fields, traced, strict=True):
+        rows, columns = field.units
+        seen = np.asarray(layer.output)[:, rows // 2, columns // 2, 0].reshape(32, 32) > 0
+        for place, middle in zip(np.nonzero(seen), field.middle, strict=True):
+            assert place.min() == middle - field.size / 2
+            assert place.max() + 1 == middle + field.size / 2
+
+
+def test_a_comparison(compared: Path, trained_run: Path) -> None:
+    page = Elements(compared.read_text())
+    report = json.loads((trained_run / "report.json").read_text())
+    assert page.values("test_accuracy") == [report["test_accuracy"]] * 2 + ["None"]
+    assert page.values("val_accuracy") == [report["val_accuracy"], 0.5, report["val_accuracy"]]
+    assert page.values("n_params") == [report["n_params"]] * 3
+    options = [a["data-option"] for _, a in page.elements if "data-option" in a]
+    assert options == ["--learning-rate", "--flip"]
+    assert "different-data" in {a.get("id") for _, a in page.elements}
+    assert "<b>else" in page.text
+    for name in ("run", "other", "unfinished-long-name-"):
+        assert name in page.text
+    assert len(page.with_class("key")) == 3
+
+
+def test_a_comparison_of_the_same_data(trained_run: Path, tmp_path: Path) -> None:
+    copy = copy_of(trained_run, tmp_path / "run")
+    page = make_page(trained_run, copy, output=tmp_path / "page.html")
+    assert "different-data" not in {a.get("id") for _, a in page.elements}
+    assert "None: all runs have the same configuration." in page.text
+    assert str(copy) in page.text  # both folders are called "run"
+    assert str(trained_run) in page.text
+
+
+def test_unknown_data_is_not_the_same_data(hostile_page: Path, tmp_path: Path) -> None:
+    run = hostile_page.with_name("run<i>")
+    page = make_page(run, run, output=tmp_path / "page.html")
+    ids = {a.get("id") for _, a in page.elements}
+    assert "different-data" in ids
+    assert "curves" not in ids
+
+
+def test_many_lines_differ() -> None:
+    assert len({report_figures.line_key(number) for number in range(32)}) == 32
+
+
+def test_many_classes_are_a_picture() -> None:
+    confusion = np.diag(np.full(30, 4))
+    confusion[2, 5] = 12
+    pixels = pixels_of(report_figures.confusion_png(confusion))
+    assert pixels.shape == (30, 30)
+    assert (pixels[0, 0], pixels[2, 5], pixels[2, 2], pixels[5, 2]) == (0, 64, 191, 255)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda run: shutil.rmtree(run), "is no folder"),
+        (lambda run: (run / "config.json").unlink(), "holds no run"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json cannot be used"),
+        (lambda run: (run / "config.json").write_text('{"a": 1}'), "config.json cannot be used"),
+        (lambda run: (run / "report.json").write_text("{"), "report.json cannot be used"),
+        (lambda run: (run / "report.json").write_text('{"data": 1}'), "data is missing"),
+        (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1: epoch is missing"),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl cannot be"),
+        (lambda run: (run / "metrics.jsonl").write_text("1,\n"), "line 1 is no JSON"),
+    ],
+)
+def test_a_workdir_without_a_sound_run(
+    spoil: Callable[[Path], None], what: str, trained_run: Path, tmp_path: Path
+) -> None:
+    workdir = copy_of(trained_run, tmp_path / "run")
+    spoil(workdir)
+    with pytest.raises(CifarJaxError, match=what) as raised:
+        main([str(workdir)])
+    assert raised.value.exit_code == ExitCode.CHECKPOINT
+    assert str(workdir) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ([], "WORKDIR"),
+        (["{run}", "{run}", "--data", "shapes"], "--data with 2 runs"),
+        (["{run}", "{run}", "--data-dir", "x"], "--data-dir with 2 runs"),
+        (["{run}", "--output", "{run}"], "is a folder"),
+        (["{run}", "--outptu", "x"], "did you mean --output"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], what: str, trained_run: Path) -> None:
+    with pytest.raises(CifarJaxError, match=what) as raised:
+        main([argument.format(run=trained_run) for argument in arguments])
+    assert raised.value.exit_code == ExitCode.USAGE
+
+
+def test_an_output_that_cannot_be_written(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CifarJaxError, match="cannot write") as raised:
+        write_report([trained_run] * 2, ReportOptions(output=str(tmp_path / "file" / "page.html")))
+    assert raised.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_help_is_quick_and_errors_come_before_slow_imports(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "cifar_jax.report"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 3  # tenths of a second, on a machine at rest
+    assert "WORKDIR" in shown.stdout
+    code = (
+        "import sys; from cifar_jax.report import __main__ as report\n"
+        "try: report.main([sys.argv[1]])\n"
+        "except report.CifarJaxError: print(sorted({'jax', 'numpy', 'jinja2'} & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "[]\n"
