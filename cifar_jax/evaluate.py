@@ -67,7 +67,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     checkpoint = Path(options.checkpoint)
     network = trained.load(checkpoint)
     output = Path(options.output or trained.workdir_of(checkpoint))
+    print(f"reading {options.data or network.config.data} ...", flush=True)
     labelled = load_labelled(network, options.split, data=options.data, data_dir=options.data_dir)
+    if labelled.notice:
+        print(f"note: {' '.join(labelled.notice.split())}")
+    print(f"scoring {len(labelled):,} {options.split} images of {labelled.name} ...", flush=True)
     labels = labelled.split.labels
     scores = score(logits_of(network, labelled), labels)
     chosen = scores.mistakes(labels, _MISTAKES)

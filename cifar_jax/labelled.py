@@ -27,11 +27,13 @@ class LabelledImages:
     Attributes:
         name, digest: of the source, as in ``Dataset``.
         split: images of the network's shape, files or decoded, and labels in its class order.
+        notice: what a person must be told before they read any result.
     """
 
     name: str
     digest: str
     split: Split
+    notice: str | None = None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -96,7 +98,8 @@ def load_labelled(
             fix="give a folder of image files, which are resized",
         )
     label_of = np.array([network.class_names.index(name) for name in found.class_names], np.int32)
-    return LabelledImages(found.name, found.digest, Split(images, label_of[chosen.labels]))
+    in_its_order = Split(images, label_of[chosen.labels])
+    return LabelledImages(found.name, found.digest, in_its_order, found.notice)
 
 
 def logits_of(network: TrainedNetwork, labelled: LabelledImages) -> NDArray[np.float32]:

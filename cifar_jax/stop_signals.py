@@ -13,7 +13,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """While active, the first SIGINT or SIGTERM is only noted, in ``received``.
 
-    A second one acts as if this were not here: it ends the program at once.
+    A second one acts as if this were not here: it ends the program at once. A signal that the
+    program was started to ignore, as by ``nohup`` or a shell's ``&``, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # else Python allows no handler
             for signum in _SIGNALS:
-                self._previous[signum] = signal.signal(signum, self._note)
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -141,6 +141,18 @@ def test_ctrl_c_twice_does_not_wait_for_a_save(config: TrainConfig, tmp_path: Pa
     assert saved_steps(tmp_path / "checkpoints") == []
 
 
+def test_a_signal_that_is_ignored_stays_ignored(config: TrainConfig, tmp_path: Path) -> None:
+    """As of a run that a shell or nohup has put in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signal_at_step(2, signal.SIGINT):
+            report = train_and_evaluate(config, tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert report["epochs"] == config.epochs
+
+
 def test_another_run_is_not_overwritten(
     reference: tuple[dict[str, Any], Path], config: TrainConfig
 ) -> None:
