@@ -29,7 +29,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import read_image
 from cifar_jax.inference import make_logits, softmax
 from cifar_jax.serve.__main__ import main
-from cifar_jax.serve.app import MAX_BYTES, _samples, _stretched, make_predict
+from cifar_jax.serve.app import MAX_BYTES, _stretched, find_samples, make_predict
 from cifar_jax.trained import TrainedNetwork
 
 SCRIPT = "<script>alert(1)</script>"
@@ -159,14 +159,14 @@ def test_a_network_that_gives_no_numbers_is_not_served() -> None:
 
 def test_samples(trained_run: Path, image_folder: Path) -> None:
     network = trained.load(trained_run)
-    samples = _samples(network)
+    samples = find_samples(network)
     assert [sample["class"] for sample in samples] == ["bird", "cat", "frog"]
     assert samples[1]["file"] == "cat/000.png"
     expected = read_image(image_folder / "test" / "cat" / "000.png", "x", (8, 8, 3))
     np.testing.assert_array_equal(pixels_of(samples[1]["image"]), expected)
-    elsewhere = dataclasses.replace(network.config, data=str(image_folder / "train"))
-    assert _samples(dataclasses.replace(network, config=elsewhere)) == []
-    drawn = _samples(linear(shapes.CLASS_NAMES, 32))
+    elsewhere = dataclasses.replace(network.config, data=str(image_folder / "gone"))
+    assert find_samples(dataclasses.replace(network, config=elsewhere)) == []
+    drawn = find_samples(linear(shapes.CLASS_NAMES, 32))
     assert tuple(sample["class"] for sample in drawn) == shapes.CLASS_NAMES
     np.testing.assert_array_equal(pixels_of(drawn[3]["image"]), shapes.draw(10, seed=1)[0][3])
 
@@ -388,6 +388,7 @@ def test_the_page_shows_what_predict_answers(
         assert page.locator("#seen").get_attribute("src") == answer["network_input"]
         maps = page.locator("#maps img").evaluate_all("maps => maps.map(map => map.src)")
         assert maps == answer["feature_maps"]
+        page.locator("#samples button").first.wait_for()
         page.wait_for_load_state("networkidle")
         images = page.locator("img").evaluate_all("all => all.map(image => image.naturalWidth)")
         assert len(images) == 3 + 2 + 4  # samples, the two pictures, feature maps
@@ -421,6 +422,7 @@ def test_images_come_by_drop_paste_and_keyboard(browser: Any, url: str) -> None:
         page.evaluate(paste, page.evaluate_handle(transfer, ""))
         assert "What was pasted is no file." in page.locator("#error").inner_text()
 
+        page.locator("#samples button").first.wait_for()
         page.keyboard.press("Tab")
         with page.expect_file_chooser():
             page.keyboard.press("Enter")

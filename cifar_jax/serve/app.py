@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
+import functools
 import hashlib
 import io
 import re
@@ -29,9 +29,10 @@ from cifar_jax import shapes
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import png, png_uri, read_image
 from cifar_jax.inference import make_logits, softmax
+from cifar_jax.labelled import load_labelled
 from cifar_jax.layers import trace_layers
 from cifar_jax.parallel import compile_lowered
-from cifar_jax.sources import IMAGE_SUFFIXES
+from cifar_jax.sources import is_here
 from cifar_jax.train_step import normalize
 from cifar_jax.trained import TrainedNetwork
 
@@ -44,7 +45,7 @@ Predict = Callable[[bytes, str], dict[str, Any]]
 
 
 def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
-    """The page at ``/``, and JSON: ``GET /network``, ``POST /predict``.
+    """The page at ``/``, and JSON: ``GET /network``, ``GET /samples``, ``POST /predict``.
 
     Args:
         hosts: the names that it answers to, ``*`` for any.
@@ -52,13 +53,13 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     security = {"Content-Security-Policy": _content_security_policy(html)}
     predict = make_predict(network)
+    samples = functools.cache(lambda: find_samples(network))
     description = {
         "model": network.config.model,
         "parameters": network.n_params,
         "classes": network.class_names,
         "image_shape": network.image_shape,
         "max_bytes": MAX_BYTES,
-        "samples": _samples(network),
     }
 
     async def on_page(request: Request) -> Response:
@@ -66,6 +67,9 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
 
     async def on_network(request: Request) -> Response:
         return JSONResponse(description)
+
+    async def on_samples(request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(samples))
 
     async def on_predict(request: Request) -> Response:
         name = request.query_params.get("file") or "the image"
@@ -91,6 +95,7 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
         routes=[
             Route("/", on_page),
             Route("/network", on_network),
+            Route("/samples", on_samples),
             Route("/predict", on_predict, methods=["POST"]),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
@@ -176,25 +181,29 @@ def make_predict(network: TrainedNetwork) -> Predict:
     return predict
 
 
-def _samples(network: TrainedNetwork) -> list[dict[str, str]]:
-    """Images to start with, one a class, where the data of training is at hand; none otherwise."""
-    if network.class_names == shapes.CLASS_NAMES:
-        images, _ = shapes.draw(len(shapes.CLASS_NAMES), seed=1)
-        return [
-            {"class": name, "file": f"{name}.png", "image": png_uri(pixels)}
-            for name, pixels in zip(shapes.CLASS_NAMES, images, strict=True)
-        ]
-    samples = []
-    data = Path(network.config.data).expanduser()
-    split = data / "test" if (data / "test").is_dir() else data / "val"
-    with contextlib.suppress(OSError, CifarJaxError):  # it is no folder, or is no more as it was
-        for folder in sorted(path for path in split.iterdir() if path.is_dir())[:_MAX_SAMPLES]:
-            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            if folder.name in network.class_names and files:
-                file = f"{folder.name}/{files[0].name}"
-                image = png_uri(read_image(files[0], file, network.image_shape))
-                samples.append({"class": folder.name, "file": file, "image": image})
-    return samples
+def find_samples(network: TrainedNetwork) -> list[dict[str, str]]:
+    """Test images to start with, one a class, where the data of training is at hand; else none.
+
+    Takes seconds where files are to be decoded, as TensorFlow starts for that.
+    """
+    config, names = network.config, network.class_names
+    if names == shapes.CLASS_NAMES:
+        images, labels = shapes.draw(len(names), seed=1)
+        files = [f"{name}.png" for name in names]
+    elif not is_here(config.data, config.data_dir):
+        return []
+    else:
+        try:
+            labelled = load_labelled(network, "test", data=None, data_dir=None)
+            labels, first = np.unique(labelled.split.labels, return_index=True)
+            images = labelled.pixels(first[:_MAX_SAMPLES])
+        except CifarJaxError:  # it is no more as it was
+            return []
+        files = [labelled.file_name(index) for index in first]
+    return [
+        {"class": names[label], "file": file, "image": png_uri(pixels)}
+        for label, file, pixels in zip(labels, files, images, strict=False)
+    ]
 
 
 def _stretched(values: NDArray[np.floating]) -> NDArray[np.uint8]:
