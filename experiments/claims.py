@@ -1,0 +1,224 @@
+r"""Every claim of the material as an experiment: what does it say, what is found, does it hold?
+
+    python experiments/claims.py --quick --output quick.json       # minutes, on built-in data
+    python experiments/claims.py --only 5 11                       # these two, measured anew
+    python experiments/claims.py --data cifar10.tar.gz             # all: about three hours
+
+Needs the test extra, which brings torch. Writes a JSON, a table (experiments/README.md, or beside
+another --output) and the figures. Each result is kept as it comes: what is measured already, for
+this code and data, is not measured again unless --only names it. Trained networks are kept under
+runs/claims, so that claims share them; delete that folder to train anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from cifar_jax import cli
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import write_atomically
+from cifar_jax.sources import check_source
+from claims import CLAIMS
+from claims.claim import CAVEAT, FAILS, HOLDS, Claim
+from claims.study import Study
+
+ROOT = Path(__file__).resolve().parents[1]
+VERDICTS = (HOLDS, CAVEAT, FAILS)
+NAMES = ("auto", "shapes", "cifar10")  # of --data that are no path
+DEFAULT_OUTPUT = ROOT / "experiments" / "results" / "claims.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these questions, anew")
+    parser.add_argument(
+        "--data", help="as in cifar_jax.train [default shapes if --quick, else auto]"
+    )
+    parser.add_argument("--data-dir", help="as in cifar_jax.train")
+    parser.add_argument(
+        "--quick", action="store_true", help="that all runs, on little data: the verdicts are void"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, help="the JSON to write [%(default)s]"
+    )
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    if arguments.quick and output == DEFAULT_OUTPUT:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            "--quick would overwrite the measured results with void ones",
+            fix="give another --output",
+        )
+    chosen = choose(arguments.only)
+    source = arguments.data or ("shapes" if arguments.quick else "auto")
+    check_source(source)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = read_results(output)
+    study = Study(
+        source,
+        arguments.data_dir,
+        arguments.quick,
+        figures=output.with_suffix(""),
+        runs=output.with_suffix("") / "runs" if arguments.quick else ROOT / "runs" / "claims",
+    )
+    for claim in chosen:
+        known = results.get(claim.question)
+        state = {"code": code_of(claim), "data": study.dataset.digest, "quick": study.quick}
+        if not arguments.only and known and state.items() <= known.items():
+            continue
+        results[claim.question] = {**measure(claim, study), **state}
+        write(output, results, study)
+        print(f"  {results[claim.question]['verdict']}: {results[claim.question]['because']}")
+    write(output, results, study)
+    print(f"{len(results)} claim(s) in {output} and {table_path(output)}")
+
+
+def choose(only: list[int] | None) -> list[Claim]:
+    """The claims of the questions ``only``, or all, by question."""
+    claims = {claim.question: claim for claim in CLAIMS}
+    missing = sorted(set(only or ()) - set(claims))
+    if missing:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--only {missing[0]}: there is no claim of that question",
+            fix=f"give questions from {min(claims)} to {max(claims)}",
+        )
+    return [claims[question] for question in sorted(only or claims)]
+
+
+def measure(claim: Claim, study: Study) -> dict[str, Any]:
+    """The row of ``claim``."""
+    print(f"question {claim.question}: {claim.says} ...", flush=True)
+    started = time.perf_counter()
+    measured = claim.measure(study)
+    seconds = time.perf_counter() - started
+    verdict = claim.judge(measured.values)
+    options = f" --data {Path(study.source).name}" if study.source not in NAMES else ""
+    options += " --quick" if study.quick else ""
+    return {
+        "question": claim.question,
+        "claim": claim.says,
+        "method": inspect.cleandoc(claim.measure.__doc__ or ""),
+        "verdict": verdict.verdict,
+        "because": verdict.because,
+        "value": measured.values,
+        "n": measured.n,
+        "seconds": round(seconds, 1),
+        "command": f"python experiments/claims.py --only {claim.question}{options}",
+        "figure": measured.figure and f"{study.figures.name}/{measured.figure}",
+        "source": f"{Path(inspect.getfile(claim.measure)).relative_to(ROOT)}"
+        f"#L{inspect.getsourcelines(claim.measure)[1]}",
+    }
+
+
+def code_of(claim: Claim) -> str:
+    """What tells this code of a claim from another: its module, and what all modules share."""
+    modules = [inspect.getfile(thing) for thing in (claim.measure, Claim, Study)]
+    content = b"".join(Path(path).read_bytes() for path in modules)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def read_results(path: Path) -> dict[int, dict[str, Any]]:
+    """The rows in ``path``, by question; none where there is no such file."""
+    try:
+        return {row["question"]: row for row in json.loads(path.read_text())["claims"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--output {path} is there already, and holds no claims: {error!r}",
+            fix="give another --output",
+        ) from error
+
+
+def write(output: Path, results: dict[int, dict[str, Any]], study: Study) -> None:
+    """The JSON, and the table beside it."""
+    rows = [results[question] for question in sorted(results)]
+    content = {"environment": environment(study), "claims": rows}
+    write_atomically(output, json.dumps(content, indent=1) + "\n")
+    write_atomically(table_path(output), table(rows, content["environment"], output))
+
+
+def environment(study: Study) -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+        "data": {"name": study.dataset.name, "digest": study.dataset.digest},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
+
+
+def table_path(output: Path) -> Path:
+    """Where the table goes: to experiments/README.md with the committed results, else beside."""
+    return (
+        ROOT / "experiments" / "README.md"
+        if output == DEFAULT_OUTPUT
+        else output.with_suffix(".md")
+    )
+
+
+def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> str:
+    """All rows as Markdown."""
+    folder = table_path(output).parent
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
+    lines = [
+        "# What the material claims, measured",
+        "",
+        "Written by `python experiments/claims.py`; each row again by its own command. "
+        f"{len(rows)} claims: "
+        + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+        + ".",
+        "",
+        f"{about['data']['name']}; {about['machine']}; jax {about['versions']['jax']}, torch "
+        f"{about['versions']['torch']}, Python {about['versions']['python']}; {about['date']}. "
+        "`cifar10.tar.gz` is a JPEG copy of CIFAR-10. n: independent repetitions (seeds, rounds); "
+        "spreads are standard deviations.",
+        "",
+        "| question | claim | verdict | what was found | n | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        code = os.path.relpath(ROOT / row["source"], folder)
+        links = [f"[code]({code})"]
+        if row["figure"]:
+            links.append(f"[figure]({os.path.relpath(output.parent / row['figure'], folder)})")
+        cells = (
+            str(row["question"]),
+            row["claim"],
+            f"**{row['verdict']}**",
+            row["because"],
+            str(row["n"]),
+            f"{', '.join(links)}<br>`{row['command']}`",
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)

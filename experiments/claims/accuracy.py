@@ -1,0 +1,754 @@
+"""How well networks do, and what helps: questions 17, 20, 26, 27, 40, 48, 52, 57."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from cifar_jax.config import PRESETS, TrainConfig
+from cifar_jax.dataset import Dataset, Split
+from cifar_jax.inference import softmax
+from cifar_jax.train_step import normalize
+from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.study import Fitted, Study
+
+# A quarter of the training images: a run takes a minute, and overfitting comes early.
+SMALL = 10_000
+OVERFITTING_EPOCHS = 15
+
+
+def tutorial_config(study: Study, model: str = "cnn", **options: Any) -> TrainConfig:
+    """Preset ``tutorial`` (Adam 1e-3, constant, no augmentation); a tiny network when quick."""
+    small: dict[str, Any] = {"hidden": (16,)} if model in ("mlp", "cnn") else {}
+    if model in ("cnn", "cnn-gap"):
+        small["widths"] = (4, 8)
+    defaults = small if study.quick else {}
+    return dataclasses.replace(PRESETS["tutorial"], **{**defaults, "model": model, **options})
+
+
+def spread(shares: Sequence[float]) -> Values:
+    """Mean and sample standard deviation of shares 0..1, in percent."""
+    percent = 100 * np.asarray(shares, np.float64)
+    std = float(percent.std(ddof=1)) if len(percent) > 1 else 0.0
+    return {"mean_percent": float(percent.mean()), "std_percent": std, "n": len(percent)}
+
+
+def difference(a: Values, b: Values) -> tuple[float, bool]:
+    """``a - b`` of two :func:`spread` in points, and whether it is more than chance.
+
+    It is if it exceeds twice its standard error. Three seeds can agree by luck, so no standard
+    deviation is taken to be below 0.5 points, that of an accuracy on 5,000 to 10,000 images.
+    """
+    points = a["mean_percent"] - b["mean_percent"]
+    variance = sum(max(x["std_percent"], 0.5) ** 2 / x["n"] for x in (a, b))
+    return points, abs(points) > 2 * math.sqrt(variance)
+
+
+def percent(spread: Values) -> str:
+    return f"{spread['mean_percent']:.1f} +- {spread['std_percent']:.1f} %"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _logits(model: nn.Module, mean: Any, std: Any, variables: Any, images: Any) -> jax.Array:
+    return model.apply(variables, normalize(images, mean, std), train=False)
+
+
+def logits_of(fitted: Fitted, images: NDArray[np.uint8], dataset: Dataset) -> NDArray[np.float32]:
+    """Of a trained network, ``[N, K]``; in batches of 500, or one of all."""
+    size = min(500, len(images))
+    padded = np.pad(images, [(0, -len(images) % size), (0, 0), (0, 0), (0, 0)])
+    mean, std, variables = dataset.mean, dataset.std, fitted.variables
+    batches = [
+        _logits(fitted.model, mean, std, variables, padded[start : start + size])
+        for start in range(0, len(padded), size)
+    ]
+    return np.concatenate(jax.device_get(batches))[: len(images)]
+
+
+def _tests(study: Study, config: TrainConfig, n_train: int | None = None) -> Values:
+    fits = [study.fit(config, seed=seed, n_train=n_train) for seed in study.seeds]
+    return spread([study.accuracy(fitted, study.dataset.test) for fitted in fits])
+
+
+# --- 20 and 17: what each kind of network reaches -------------------------------------------------
+
+
+def on_all_images(study: Study, model: str) -> TrainConfig:
+    """The run on all training images that several claims share: 6 epochs, about the best ones."""
+    return tutorial_config(study, model, epochs=study.scaled(6, 1))
+
+
+def measure_guessing(study: Study) -> Measured:
+    """Guess at random, guess the most frequent class, then train ``linear`` and ``cnn``.
+
+    Each trains 6 epochs on all training images by the tutorial's recipe; the test images count.
+    Refuted if guessing is not at 10 %, or if a network is outside the range given for it by more
+    than a point. Full cost: 6 minutes, shared with question 17.
+    """
+    labels = study.dataset.test.labels
+    classes = len(study.dataset.class_names)
+    rng = np.random.default_rng(0)
+    guesses = [float((rng.integers(classes, size=len(labels)) == labels).mean()) for _ in range(30)]
+    frequent = np.bincount(study.dataset.train.labels).argmax()
+    return Measured(
+        {
+            "random_guess": spread(guesses),
+            "most_frequent_class_percent": float(100 * (labels == frequent).mean()),
+            "linear": _tests(study, on_all_images(study, "linear")),
+            "cnn": _tests(study, on_all_images(study, "cnn")),
+        },
+        n=len(study.seeds),
+    )
+
+
+def _outside(value: Values, low: float, high: float) -> bool:
+    """Whether a mean is outside the range by more than a point, which "about" may cover."""
+    return not low - 1 <= value["mean_percent"] <= high + 1
+
+
+def judge_guessing(values: Values) -> Verdict:
+    found = (
+        f"guessing gets {percent(values['random_guess'])}, the most frequent class "
+        f"{values['most_frequent_class_percent']:.1f} %, linear {percent(values['linear'])}, cnn "
+        f"{percent(values['cnn'])}"
+    )
+    if _outside(values["random_guess"], 10, 10) or values["linear"]["mean_percent"] < 15:
+        return Verdict(FAILS, found)
+    if _outside(values["linear"], 30, 40) or _outside(values["cnn"], 70, 75):
+        return Verdict(CAVEAT, f"not all within 30-40 and 70-75 %: {found}")
+    return Verdict(HOLDS, found)
+
+
+def _larger(study: Study) -> TrainConfig:
+    """A network meant for 80 % in a quarter of an hour a seed: residual, batch norm, OneCycle."""
+    if study.quick:  # a residual network would take longer to compile than all the rest
+        return on_all_images(study, "cnn")
+    return TrainConfig(model="resnet9", widths=(16, 32, 64, 128), epochs=5)
+
+
+def measure_mlp_and_cnn(study: Study) -> Measured:
+    """Train ``mlp``, ``cnn`` and a larger CNN on all images; the test images count.
+
+    The first two take 6 epochs of the tutorial's recipe. ``cnn-wide`` would need 5 minutes an epoch
+    here, so the larger one is ``resnet9`` at a quarter of its channels, 5 epochs with OneCycle,
+    flips and crops, and one seed. Refuted if the MLP reaches 80 % or no CNN does; the range 40-50 %
+    is given a point on both sides.
+    """
+    larger = study.fit(_larger(study), seed=0)
+    return Measured(
+        {
+            "mlp": _tests(study, on_all_images(study, "mlp")),
+            "cnn": _tests(study, on_all_images(study, "cnn")),
+            "narrow_resnet9": spread([study.accuracy(larger, study.dataset.test)]),
+        },
+        n=len(study.seeds),
+    )
+
+
+def judge_mlp_and_cnn(values: Values) -> Verdict:
+    mlp, cnn, larger = values["mlp"], values["cnn"], values["narrow_resnet9"]
+    found = (
+        f"mlp {percent(mlp)}, the tutorial's cnn {percent(cnn)}, a narrow resnet9 "
+        f"{larger['mean_percent']:.1f} % (one seed)"
+    )
+    if mlp["mean_percent"] >= 80 or max(cnn["mean_percent"], larger["mean_percent"]) < 80:
+        return Verdict(FAILS, f"80 % did not part the MLP from the CNNs: {found}")
+    if _outside(mlp, 40, 50):
+        return Verdict(CAVEAT, f"the MLP is not at 40-50 %: {found}")
+    if cnn["mean_percent"] < 80:
+        return Verdict(CAVEAT, f"it takes more than the tutorial's CNN: {found}")
+    return Verdict(HOLDS, found)
+
+
+# --- 26: underfitting -----------------------------------------------------------------------------
+
+
+def measure_underfitting(study: Study) -> Measured:
+    """Train a tiny network, then one that is deeper, wider, or trained longer, on 10,000 images.
+
+    Tiny: one convolution of 4 channels, pooled, and 10 logits, 5 epochs. Deeper: four convolutions
+    of as many channels, 2 before each pooling. Wider: 32 channels. Longer: 20 epochs. Training
+    accuracy is that of the final weights on the training images. Refuted if the tiny network is
+    above 60 %, or if none of the three helps. Full cost: 3 minutes.
+    """
+    classes = len(study.dataset.class_names)
+    epochs, n_train = study.scaled(5, 1), study.scaled(SMALL, 500)
+    wide = study.scaled(32, 8)
+
+    def network(*widths: int, convs_per_pool: int = 1) -> nn.Module:
+        from cifar_jax.models import ConvNet
+
+        return ConvNet(classes, widths, (), convs_per_pool=convs_per_pool)
+
+    tried = {
+        "tiny": (network(4), epochs),
+        "deeper": (network(4, 4, 4, 4, convs_per_pool=2), epochs),
+        "wider": (network(wide), epochs),
+        "longer": (network(4), study.scaled(20, 2)),
+    }
+    values: Values = {}
+    for name, (model, n_epochs) in tried.items():
+        config = tutorial_config(study, epochs=n_epochs)
+        fits = [study.fit(config, seed=s, n_train=n_train, model=model) for s in study.seeds]
+        values[name] = {
+            "train": spread([study.accuracy(f, study.subset(n_train)) for f in fits]),
+            "val": spread([f.history[-1]["val_accuracy"] for f in fits]),
+        }
+    return Measured(values, n=len(study.seeds))
+
+
+def judge_underfitting(values: Values) -> Verdict:
+    tiny = values["tiny"]
+    cures = ("deeper", "wider", "longer")
+    gains = {cure: difference(values[cure]["train"], tiny["train"]) for cure in cures}
+    found = (
+        f"the tiny network gets {percent(tiny['train'])} of the training and "
+        f"{percent(tiny['val'])} of the validation images; on the training images "
+        + ", ".join(f"{cure} gives {points:+.1f} points" for cure, (points, _) in gains.items())
+    )
+    helped = [cure for cure, (points, clear) in gains.items() if clear and points > 0]
+    # Underfitting is bad on both: a gap above 10 points would be overfitting instead.
+    gap = tiny["train"]["mean_percent"] - tiny["val"]["mean_percent"]
+    if not helped or tiny["train"]["mean_percent"] > 60 or gap > 10:
+        return Verdict(FAILS, found)
+    if len(helped) < len(cures):
+        return Verdict(CAVEAT, f"only {' and '.join(helped)} helped: {found}")
+    return Verdict(HOLDS, found)
+
+
+# --- 27, 40, 57: overfitting, its signs and its cures ---------------------------------------------
+
+_CURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"dropout": 0.5},
+    "weight_decay": {"optimizer": "adamw", "weight_decay": 0.3},
+    "augmentation": {"flip": True, "crop": 2},
+    "onecycle": {"schedule": "onecycle", "learning_rate": 3e-3},
+}
+
+
+def overfitting_runs(study: Study, cure: str) -> list[Fitted]:
+    """``cnn`` on 10,000 images for 15 epochs, with one change; a run of each seed, one minute."""
+    config = tutorial_config(study, epochs=study.scaled(OVERFITTING_EPOCHS, 2), **_CURES[cure])
+    n_train = study.scaled(SMALL, 500)
+    return [study.fit(config, seed=seed, n_train=n_train) for seed in study.seeds]
+
+
+def lowest_loss_epoch(fitted: Fitted) -> int:
+    """The epoch, from 1, after which the validation loss was lowest."""
+    return 1 + int(np.argmin([row["val_loss"] for row in fitted.history]))
+
+
+def _stopped_early(study: Study) -> list[Fitted]:
+    """The plain runs, stopped at the lowest validation loss: at a constant rate, the same steps."""
+    n_train = study.scaled(SMALL, 500)
+    return [
+        study.fit(tutorial_config(study, epochs=lowest_loss_epoch(run)), seed=seed, n_train=n_train)
+        for seed, run in zip(study.seeds, overfitting_runs(study, "plain"), strict=True)
+    ]
+
+
+def measure_overfitting(study: Study) -> Measured:
+    """Overfit ``cnn`` on 10,000 images in 15 epochs; then with each cure alone.
+
+    Dropout 0.5 in the Dense layers, decoupled weight decay 0.3 (times the rate 1e-3), flips and
+    crops by 2 pixels, or stopping at the lowest validation loss. Training accuracy is of the final
+    weights on unaugmented images. Refuted if the plain run does not reach 90 % in training, if its
+    gap to validation is under 10 points, or if no cure makes the gap smaller. Full cost: 13
+    minutes, shared with questions 40 and 57.
+    """
+    n_train = study.scaled(SMALL, 500)
+    runs = {
+        cure: overfitting_runs(study, cure)
+        for cure in ("plain", "dropout", "weight_decay", "augmentation")
+    }
+    runs["early_stopping"] = _stopped_early(study)
+    values: Values = {}
+    for cure, fits in runs.items():
+        train = [study.accuracy(fitted, study.subset(n_train)) for fitted in fits]
+        val = [fitted.history[-1]["val_accuracy"] for fitted in fits]
+        values[cure] = {
+            "train": spread(train),
+            "val": spread(val),
+            "gap": spread([a - b for a, b in zip(train, val, strict=True)]),
+            "val_best": spread([max(r["val_accuracy"] for r in f.history) for f in fits]),
+        }
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    del runs["early_stopping"]
+    for cure, fits in runs.items():
+        epochs = range(1, 1 + len(fits[0].history))
+        for axes, key, scale in ((left, "val_loss", 1), (right, "val_accuracy", 100)):
+            mean = np.mean([[row[key] for row in f.history] for f in fits], axis=0)
+            axes.plot(epochs, scale * mean, label=cure.replace("_", " "))
+    left.set(xlabel="epoch", ylabel="validation loss (nats)")
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    right.legend(fontsize="small")
+    name = study.save_figure(figure, "q27_overfitting.png")
+    return Measured(values, n=len(study.seeds), figure=name)
+
+
+def judge_overfitting(values: Values) -> Verdict:
+    plain = values["plain"]
+    cures = [cure for cure in values if cure != "plain"]
+    narrowed, raised = [], []
+    for cure in cures:
+        points, clear = difference(values[cure]["gap"], plain["gap"])
+        narrowed += [cure] if clear and points < 0 else []
+        points, clear = difference(values[cure]["val"], plain["val"])
+        raised += [cure] if clear and points > 0 else []
+    fall = plain["val_best"]["mean_percent"] - plain["val"]["mean_percent"]
+    found = (
+        f"the plain run ends at {percent(plain['train'])} of the training and "
+        f"{percent(plain['val'])} of the validation images, {fall:.1f} points below its best "
+        "epoch; with "
+        + ", ".join(
+            f"{cure.replace('_', ' ')} {values[cure]['train']['mean_percent']:.1f} and "
+            f"{values[cure]['val']['mean_percent']:.1f} %"
+            for cure in cures
+        )
+    )
+    overfits = plain["train"]["mean_percent"] >= 90 and plain["gap"]["mean_percent"] >= 10
+    if not overfits or not narrowed:
+        return Verdict(FAILS, found)
+    if len(narrowed) < len(cures) or len(raised) < len(cures):
+        helped = ", ".join(raised).replace("_", " ") or "none"
+        return Verdict(
+            CAVEAT,
+            f"{len(narrowed)} of {len(cures)} cures narrow the gap, but validation accuracy is "
+            f"clearly higher only with: {helped}; {found}",
+        )
+    return Verdict(HOLDS, found)
+
+
+def measure_loss_and_accuracy(study: Study) -> Measured:
+    """In the overfitting runs, compare validation loss with accuracy, epoch by epoch.
+
+    The epoch of the lowest loss against that of the highest accuracy; from the former to the last
+    epoch, how much the loss rises and the accuracy changes; and how sure the network is of its
+    wrong answers at both. Refuted if the loss does not rise, or if the accuracy falls with it by
+    more than 2 points: then it would have told as much. Full cost: 1 minute after question 27.
+    """
+    runs, stopped = overfitting_runs(study, "plain"), _stopped_early(study)
+    best = [1 + int(np.argmax([row["val_accuracy"] for row in run.history])) for run in runs]
+    rises = [
+        run.history[-1]["val_loss"] / min(row["val_loss"] for row in run.history) for run in runs
+    ]
+    changes = [
+        run.history[-1]["val_accuracy"] - run.history[lowest_loss_epoch(run) - 1]["val_accuracy"]
+        for run in runs
+    ]
+    val = study.dataset.val
+
+    def sureness(fitted: Fitted) -> float:
+        probabilities = softmax(logits_of(fitted, val.pixels, study.dataset))
+        wrong = probabilities.argmax(axis=1) != val.labels
+        return float(probabilities.max(axis=1)[wrong].mean())
+
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    epochs = range(1, 1 + len(runs[0].history))
+    for key, label in (("train_loss", "training"), ("val_loss", "validation")):
+        mean = np.mean([[row[key] for row in run.history] for run in runs], axis=0)
+        axes.plot(epochs, mean, label=f"{label} loss")
+    right = axes.twinx()
+    mean = np.mean([[100 * row["val_accuracy"] for row in run.history] for run in runs], axis=0)
+    right.plot(epochs, mean, "k--")
+    axes.plot([], [], "k--", label="validation accuracy (right)")
+    axes.set(xlabel="epoch", ylabel="loss (nats)")
+    right.set(ylabel="accuracy (%)", ylim=(0, 100))
+    axes.legend(fontsize="small")
+    name = study.save_figure(figure, "q40_loss_and_accuracy.png")
+    return Measured(
+        {
+            "lowest_loss_epoch": float(np.mean([lowest_loss_epoch(run) for run in runs])),
+            "highest_accuracy_epoch": float(np.mean(best)),
+            "loss_rise_percent": float(100 * (np.mean(rises) - 1)),
+            "accuracy_change": spread(changes),
+            "confidence_in_wrong_answers_at_lowest_loss": spread([sureness(f) for f in stopped]),
+            "confidence_in_wrong_answers_at_the_end": spread([sureness(f) for f in runs]),
+        },
+        n=len(runs),
+        figure=name,
+    )
+
+
+def judge_loss_and_accuracy(values: Values) -> Verdict:
+    change = values["accuracy_change"]["mean_percent"]
+    before = values["confidence_in_wrong_answers_at_lowest_loss"]["mean_percent"]
+    after = values["confidence_in_wrong_answers_at_the_end"]["mean_percent"]
+    found = (
+        f"validation loss is lowest after epoch {values['lowest_loss_epoch']:.1f} and "
+        f"{values['loss_rise_percent']:.0f} % higher at the end, while accuracy changes by "
+        f"{change:+.1f} points and is highest after epoch {values['highest_accuracy_epoch']:.1f}; "
+        f"confidence in wrong answers goes from {before:.0f} to {after:.0f} %"
+    )
+    # 10 % is far above what the loss moves between epochs of the same accuracy.
+    if values["loss_rise_percent"] < 10 or change < -2 or after <= before:
+        return Verdict(FAILS, found)
+    if values["lowest_loss_epoch"] >= values["highest_accuracy_epoch"]:
+        return Verdict(CAVEAT, f"the loss gave no earlier warning: {found}")
+    return Verdict(HOLDS, found)
+
+
+def measure_improvements(study: Study) -> Measured:
+    """Add each of the material's five improvements alone to the plain run of question 27.
+
+    Augmentation (flips, crops by 2), weight decay, dropout, OneCycle to 3e-3, and a residual
+    network (``resnet9`` with an eighth of its channels) (8 epochs) instead of ``cnn``; 10,000
+    images, 15 epochs, final weights, test images. Refuted if none is clearly above the plain run.
+    Full cost: 6 minutes after question 27.
+    """
+    test = study.dataset.test
+    values: Values = {}
+    for cure in _CURES:
+        fits = overfitting_runs(study, cure)
+        values[cure] = spread([study.accuracy(fitted, test) for fitted in fits])
+    if study.quick:  # as for question 17
+        config = on_all_images(study, "cnn")
+    else:
+        config = tutorial_config(study, "resnet9", epochs=8, widths=(8, 16, 32, 64))
+    values["residual_network"] = _tests(study, config, study.scaled(SMALL, 500))
+    return Measured(values, n=len(study.seeds))
+
+
+def judge_improvements(values: Values) -> Verdict:
+    names = [name for name in values if name != "plain"]
+    gains = {name: difference(values[name], values["plain"]) for name in names}
+    helped = [name for name in names if gains[name][1] and gains[name][0] > 0]
+    found = f"the plain run gets {percent(values['plain'])}; " + ", ".join(
+        f"{name.replace('_', ' ')} {gains[name][0]:+.1f} points" for name in names
+    )
+    if not helped:
+        return Verdict(FAILS, found)
+    if len(helped) < len(names):
+        others = [name.replace("_", " ") for name in names if name not in helped]
+        return Verdict(CAVEAT, f"{found}; not clearly better alone: {', '.join(others)}")
+    return Verdict(HOLDS, found)
+
+
+# --- 48: bias and variance ------------------------------------------------------------------------
+
+
+def measure_bias_and_variance(study: Study) -> Measured:
+    """Train ``cnn`` on three disjoint sets of 10,000 images; decompose the error by epoch.
+
+    Of the squared error of the probabilities, the bias is that of the mean prediction of the
+    networks, the variance what each is away from it; they add up exactly. (The bias of three
+    networks still has a third of their variance in it, which is taken off.) Measured after 1, 3, 6
+    and 15 epochs. Refuted if the bias does not fall or the variance does not rise. Full cost: 5
+    minutes.
+    """
+    train, sets = study.dataset.train, study.scaled(3, 2)
+    size, checked = study.scaled(SMALL, 250), ((1, 2) if study.quick else (1, 3, 6, 15))
+    order = np.random.default_rng(0).permutation(len(train))
+    val = study.dataset.val
+    truth = np.eye(len(study.dataset.class_names))[val.labels]
+    rows: dict[str, list[float]] = {"bias": [], "variance": [], "train_loss": [], "val_loss": []}
+    for epochs in checked:
+        config = tutorial_config(study, epochs=epochs)
+        fits = []
+        for index in range(sets):
+            part = train.take(np.sort(order[index * size : (index + 1) * size]))
+            own = dataclasses.replace(
+                study.dataset, train=part, digest=f"{study.dataset.digest} part {index}"
+            )
+            fits.append(study.fit(config, seed=index, dataset=own))
+        p = np.stack([softmax(logits_of(f, val.pixels, study.dataset)) for f in fits])
+        variance = ((p - p.mean(axis=0)) ** 2).sum(axis=-1).sum(axis=0).mean() / (sets - 1)
+        bias = ((p.mean(axis=0) - truth) ** 2).sum(axis=-1).mean() - variance / sets
+        rows["bias"].append(float(bias))
+        rows["variance"].append(float(variance))
+        rows["train_loss"].append(float(np.mean([f.history[-1]["train_loss"] for f in fits])))
+        rows["val_loss"].append(float(np.mean([f.history[-1]["val_loss"] for f in fits])))
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    total = np.add(rows["bias"], rows["variance"])
+    for label, line in (("bias", rows["bias"]), ("variance", rows["variance"]), ("sum", total)):
+        axes.plot(checked, line, "o-", label=label)
+    axes.set(xlabel="epochs", ylabel="squared error of the probabilities", ylim=(0, None))
+    axes.legend(fontsize="small")
+    name = study.save_figure(figure, "q48_bias_variance.png")
+    return Measured({"epochs": list(checked), **rows}, n=sets, figure=name)
+
+
+def judge_bias_and_variance(values: Values) -> Verdict:
+    bias, variance = values["bias"], values["variance"]
+    total = np.add(bias, variance)
+    best = int(total.argmin())
+    found = (
+        f"from epoch {values['epochs'][0]} to {values['epochs'][-1]} the bias goes from "
+        f"{bias[0]:.3f} to {bias[-1]:.3f} and the variance from {variance[0]:.3f} to "
+        f"{variance[-1]:.3f}; their sum is least after {values['epochs'][best]} epochs, "
+        f"{total[best]:.3f} against {total[-1]:.3f} at the end; the training loss goes from "
+        f"{values['train_loss'][0]:.2f} to {values['train_loss'][-1]:.2f}, that of validation from "
+        f"{values['val_loss'][0]:.2f} to {values['val_loss'][-1]:.2f} nats"
+    )
+    # A fifth is well above how far either moves with another choice of images.
+    if bias[-1] > 0.8 * bias[0] or variance[-1] < 1.2 * variance[0]:
+        return Verdict(FAILS, found)
+    if best in (0, len(total) - 1):
+        return Verdict(CAVEAT, f"the best time is not in between: {found}")
+    return Verdict(HOLDS, found)
+
+
+# --- 52: tuning on the test set -------------------------------------------------------------------
+
+_CONFIGURATIONS = (1, 2, 5, 10, 20, 50, 100, 200)
+
+
+def _leak(right: NDArray[np.bool_], chosen_from: int, size: int, rng: np.random.Generator) -> float:
+    """By how much the best of some classifiers on ``size`` images is below its score there, else.
+
+    Args:
+        right: ``[classifiers, images]``.
+    """
+    some = rng.choice(len(right), chosen_from, replace=False)
+    order = rng.permutation(right.shape[1])
+    seen, unseen = right[some][:, order[:size]], right[some][:, order[size : 2 * size]]
+    best = seen.mean(axis=1).argmax()
+    return float(seen[best].mean() - unseen[best].mean())
+
+
+def _linear_classifiers(study: Study, count: int) -> NDArray[np.bool_]:
+    """Which test images each of ``count`` real classifiers gets right, ``[count, N]``.
+
+    Configurations of a kind of search: ridge regression on random convolutional features (3x3 on
+    images of 8x8, ReLU, averaged over 2x2 regions), each with its own filters, their number and its
+    penalty.
+    """
+    rng = np.random.default_rng(1)
+    train, test = study.subset(study.scaled(4000, 300)), study.dataset.test
+
+    def patches(split: Split) -> NDArray[np.float32]:
+        images = (split.pixels.astype(np.float32) / 255 - study.dataset.mean) / study.dataset.std
+        side = images.shape[1] // 8
+        small = images[:, : 8 * side, : 8 * side]
+        small = small.reshape(len(images), 8, side, 8, side, -1).mean(axis=(2, 4))
+        windows = np.lib.stride_tricks.sliding_window_view(small, (3, 3), axis=(1, 2))
+        return np.ascontiguousarray(windows).reshape(len(images), 36, -1).astype(np.float32)
+
+    train_patches, test_patches = patches(train), patches(test)
+    targets = np.eye(len(study.dataset.class_names), dtype=np.float32)[train.labels]
+    right = []
+    for _ in range(count):
+        filters = rng.normal(size=(train_patches.shape[-1], rng.integers(8, 17)))
+        filters = filters.astype(np.float32)
+
+        def features(x: NDArray[np.float32], filters: Any = filters) -> NDArray[np.float32]:
+            responses = np.maximum(x @ filters, 0).reshape(len(x), 2, 3, 2, 3, -1)
+            return responses.mean(axis=(2, 4)).reshape(len(x), -1)
+
+        a = features(train_patches)
+        mean, penalty = a.mean(axis=0), 10 ** rng.uniform(-4, -2) * len(a)
+        a = a - mean
+        gram = a.T @ a + penalty * np.eye(a.shape[1], dtype=np.float32)
+        weights = np.linalg.solve(gram, a.T @ (targets - targets.mean(axis=0)))
+        logits = (features(test_patches) - mean) @ weights + targets.mean(axis=0)
+        right.append(logits.argmax(axis=1) == test.labels)
+    return np.stack(right)
+
+
+def measure_leak(study: Study) -> Measured:
+    """Choose the best of k configurations by the images that are then reported: how much too good?
+
+    In a simulation, all k are right with the same probability of 75 %, independently, on 10,000
+    images: what the best shows above 75 % is all leak. With real networks (the 15 of question 27)
+    and 200 real linear classifiers, half of the test images chooses, and the other half tells the
+    truth, for 500 random halves and choices. The same for 500 images, as a small test set. Refuted
+    if the best is no better where it was chosen than elsewhere. Full cost: 2 minutes after question
+    27.
+    """
+    rng = np.random.default_rng(0)
+    rounds = study.scaled(500, 20)
+    simulated = [
+        float(100 * (rng.binomial(10_000, 0.75, (rounds, k)).max(axis=1) / 10_000 - 0.75).mean())
+        for k in _CONFIGURATIONS
+    ]
+    test = study.dataset.test
+    networks = [run for cure in _CURES for run in overfitting_runs(study, cure)]
+    pools = {
+        "networks": np.stack(
+            [
+                logits_of(run, test.pixels, study.dataset).argmax(axis=1) == test.labels
+                for run in networks
+            ]
+        ),
+        "linear": _linear_classifiers(study, study.scaled(200, 10)),
+    }
+    values: Values = {"configurations": list(_CONFIGURATIONS), "simulated_leak_points": simulated}
+    for name, right in pools.items():
+        k = len(right)
+        for size in (len(test) // 2, len(test) // 20):
+            leaks = [100 * _leak(right, k, size, rng) for _ in range(rounds)]
+            values[f"{name}_leak_on_{'half' if size == len(test) // 2 else 'a_twentieth'}"] = {
+                "configurations": k,
+                "images": size,
+                "mean_points": float(np.mean(leaks)),
+                "std_points": float(np.std(leaks)),
+                "rounds": rounds,
+            }
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogx(_CONFIGURATIONS, simulated, "o-", label="equal coins, 10,000 images")
+    right = pools["linear"]
+    for size in (len(test) // 2, len(test) // 20):
+        counts = [k for k in _CONFIGURATIONS if k <= len(right)]
+        means = [100 * np.mean([_leak(right, k, size, rng) for _ in range(rounds)]) for k in counts]
+        axes.plot(counts, means, "s--", label=f"linear classifiers, {size:,} images")
+    axes.set(xlabel="configurations to choose from", ylabel="too good by (points)")
+    axes.legend(fontsize="small")
+    return Measured(values, n=rounds, figure=study.save_figure(figure, "q52_leak.png"))
+
+
+def judge_leak(values: Values) -> Verdict:
+    pools = [values[f"{name}_leak_on_half"] for name in ("networks", "linear")]
+    small = values["linear_leak_on_a_twentieth"]
+    found = (
+        f"the best of {values['configurations'][-1]} equal classifiers looks "
+        f"{values['simulated_leak_points'][-1]:.1f} points too good on 10,000 images; of "
+        f"{pools[0]['configurations']} real networks the chosen one is "
+        f"{pools[0]['mean_points']:.2f}, of {pools[1]['configurations']} linear "
+        f"classifiers {pools[1]['mean_points']:.2f} points "
+        f"too good on {pools[1]['images']:,} images, {small['mean_points']:.1f} on "
+        f"{small['images']:,}"
+    )
+    # The rounds share their images: the error of their mean is that of resampling alone.
+    errors = [2 * pool["std_points"] / math.sqrt(pool["rounds"]) for pool in pools]
+    leaking = [pool["mean_points"] > error for pool, error in zip(pools, errors, strict=True)]
+    if values["simulated_leak_points"][-1] <= 0 or not any(leaking):
+        return Verdict(FAILS, found)
+    # Half a point is what seeds differ by: less than that, nobody would notice.
+    if not all(leaking) or min(pool["mean_points"] for pool in pools) < 0.5:
+        return Verdict(CAVEAT, f"real, but small on a large test set: {found}")
+    return Verdict(HOLDS, found)
+
+
+def _at(mean: float) -> Values:
+    return {"mean_percent": mean, "std_percent": 0.3, "n": 3}
+
+
+def _cured(train: float, val: float) -> Values:
+    return {
+        "train": _at(train),
+        "val": _at(val),
+        "gap": _at(train - val),
+        "val_best": _at(val),
+    }
+
+
+CLAIMS = [
+    Claim(
+        question=17,
+        says="A simple MLP gets only 40-50 % on CIFAR-10; 80 % takes a CNN.",
+        measure=measure_mlp_and_cnn,
+        judge=judge_mlp_and_cnn,
+        refuted_by={"mlp": _at(82), "cnn": _at(81), "narrow_resnet9": _at(85)},
+    ),
+    Claim(
+        question=20,
+        says="Guessing gets 10 % of ten classes, a linear model 30-40 %, a basic CNN 70-75 %.",
+        measure=measure_guessing,
+        judge=judge_guessing,
+        refuted_by={
+            "random_guess": _at(20),
+            "most_frequent_class_percent": 20.0,
+            "linear": _at(35),
+            "cnn": _at(72),
+        },
+    ),
+    Claim(
+        question=26,
+        says="A network that is too simple is bad on training and validation images alike; more "
+        "layers, more channels or more epochs help.",
+        measure=measure_underfitting,
+        judge=judge_underfitting,
+        refuted_by={
+            "tiny": {"train": _at(50), "val": _at(49)},
+            "deeper": {"train": _at(50), "val": _at(49)},
+            "wider": {"train": _at(49), "val": _at(49)},
+            "longer": {"train": _at(50), "val": _at(49)},
+        },
+    ),
+    Claim(
+        question=27,
+        says="Overfitting shows as high training accuracy (90 %) with validation accuracy that "
+        "stops rising (70 %); dropout, weight decay and augmentation cure it.",
+        measure=measure_overfitting,
+        judge=judge_overfitting,
+        refuted_by={
+            "plain": _cured(72, 70),
+            "dropout": _cured(72, 70),
+            "weight_decay": _cured(72, 70),
+            "augmentation": _cured(72, 70),
+            "early_stopping": _cured(72, 70),
+        },
+    ),
+    Claim(
+        question=40,
+        says="Validation loss shows overfitting early: it turns up while accuracy stays flat.",
+        measure=measure_loss_and_accuracy,
+        judge=judge_loss_and_accuracy,
+        refuted_by={
+            "lowest_loss_epoch": 15.0,
+            "highest_accuracy_epoch": 12.0,
+            "loss_rise_percent": 0.0,
+            "accuracy_change": _at(0),
+            "confidence_in_wrong_answers_at_lowest_loss": _at(50),
+            "confidence_in_wrong_answers_at_the_end": _at(50),
+        },
+    ),
+    Claim(
+        question=48,
+        says="Early in training the error is bias, late it is variance; the best time to stop is "
+        "in between.",
+        measure=measure_bias_and_variance,
+        judge=judge_bias_and_variance,
+        refuted_by={
+            "epochs": [1, 3, 15],
+            "bias": [0.5, 0.5, 0.5],
+            "variance": [0.1, 0.1, 0.1],
+            "train_loss": [1.0, 1.0, 1.0],
+            "val_loss": [1.0, 1.0, 1.0],
+        },
+    ),
+    Claim(
+        question=52,
+        says="Choosing hyperparameters by test accuracy leaks the test set: the score of the "
+        "chosen one is too good.",
+        measure=measure_leak,
+        judge=judge_leak,
+        refuted_by={
+            "configurations": [1, 200],
+            "simulated_leak_points": [0.0, 0.0],
+            **{
+                f"{name}_leak_on_{size}": {
+                    "configurations": 200,
+                    "images": 5000,
+                    "mean_points": 0.0,
+                    "std_points": 0.5,
+                    "rounds": 500,
+                }
+                for name in ("networks", "linear")
+                for size in ("half", "a_twentieth")
+            },
+        },
+    ),
+    Claim(
+        question=57,
+        says="A residual network, augmentation, weight decay and dropout, and OneCycle each "
+        "improve on the tutorial's 75 %.",
+        measure=measure_improvements,
+        judge=judge_improvements,
+        refuted_by={name: _at(65) for name in [*_CURES, "residual_network"]},
+    ),
+]

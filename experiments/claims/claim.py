@@ -1,0 +1,63 @@
+"""What a claim of the material is, and what measuring it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from claims.study import Study
+
+HOLDS: Literal["holds"] = "holds"
+CAVEAT: Literal["holds with a caveat"] = "holds with a caveat"
+FAILS: Literal["does not hold here"] = "does not hold here"
+
+Values = dict[str, Any]  # what JSON can hold; names carry units: "ms", "percent", "pixels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A judgement of ``Values``.
+
+    Attributes:
+        because: the caveat, the reason, or what was found, in one sentence that has the numbers.
+    """
+
+    verdict: Literal["holds", "holds with a caveat", "does not hold here"]
+    because: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an experiment found.
+
+    Attributes:
+        values: the numbers that the verdict rests on, and no others.
+        n: how many independent repetitions each rests on: seeds, rounds; 1 where it is arithmetic.
+        figure: the name of a picture in ``study.figures``, if there is one.
+    """
+
+    values: Values
+    n: int
+    figure: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One claim of the material.
+
+    Attributes:
+        question: its number there, 1 to 60.
+        says: the claim, in our own words.
+        measure: the experiment. Its docstring says how the claim is tested, what would refute it,
+            and what it costs.
+        judge: the verdict from the numbers alone, pure: other numbers, another verdict.
+        refuted_by: numbers that refute the claim, or qualify it where nothing can refute it; the
+            tests give them to ``judge``.
+    """
+
+    question: int
+    says: str
+    measure: Callable[[Study], Measured]
+    judge: Callable[[Values], Verdict]
+    refuted_by: Values

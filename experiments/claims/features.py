@@ -1,0 +1,727 @@
+"""What networks see, and where: questions 1, 3, 39, 43, 53, 60."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from cifar_jax.dataset import Dataset, Split
+from cifar_jax.layers import trace_layers
+from cifar_jax.models import create_model
+from cifar_jax.train_step import create_train_state, normalize
+from claims.accuracy import (
+    SMALL,
+    difference,
+    logits_of,
+    on_all_images,
+    percent,
+    spread,
+    tutorial_config,
+)
+from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.study import Fitted, Study
+
+_SHIFTS = (0, 1, 2, 3, 4, 6, 8)
+
+
+def _trained(study: Study, model: str) -> list[Fitted]:
+    """On 10,000 images for 8 epochs: the networks that the claims of this module look into."""
+    config = tutorial_config(study, model, epochs=study.scaled(8, 1))
+    n_train = study.scaled(SMALL, 500)
+    return [study.fit(config, seed=seed, n_train=n_train) for seed in study.seeds]
+
+
+def _untrained(study: Study, model: str, seed: int) -> Fitted:
+    import optax
+
+    network = create_model(tutorial_config(study, model), len(study.dataset.class_names), None)
+    shape = study.dataset.image_shape
+    state = create_train_state(network, optax.identity(), shape, seed)
+    return Fitted(network, jax.device_get(state.variables), [], 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layers(model: nn.Module, variables: Any, images: Any) -> dict[str, jax.Array]:
+    """What comes out of each block: of each convolution after its pooling, and of Dense layers."""
+    outputs: dict[str, jax.Array] = {"pixels": images}
+    name = ""
+    for layer in trace_layers(model, variables, images):
+        if layer.kind in ("conv", "dense"):
+            name = layer.name
+        if layer.kind in ("relu", "pool"):
+            outputs[name] = layer.output
+    return outputs
+
+
+def _features(study: Study, fitted: Fitted, split: Split) -> dict[str, NDArray[np.float32]]:
+    """Each layer's output on a split, averaged over a grid of 4x4 where it has positions."""
+    data, parts = study.dataset, []
+    for start in range(0, len(split), 500):
+        images = normalize(jnp.asarray(split.pixels[start : start + 500]), data.mean, data.std)
+        outputs = jax.device_get(_layers(fitted.model, fitted.variables, images))
+        parts.append({name: _on_a_grid(output) for name, output in outputs.items()})
+    names = ["pixels", *sorted(set(parts[0]) - {"pixels"})]  # a jitted function sorts them all
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _on_a_grid(output: NDArray[np.float32]) -> NDArray[np.float32]:
+    if output.ndim == 2:
+        return output
+    n, height, width, channels = output.shape
+    grid = output.reshape(n, 4, height // 4, 4, width // 4, channels).mean(axis=(2, 4))
+    return grid.reshape(n, -1)
+
+
+# --- 1: why not an MLP ----------------------------------------------------------------------------
+
+
+def _permuted(dataset: Dataset) -> Dataset:
+    """The same pixels, each at another place, the same one in all images."""
+    height, width, channels = dataset.image_shape
+    order = np.random.default_rng(0).permutation(height * width)
+
+    def permute(split: Split) -> Split:
+        flat = split.pixels.reshape(len(split), height * width, channels)
+        return Split(flat[:, order].reshape(split.pixels.shape), split.labels)
+
+    return dataclasses.replace(
+        dataset,
+        digest=f"{dataset.digest} permuted",
+        train=permute(dataset.train),
+        val=permute(dataset.val),
+        test=permute(dataset.test),
+    )
+
+
+def measure_dense(study: Study) -> Measured:
+    """Count the weights; then put all pixels at other places, and move images, and see who cares.
+
+    The weights of a Dense layer of 1,000 on 256x256x3. ``mlp`` and ``cnn`` trained (10,000 images,
+    8 epochs) and tested on images whose pixels are permuted, the same way in all. What a move by 4
+    pixels costs each. Refuted if the count is not 200 million to 2 %, or if the MLP stands moves as
+    well as the CNN. If the permutation costs the MLP nothing, flattening destroyed nothing that it
+    had used: a caveat. Full cost: 4 minutes, most of it shared with question 43.
+    """
+    inputs = jax.ShapeDtypeStruct((1, 256 * 256 * 3), jnp.float32)
+    dense = jax.eval_shape(nn.Dense(1000).init, jax.random.key(0), inputs)
+    permuted = _permuted(study.dataset)
+    moved = _shifted(study.dataset.test, 4)
+    n_train = study.scaled(SMALL, 500)
+    values: Values = {
+        "weights_of_the_dense_layer": int(dense["params"]["kernel"].size),
+        "memory_mb": float(4 * dense["params"]["kernel"].size / 1e6),
+    }
+    for name in ("mlp", "cnn"):
+        config = tutorial_config(study, name, epochs=study.scaled(8, 1))
+        fits = _trained(study, name)
+        others = [
+            study.fit(config, seed=seed, n_train=n_train, dataset=permuted) for seed in study.seeds
+        ]
+        values[name] = {
+            "test": spread([study.accuracy(f, study.dataset.test) for f in fits]),
+            "test_permuted": spread([study.accuracy(f, permuted.test, permuted) for f in others]),
+            "test_moved_4_pixels": spread(
+                [float(np.mean([study.accuracy(f, split) for split in moved])) for f in fits]
+            ),
+        }
+    return Measured(values, n=len(study.seeds))
+
+
+def judge_dense(values: Values) -> Verdict:
+    mlp, cnn = values["mlp"], values["cnn"]
+    weights = values["weights_of_the_dense_layer"]
+    found = f"{weights / 1e6:.1f} million weights, {values['memory_mb']:.0f} MB; " + "; ".join(
+        f"{name} gets {percent(value['test'])}, {percent(value['test_permuted'])} with all pixels "
+        f"permuted, {percent(value['test_moved_4_pixels'])} on images moved by 4 pixels"
+        for name, value in (("mlp", mlp), ("cnn", cnn))
+    )
+    # What is left of the accuracy above chance: points alone would favour who has few to lose.
+    kept = [
+        (value["test_moved_4_pixels"]["mean_percent"] - 10)
+        / max(value["test"]["mean_percent"] - 10, 1e-9)
+        for value in (mlp, cnn)
+    ]
+    if abs(weights / 200e6 - 1) > 0.02 or kept[0] >= kept[1]:
+        return Verdict(FAILS, found)
+    points, clear = difference(cnn["test"], cnn["test_permuted"])
+    if not clear or points < 0:
+        return Verdict(FAILS, f"a CNN does not use what is next to what either: {found}")
+    points, clear = difference(mlp["test"], mlp["test_permuted"])
+    if not clear or points < 2:
+        return Verdict(
+            CAVEAT,
+            "flattening destroys nothing: an MLP learns as well from permuted pixels, it never "
+            f"used which are neighbours; {found}",
+        )
+    return Verdict(HOLDS, found)
+
+
+# --- 43: translation ------------------------------------------------------------------------------
+
+
+def _shifted(split: Split, pixels: int) -> list[Split]:
+    """A split moved right, left, down and up; what comes in is the mirrored border."""
+    if pixels == 0:
+        return [split]
+    padding = [(0, 0), (pixels, pixels), (pixels, pixels), (0, 0)]
+    padded = np.pad(split.pixels, padding, mode="reflect")
+    height, width, _ = split.image_shape
+    moved = []
+    for row, column in ((1, 0), (1, 2), (0, 1), (2, 1)):
+        top, left = row * pixels, column * pixels
+        moved.append(Split(padded[:, top : top + height, left : left + width], split.labels))
+    return moved
+
+
+def _equivariance_error(study: Study, fitted: Fitted, kind: str) -> float:
+    """Of the first ``conv`` or ``pool``: moving the image 1 pixel against moving the output.
+
+    The largest difference away from the border, in units of the largest output. A pooled output
+    moves by half a step, which no move of the output fits: the nearer of 0 and 1 step counts.
+    """
+    images = jnp.asarray(study.dataset.test.pixels[:100])
+    data = study.dataset
+
+    def first(x: jax.Array) -> NDArray[np.float32]:
+        inputs = normalize(x, data.mean, data.std)
+        layers = trace_layers(fitted.model, fitted.variables, inputs)
+        return np.asarray(next(layer.output for layer in layers if layer.kind == kind))
+
+    here, moved = first(images), first(jnp.roll(images, 1, axis=2))
+    errors = [np.abs(moved - np.roll(here, by, axis=2))[:, 2:-2, 2:-2].max() for by in (0, 1)]
+    return float(min(errors) / np.abs(here).max())
+
+
+def measure_translation(study: Study) -> Measured:
+    """Move test images by 0 to 8 pixels in four directions: accuracy, and changed answers.
+
+    ``mlp``, ``cnn`` and ``cnn-gap``, trained on 10,000 images without augmentation. For the first
+    layer of ``cnn``, how exactly its output moves with an image (equivariance), before and after
+    pooling. Refuted if the CNN loses as much as the MLP of what it gets above chance; if a CNN
+    changes its answers on more than 5 % of the images moved by one pixel, it is not invariant: a
+    caveat. Full cost: 7 minutes.
+    """
+    test = study.dataset.test
+    test = test.take(np.arange(study.scaled(4000, 200)))
+    shifts = (0, 1, 4) if study.quick else _SHIFTS
+    values: Values = {"shifts_pixels": list(shifts)}
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in ("mlp", "cnn", "cnn-gap"):
+        accuracies: list[list[float]] = []
+        changes: list[list[float]] = []
+        for fitted in _trained(study, name):
+            answers = [
+                np.stack(
+                    [
+                        logits_of(fitted, split.pixels, study.dataset).argmax(axis=1)
+                        for split in _shifted(test, shift)
+                    ]
+                )
+                for shift in shifts
+            ]
+            accuracies.append([float((a == test.labels).mean()) for a in answers])
+            changes.append([float((a != answers[0]).mean()) for a in answers])
+        values[name.replace("-", "_")] = {
+            "accuracy": [spread(column) for column in zip(*accuracies, strict=True)],
+            "changed_answers": [spread(column) for column in zip(*changes, strict=True)],
+        }
+        for axes, lines in ((left, accuracies), (right, changes)):
+            means, stds = 100 * np.mean(lines, axis=0), 100 * np.std(lines, axis=0)
+            axes.errorbar(shifts, means, stds, fmt="o-", capsize=2, label=name)
+    left.set(xlabel="shift (pixels)", ylabel="test accuracy (%)", ylim=(0, None))
+    right.set(xlabel="shift (pixels)", ylabel="changed answers (%)", ylim=(0, None))
+    right.legend(fontsize="small")
+    first = _trained(study, "cnn")[0]
+    values["convolution_equivariance_error"] = _equivariance_error(study, first, "conv")
+    values["pooled_equivariance_error"] = _equivariance_error(study, first, "pool")
+    name = study.save_figure(figure, "q43_translation.png")
+    return Measured(values, n=len(study.seeds), figure=name)
+
+
+def judge_translation(values: Values) -> Verdict:
+    at = values["shifts_pixels"].index(4)
+
+    def kept(name: str) -> float:
+        before, after = (values[name]["accuracy"][i]["mean_percent"] - 10 for i in (0, at))
+        return 100 * after / max(before, 1e-9)
+
+    def changed(name: str) -> float:
+        return values[name]["changed_answers"][1]["mean_percent"]
+
+    found = (
+        f"moved by 1 pixel, mlp changes {changed('mlp'):.0f} %, cnn {changed('cnn'):.0f} % and "
+        f"cnn-gap {changed('cnn_gap'):.0f} % of its answers; by 4 pixels, they keep "
+        f"{kept('mlp'):.0f}, {kept('cnn'):.0f} and {kept('cnn_gap'):.0f} % of their accuracy above "
+        "chance; a convolution's output moves with the image to "
+        f"{values['convolution_equivariance_error']:.0e}, a pooled one's to "
+        f"{values['pooled_equivariance_error']:.0e} of its largest value"
+    )
+    if kept("cnn") <= kept("mlp") or values["convolution_equivariance_error"] > 1e-4:
+        return Verdict(FAILS, found)
+    # Invariant is an answer that stays; one in twenty may be a tie.
+    if max(changed("cnn"), changed("cnn_gap")) > 5:
+        return Verdict(CAVEAT, f"equivariant, and more robust, but not invariant: {found}")
+    return Verdict(HOLDS, found)
+
+
+# --- 3 and 39: what deeper layers know ------------------------------------------------------------
+
+
+def _selectivity(activations: NDArray[np.float32], labels: NDArray[np.int32]) -> Any:
+    """Of each column: the share of its variance that the class explains, and its best AUC."""
+    columns = activations.astype(np.float64)
+    overall, total = columns.mean(axis=0), columns.var(axis=0) + 1e-12  # dead channels tell nothing
+    between = np.zeros(columns.shape[1])
+    ranks = np.asarray(jax.scipy.stats.rankdata(columns, axis=0), np.float64)
+    aucs = []
+    for label in np.unique(labels):
+        inside = labels == label
+        between += inside.mean() * (columns[inside].mean(axis=0) - overall) ** 2
+        n, m = inside.sum(), (~inside).sum()
+        aucs.append((ranks[inside].sum(axis=0) - n * (n + 1) / 2) / (n * m))
+    return between / total, np.max(aucs, axis=0)
+
+
+def measure_channels(study: Study) -> Measured:
+    """How much does a channel of each layer tell about the class, before and after training?
+
+    For each channel of ``cnn``, its mean over the image: the share of its variance over test images
+    that the ten classes explain, and the area under the curve (AUC) of its best class against the
+    rest; means over the channels of a layer. Refuted if the classes explain no more in deeper
+    layers than in the first, or no more than before training. A channel that stands for one concept
+    would have an AUC of 0.9 or more: if few have, a caveat. Full cost: half a minute after question
+    43.
+    """
+    split = study.dataset.test.take(np.arange(study.scaled(4000, 200)))
+    rows: dict[str, list[Any]] = {"trained": [], "untrained": []}
+    for seed, fitted in zip(study.seeds, _trained(study, "cnn"), strict=True):
+        for kind, network in (("trained", fitted), ("untrained", _untrained(study, "cnn", seed))):
+            found = {}
+            for name, features in _features(study, network, split).items():
+                if name == "pixels":
+                    continue
+                if name.startswith("Conv"):  # over the whole image: the mean of the grid's means
+                    features = features.reshape(len(split), 16, -1).mean(axis=1)
+                explained, auc = _selectivity(features, split.labels)
+                found[name] = (float(explained.mean()), float((auc > 0.9).mean()))
+            rows[kind].append(found)
+    layers = list(rows["trained"][0])
+    values: Values = {"layers": layers}
+    for kind, runs in rows.items():
+        values[kind] = {
+            "explained_by_class": [spread([run[name][0] for run in runs]) for name in layers],
+            "channels_of_one_class": [spread([run[name][1] for run in runs]) for name in layers],
+        }
+    return Measured(values, n=len(study.seeds))
+
+
+def _by_layer(layers: list[str], spreads: list[Values]) -> str:
+    return ", ".join(
+        f"{name} {value['mean_percent']:.1f} %" for name, value in zip(layers, spreads, strict=True)
+    )
+
+
+def judge_channels(values: Values) -> Verdict:
+    layers, trained = values["layers"], values["trained"]
+    explained = trained["explained_by_class"]
+    selective = trained["channels_of_one_class"]
+    last = max(i for i, name in enumerate(layers) if name.startswith("Conv"))
+    found = (
+        f"of a channel's variance the class explains {_by_layer(layers, explained)} (untrained: "
+        f"{_by_layer(layers, values['untrained']['explained_by_class'])}); channels that tell one "
+        f"class from the rest with an AUC above 0.9: {_by_layer(layers, selective)}"
+    )
+    points, clear = difference(explained[last], explained[0])
+    gained, learned = difference(explained[last], values["untrained"]["explained_by_class"][last])
+    if not (clear and points > 0 and learned and gained > 0):
+        return Verdict(FAILS, found)
+    # "Each channel": at least half of those of the last convolution.
+    if selective[last]["mean_percent"] < 50:
+        return Verdict(CAVEAT, f"deeper channels know more, but few stand for one thing: {found}")
+    return Verdict(HOLDS, found)
+
+
+def _low_level(split: Split) -> NDArray[np.float64]:
+    """Of each image: mean colour (3), and the strength of its edges along rows and columns (2)."""
+    images = split.pixels / 255.0
+    grey = images.mean(axis=-1)
+    edges = [np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
+    return np.column_stack([images.mean(axis=(1, 2)), *edges])
+
+
+def _probe(train: Any, test: Any, targets: Any) -> NDArray[np.float64]:
+    """Ridge regression on standardised features: the predictions for ``test``.
+
+    Each target has the penalty that does best on a quarter of ``train`` held out, so that layers of
+    more features are not punished for them.
+    """
+    mean, std = train.mean(axis=0), train.std(axis=0) + 1e-6
+    a, b = (train - mean) / std, (test - mean) / std
+    held = len(a) // 4
+
+    def predict(x: Any, y: Any, new: Any, ridge: float) -> NDArray[np.float64]:
+        gram = x.T @ x + ridge * len(x) * np.eye(x.shape[1], dtype=x.dtype)
+        return new @ np.linalg.solve(gram, x.T @ (y - y.mean(axis=0))) + y.mean(axis=0)
+
+    ridges = (0.001, 0.01, 0.1, 1.0)
+    errors = [
+        ((predict(a[held:], targets[held:], a[:held], ridge) - targets[:held]) ** 2).mean(axis=0)
+        for ridge in ridges
+    ]
+    best = np.argmin(errors, axis=0)
+    whole = np.stack([predict(a, targets, b, ridge) for ridge in ridges])
+    return whole[best, :, np.arange(len(best))].T
+
+
+def measure_hierarchy(study: Study) -> Measured:
+    """Linear probes: what can be read, linearly, from each layer of ``cnn``?
+
+    From each layer's output (averaged over a 4x4 grid), ridge regression on 4,000 validation
+    images: the class, in test accuracy; and colours and edges of the whole image, in R2. The same
+    for the network before training. Refuted if the class is not easier to read from each
+    convolution than from the one before, or if training does not matter; and if colours and edges
+    are not lost on the way, the layers add rather than replace: a caveat. Full cost: 1 minute after
+    question 43.
+    """
+    # Not training images: what a network has memorised reads better there than elsewhere.
+    train = study.dataset.val.take(np.arange(study.scaled(4000, 300)))
+    test = study.dataset.test.take(np.arange(study.scaled(4000, 200)))
+    classes = np.eye(len(study.dataset.class_names))
+    targets = np.column_stack([classes[train.labels], _low_level(train)])
+    simple = _low_level(test)
+    rows: dict[str, list[Any]] = {"trained": [], "untrained": []}
+    for seed, fitted in zip(study.seeds, _trained(study, "cnn"), strict=True):
+        for kind, network in (("trained", fitted), ("untrained", _untrained(study, "cnn", seed))):
+            seen, unseen = (_features(study, network, split) for split in (train, test))
+            found = {}
+            for name in seen:
+                read = _probe(seen[name], unseen[name], targets)
+                right = read[:, : len(classes)].argmax(axis=1) == test.labels
+                error = ((read[:, len(classes) :] - simple) ** 2).mean(axis=0)
+                r2 = 1 - error / simple.var(axis=0)
+                found[name] = (float(right.mean()), float(r2[:3].mean()), float(r2[3:].mean()))
+            rows[kind].append(found)
+    layers = list(rows["trained"][0])
+    values: Values = {"layers": layers}
+    for kind, found in rows.items():
+        values[kind] = {
+            what: [spread([run[name][index] for run in found]) for name in layers]
+            for index, what in enumerate(("class", "colour_r2", "edges_r2"))
+        }
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for kind, marker in (("trained", "o-"), ("untrained", "s--")):
+        for axes, what in ((left, "class"), (right, "colour_r2"), (right, "edges_r2")):
+            means = [max(value["mean_percent"], 0) for value in values[kind][what]]
+            label = kind if what == "class" else f"{what.removesuffix('_r2')}, {kind}"
+            axes.plot(layers, means, marker, label=label)
+    left.set(ylabel="class: accuracy of a probe (%)", ylim=(0, None))
+    right.set(ylabel="colour and edges: R2 (%)", ylim=(0, None))
+    for axes in (left, right):
+        axes.tick_params(axis="x", rotation=30)
+        axes.legend(fontsize="small")
+    name = study.save_figure(figure, "q39_probes.png")
+    return Measured(values, n=len(study.seeds), figure=name)
+
+
+def judge_hierarchy(values: Values) -> Verdict:
+    layers, trained = values["layers"], values["trained"]
+    convolutions = [i for i, name in enumerate(layers) if name.startswith("Conv")]
+    first, last = convolutions[0], convolutions[-1]
+    steps = [
+        difference(trained["class"][b], trained["class"][a])
+        for a, b in itertools.pairwise(convolutions)
+    ]
+    learned, clear = difference(trained["class"][last], values["untrained"]["class"][last])
+    found = (
+        f"a probe reads the class with {_by_layer(layers, trained['class'])}; untrained "
+        f"{_by_layer(layers, values['untrained']['class'])}; colours with an R2 of "
+        f"{_by_layer(layers, trained['colour_r2'])}, edges {_by_layer(layers, trained['edges_r2'])}"
+    )
+    rises = all(points > 0 and differs for points, differs in steps)
+    if not rises or not clear or learned < 0:
+        return Verdict(FAILS, found)
+    # "Replaced" would be to lose a tenth of it or more.
+    low = [
+        trained[what][last]["mean_percent"] < 0.9 * trained[what][first]["mean_percent"]
+        for what in ("colour_r2", "edges_r2")
+    ]
+    if not all(low):
+        return Verdict(
+            CAVEAT,
+            "the class gets easier to read with depth, but colours and edges are still there "
+            f"in the last convolution: {found}",
+        )
+    return Verdict(HOLDS, found)
+
+
+# --- 53: the first layer's filters ----------------------------------------------------------------
+
+
+def _gabors() -> NDArray[np.float64]:
+    """Gabor functions on a 3x3 grid, unit norm, ``[M, 9]``; with some of no wave: blobs."""
+    y, x = np.mgrid[-1:2, -1:2].astype(np.float64)
+    found = []
+    for theta in np.arange(0, np.pi, np.pi / 12):
+        along = x * np.cos(theta) + y * np.sin(theta)
+        for wavelength in (2.0, 2.5, 3.0, 4.0, 6.0, 12.0):
+            for phase in np.arange(0, np.pi, np.pi / 8):
+                for sigma in (0.7, 1.0, 1.5, 3.0):
+                    envelope = np.exp(-(x**2 + y**2) / (2 * sigma**2))
+                    found.append(envelope * np.cos(2 * np.pi * along / wavelength + phase))
+    flat = np.array(found).reshape(len(found), 9)
+    norms = np.linalg.norm(flat, axis=1)
+    return flat[norms > 1e-3] / norms[norms > 1e-3, None]
+
+
+def _explained_by_gabor(kernel: NDArray[Any]) -> NDArray[np.float64]:
+    """Of each filter ``[3, 3, C, D]``: what the best Gabor, in the best colour, explains, 0..1."""
+    filters = np.asarray(kernel, np.float64).reshape(9, kernel.shape[2], kernel.shape[3])
+    # For a unit pattern g the best colour is W^T g, and explains its squared length.
+    projections = np.einsum("mp,pcd->mcd", _gabors(), filters)
+    return (projections**2).sum(axis=1).max(axis=0) / (filters**2).sum(axis=(0, 1))
+
+
+def measure_filters(study: Study) -> Measured:
+    """Fit Gabor functions to the first layer of ``cnn``, trained on all images, and to noise.
+
+    Each filter is approximated by the best of some 2,300 Gabors (12 orientations, 6 wavelengths, 8
+    phases, 4 sizes) times the best colour; the share of its energy explained, median over filters.
+    The same for the filters before training and for Gaussian noise, since a 3x3 grid has only 9
+    numbers to fit. Refuted if trained filters fit no better than noise, by 5 points. Full cost:
+    seconds after question 20.
+    """
+    config = on_all_images(study, "cnn")
+    kernels = [
+        study.fit(config, seed=seed).variables["params"]["Conv_0"]["kernel"] for seed in study.seeds
+    ]
+    before = [
+        _untrained(study, "cnn", seed).variables["params"]["Conv_0"]["kernel"]
+        for seed in study.seeds
+    ]
+    channels = study.dataset.image_shape[-1]
+    noise = np.random.default_rng(0).normal(size=(3, 3, channels, 1000))
+
+    figure = Figure(figsize=(6, 1.8), layout="constrained")
+    shown = min(16, kernels[0].shape[-1])
+    axes = figure.subplots(2, 8)
+    for index, panel in enumerate(axes.ravel()):
+        panel.set_axis_off()
+        if index < shown and channels in (1, 3):
+            weights = np.asarray(kernels[0][..., index], np.float64)
+            scale = 2 * np.abs(weights).max()
+            picture = np.repeat(weights, 3 // channels, axis=-1) / scale + 0.5
+            panel.imshow(picture, interpolation="nearest")
+            panel.set_title(f"{100 * _explained_by_gabor(kernels[0])[index]:.0f} %", fontsize=8)
+    figure.suptitle("first layer; what the best Gabor explains", fontsize=9)
+    name = study.save_figure(figure, "q53_filters.png")
+    return Measured(
+        {
+            "trained": spread([float(np.median(_explained_by_gabor(k))) for k in kernels]),
+            "untrained": spread([float(np.median(_explained_by_gabor(k))) for k in before]),
+            "noise_percent": float(100 * np.median(_explained_by_gabor(noise))),
+            "weights_shape": list(kernels[0].shape),
+        },
+        n=len(study.seeds),
+        figure=name,
+    )
+
+
+def judge_filters(values: Values) -> Verdict:
+    trained, noise = values["trained"], values["noise_percent"]
+    shape = "x".join(str(size) for size in values["weights_shape"])
+    found = (
+        f"of the energy of a filter (weights {shape}, in Flax's order) the best Gabor explains "
+        f"{percent(trained)} (median) after training, {percent(values['untrained'])} before, and "
+        f"{noise:.1f} % of Gaussian noise"
+    )
+    more = trained["mean_percent"] - noise
+    if more < 5:
+        return Verdict(FAILS, found)
+    # "Look like": nine tenths of what is seen.
+    if trained["mean_percent"] < 90:
+        return Verdict(CAVEAT, f"more like Gabors than noise is, but not Gabors: {found}")
+    return Verdict(HOLDS, found)
+
+
+# --- 60: sample efficiency ------------------------------------------------------------------------
+
+
+def measure_sample_efficiency(study: Study) -> Measured:
+    """Train ``linear``, ``mlp`` and ``cnn`` on more and more images.
+
+    500, 2,000, 8,000 (24, 16 and 8 epochs of the tutorial's recipe) and all, 45,000 (6 epochs):
+    best validation accuracy by epoch, since each overfits at its own time. Refuted if the CNN is
+    not better at each size; "incredibly" is taken as matching the MLP with a fifth of its images.
+    Full cost: 6 minutes after question 20.
+    """
+    sizes = (200, 1000) if study.quick else (500, 2000, 8000, 45_000)
+    epochs = (1,) if study.quick else (24, 16, 8)
+    everything = len(study.dataset.train)
+    values: Values = {"images": [min(size, everything) for size in sizes]}
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    for name in ("linear", "mlp", "cnn"):
+        configs = [tutorial_config(study, name, epochs=n) for n in epochs]
+        configs.append(on_all_images(study, name))
+        values[name] = []
+        for config, size in zip(configs, sizes, strict=True):
+            n_train = None if size == sizes[-1] else size
+            fits = [study.fit(config, seed=seed, n_train=n_train) for seed in study.seeds]
+            best = [max(row["val_accuracy"] for row in fitted.history) for fitted in fits]
+            values[name].append(spread(best))
+        means, stds = zip(
+            *((v["mean_percent"], v["std_percent"]) for v in values[name]), strict=True
+        )
+        axes.errorbar(values["images"], means, stds, fmt="o-", capsize=2, label=name)
+    axes.set(xlabel="training images", ylabel="validation accuracy (%)", xscale="log")
+    axes.legend(fontsize="small")
+    name = study.save_figure(figure, "q60_sample_efficiency.png")
+    return Measured(values, n=len(study.seeds), figure=name)
+
+
+def _images_needed(images: list[int], spreads: list[Values], wanted: float) -> float | None:
+    """Where the line through the means, over the logarithm, first reaches ``wanted``."""
+    means = [value["mean_percent"] for value in spreads]
+    if means[0] >= wanted:
+        return float(images[0])
+    for i in range(1, len(means)):
+        if means[i] >= wanted:
+            share = (wanted - means[i - 1]) / (means[i] - means[i - 1])
+            return float(images[i - 1] * (images[i] / images[i - 1]) ** share)
+    return None
+
+
+def judge_sample_efficiency(values: Values) -> Verdict:
+    images, mlp, cnn = values["images"], values["mlp"], values["cnn"]
+    needed = _images_needed(images, cnn, mlp[-1]["mean_percent"])
+    found = "; ".join(
+        f"{name}: "
+        + ", ".join(
+            f"{percent(value)} from {n:,}" for n, value in zip(images, values[name], strict=True)
+        )
+        for name in ("linear", "mlp", "cnn")
+    )
+    if needed is None:
+        return Verdict(FAILS, f"the CNN never reaches the MLP: {found}")
+    times = images[-1] / needed
+    found = f"the CNN needs {needed:,.0f} images for what the MLP gets from {images[-1]:,}; {found}"
+    ahead = [difference(a, b) for a, b in zip(cnn, mlp, strict=True)]
+    behind = [
+        n for n, (points, clear) in zip(images, ahead, strict=True) if not clear or points < 0
+    ]
+    if len(behind) == len(images) or times < 2:
+        return Verdict(FAILS, found)
+    if behind or times < 5:
+        where = f", and is not clearly ahead with {behind[0]:,} images" if behind else ""
+        return Verdict(CAVEAT, f"it saves a factor of {times:.1f}{where}: {found}")
+    return Verdict(HOLDS, found)
+
+
+def _at(mean: float) -> Values:
+    return {"mean_percent": mean, "std_percent": 0.3, "n": 3}
+
+
+_FIVE = ["pixels", "Conv_0", "Conv_1", "Conv_2", "Dense_0"]
+
+CLAIMS = [
+    Claim(
+        question=1,
+        says="A Dense layer of 1,000 on a 256x256 RGB image has 200 million weights; flattening "
+        "destroys what is next to what; an MLP has to learn each position anew.",
+        measure=measure_dense,
+        judge=judge_dense,
+        refuted_by={
+            "weights_of_the_dense_layer": 196_608_000,
+            "memory_mb": 786.4,
+            **{
+                name: {
+                    "test": _at(50),
+                    "test_permuted": _at(50),
+                    "test_moved_4_pixels": _at(45),
+                }
+                for name in ("mlp", "cnn")
+            },
+        },
+    ),
+    Claim(
+        question=3,
+        says="Each channel stands for one visual feature, in deeper layers for higher concepts.",
+        measure=measure_channels,
+        judge=judge_channels,
+        refuted_by={
+            "layers": _FIVE[1:],
+            **{
+                kind: {"explained_by_class": [_at(5)] * 4, "channels_of_one_class": [_at(0)] * 4}
+                for kind in ("trained", "untrained")
+            },
+        },
+    ),
+    Claim(
+        question=39,
+        says="Training makes a hierarchy: edges and colours first, then textures and parts, "
+        "objects last.",
+        measure=measure_hierarchy,
+        judge=judge_hierarchy,
+        refuted_by={
+            "layers": _FIVE,
+            **{
+                kind: {what: [_at(40)] * 5 for what in ("class", "colour_r2", "edges_r2")}
+                for kind in ("trained", "untrained")
+            },
+        },
+    ),
+    Claim(
+        question=43,
+        says="A CNN's structure makes its answer independent of where things are.",
+        measure=measure_translation,
+        judge=judge_translation,
+        refuted_by={
+            "shifts_pixels": list(_SHIFTS),
+            **{
+                name: {
+                    "accuracy": [_at(60 - 4 * shift) for shift in _SHIFTS],
+                    "changed_answers": [_at(4 * shift) for shift in _SHIFTS],
+                }
+                for name in ("mlp", "cnn", "cnn_gap")
+            },
+            "convolution_equivariance_error": 0.0,
+            "pooled_equivariance_error": 0.0,
+        },
+    ),
+    Claim(
+        question=53,
+        says="The filters of the first layer can be shown as pictures, and look like Gabor "
+        "functions or blobs of colour.",
+        measure=measure_filters,
+        judge=judge_filters,
+        refuted_by={
+            "trained": _at(60),
+            "untrained": _at(58),
+            "noise_percent": 59.0,
+            "weights_shape": [3, 3, 3, 16],
+        },
+    ),
+    Claim(
+        question=60,
+        says="Its assumptions about images make a CNN need far fewer of them than an MLP.",
+        measure=measure_sample_efficiency,
+        judge=judge_sample_efficiency,
+        refuted_by={
+            "images": [500, 2000, 8000, 45_000],
+            "linear": [_at(20), _at(30), _at(35), _at(38)],
+            "mlp": [_at(30), _at(38), _at(45), _at(53)],
+            "cnn": [_at(29), _at(37), _at(45), _at(53)],
+        },
+    ),
+]

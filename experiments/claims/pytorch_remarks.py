@@ -1,0 +1,1046 @@
+"""PyTorch beside its functional counterpart: questions 18, 21, 31, 44, 49, 50, 51, 54, 58, 59."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import subprocess
+import sys
+import tempfile
+import warnings
+import weakref
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from cifar_jax import layout
+from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import epoch_order
+from cifar_jax.errors import CifarJaxError
+from cifar_jax.inference import make_logits, softmax
+from cifar_jax.models import ConvNet, ResNet9
+from cifar_jax.parity import relative_difference
+from cifar_jax.scores import calibration_error
+from cifar_jax.train_step import create_train_state, normalize, train_step
+from cifar_jax.trained import TrainedNetwork
+from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.study import Study
+
+# What float32 leaves of sums of some thousand terms in another order; an error of the algorithm is
+# orders of magnitude larger.
+_ROUNDING = 1e-4
+
+
+def _images(study: Study, n: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Normalised training images ``[N, H, W, C]`` and their labels."""
+    dataset = study.dataset
+    order = epoch_order(len(dataset.train), seed=0, epoch=0)[:n]
+    pixels = normalize(jnp.asarray(dataset.train.pixels[order]), dataset.mean, dataset.std)
+    return np.asarray(pixels), dataset.train.labels[order]
+
+
+def _variables(model: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> Any:
+    """Initial weights, NumPy leaves."""
+    state = create_train_state(model, optax.sgd(0.1), shape, seed)
+    return jax.device_get(state.variables)
+
+
+def _twin(model: ConvNet | ResNet9, variables: Any, shape: tuple[int, int, int]) -> Any:
+    """The PyTorch twin of ``model`` with the same weights."""
+    from cifar_jax import torch_reference
+
+    twin = torch_reference.make_twin(model, shape)
+    torch_reference.load(twin, layout.to_torch(variables, model.torch_layout(shape)))
+    return twin
+
+
+def _raises(call: Callable[[], Any]) -> str:
+    """The type of what ``call`` raises; empty if it does not."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            call()
+    except Exception as error:  # which one is the result
+        return type(error).__name__
+    return ""
+
+
+# ------------------------------------------------------------------------- 18: nn.Sequential
+
+
+def measure_sequential(study: Study) -> Measured:
+    """Run a plain stack and a residual network as written by hand and as one ``nn.Sequential``.
+
+    The stack: the tutorial's, as container and layer by layer. The residual network: its own
+    ``forward``; the same layers in the same order in a ``nn.Sequential``; and a ``nn.Sequential``
+    in which each branch with its addition is one layer. Flax's resnet9, which is built so, has the
+    same weights. Refuted if the container changes what a stack gives, or if a residual network
+    survives being put in a row. Two small networks: seconds.
+    """
+    from cifar_jax import torch_reference  # before torch
+
+    import torch  # isort: skip
+
+    shape = study.dataset.image_shape
+    images, _ = _images(study, 8)
+    x = torch.tensor(layout.nhwc_to_nchw(images))
+    stack = torch_reference.make_twin(ConvNet(num_classes=10, widths=(4, 8), hidden=(16,)), shape)
+    resnet = ResNet9(num_classes=10, widths=(4, 4, 8, 8))
+    variables = _variables(resnet, shape)
+    twin = _twin(resnet, variables, shape).eval()
+
+    class Residual(torch.nn.Module):
+        def __init__(self, branch: torch.nn.Module) -> None:
+            super().__init__()
+            self.branch = branch
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.branch(x)
+
+    blocks = (twin.conv1, twin.conv2, twin.res1, twin.conv3, twin.conv4, twin.res2, twin.classifier)
+    row = torch.nn.Sequential(*blocks)
+    wrapped = torch.nn.Sequential(
+        *(Residual(b) if b in (twin.res1, twin.res2) else b for b in blocks)
+    )
+    with torch.no_grad():
+        by_hand = x
+        for layer in stack.network:
+            by_hand = layer(by_hand)
+        true = twin(x).numpy()
+        values = {
+            "stack_container_difference": relative_difference(
+                stack.network(x).numpy(), by_hand.numpy()
+            ),
+            "residual_in_a_row_difference": relative_difference(0.125 * row(x).numpy(), true),
+            "residual_branches_as_layers_difference": relative_difference(
+                0.125 * wrapped(x).numpy(), true
+            ),
+        }
+    ours = np.asarray(jax.jit(resnet.apply)(variables, images))
+    values["flax_sequential_of_branches_difference"] = relative_difference(ours, true)
+    return Measured(values, n=1)
+
+
+def judge_sequential(values: Values) -> Verdict:
+    stack, row = values["stack_container_difference"], values["residual_in_a_row_difference"]
+    wrapped = values["residual_branches_as_layers_difference"]
+    if stack > 0:
+        return Verdict(FAILS, f"the container changes what a plain stack gives, by {stack:.0e}")
+    if row < _ROUNDING:
+        return Verdict(FAILS, f"a residual network in a row differs by {row:.0e} only: no branch")
+    if wrapped < _ROUNDING:
+        return Verdict(
+            CAVEAT,
+            f"a stack gives the same bits packed or not, and a residual network in a row is wrong "
+            f"by {100 * row:.0f} % of its largest logit; but branches fit too, once each is one "
+            f"layer with its addition (difference {wrapped:.0e}; Flax's resnet9 is built so: "
+            f"{values['flax_sequential_of_branches_difference']:.0e})",
+        )
+    return Verdict(HOLDS, f"a stack can be packed; a residual network is off by {row:.2f}")
+
+
+# ------------------------------------------------------------- 21: a function in a Sequential
+
+
+def measure_function_in_sequential(study: Study) -> Measured:
+    """Put the function and the module ReLU into ``nn.Sequential`` of PyTorch, and of Flax.
+
+    Refuted if PyTorch takes the function. Two layers: a second.
+    """
+    import cifar_jax.torch_reference  # noqa: F401 - before torch
+
+    import torch  # isort: skip
+
+    images, _ = _images(study, 4)
+    x = torch.tensor(layout.nhwc_to_nchw(images))
+    conv = torch.nn.Conv2d(x.shape[1], 4, 3, padding=1)
+    with torch.no_grad():
+        in_forward = torch.nn.functional.relu(conv(x)).numpy()
+        as_module = torch.nn.Sequential(conv, torch.nn.ReLU())(x).numpy()
+    flax = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu])
+    output, _ = flax.init_with_output(jax.random.key(0), images)
+    return Measured(
+        {
+            "torch_sequential_of_function_raises": _raises(
+                lambda: torch.nn.Sequential(conv, torch.nn.functional.relu)
+            ),
+            "torch_function_against_module_difference": relative_difference(as_module, in_forward),
+            "flax_sequential_of_function_raises": _raises(
+                lambda: flax.init(jax.random.key(0), images)
+            ),
+            "flax_smallest_output": float(output.min()),
+        },
+        n=1,
+    )
+
+
+def judge_function_in_sequential(values: Values) -> Verdict:
+    torch_raises = values["torch_sequential_of_function_raises"]
+    flax_raises = values["flax_sequential_of_function_raises"]
+    if not torch_raises:
+        return Verdict(FAILS, "PyTorch's nn.Sequential takes the function F.relu")
+    if not flax_raises and values["flax_smallest_output"] >= 0:
+        return Verdict(
+            CAVEAT,
+            f"of PyTorch only: its nn.Sequential raises {torch_raises} for F.relu, and F.relu and "
+            f"nn.ReLU differ by {values['torch_function_against_module_difference']:.0f}; Flax's "
+            "takes any function, and nn.relu in it works (smallest output "
+            f"{values['flax_smallest_output']:.0f})",
+        )
+    return Verdict(HOLDS, f"PyTorch raises {torch_raises}, Flax {flax_raises or 'nothing'}")
+
+
+# ------------------------------------------------------------------ 31: __call__ and forward
+
+
+def measure_call_and_forward(study: Study) -> Measured:
+    """Count what a hook sees, and compare outputs and gradients, of ``model(x)`` and ``.forward``.
+
+    Flax's counterparts: a module is called inside ``apply`` only, and ``nn.intercept_methods`` sees
+    ``__call__`` and every other method. Refuted if ``forward`` runs the hooks too; "autodiff setup"
+    is refuted if the gradients are the same without it. A second.
+    """
+    from cifar_jax import torch_reference  # before torch
+
+    import torch  # isort: skip
+
+    images, _ = _images(study, 4)
+    model = ConvNet(num_classes=10, widths=(4,), hidden=())
+    twin = torch_reference.make_twin(model, study.dataset.image_shape)
+    seen: list[str] = []
+    twin.register_forward_hook(lambda *_: seen.append("torch"))
+    x = torch.tensor(layout.nhwc_to_nchw(images))
+
+    def run(call: Callable[[Any], Any]) -> tuple[int, Any, list[Any]]:
+        seen.clear()
+        twin.zero_grad()
+        output = call(x)
+        output.square().sum().backward()
+        return (
+            len(seen),
+            output.detach().numpy(),
+            [p.grad.numpy().copy() for p in twin.parameters()],
+        )
+
+    calls, output, grads = run(twin)
+    forward_calls, forward_output, forward_grads = run(twin.forward)
+
+    class WithTwoMethods(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(2)(x.reshape(len(x), -1))
+
+        def doubled(self, x: Any) -> Any:
+            return 2 * x
+
+    intercepted: list[str] = []
+
+    def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, WithTwoMethods):
+            intercepted.append(context.method_name)
+        return method(*args, **kwargs)
+
+    flax = WithTwoMethods()
+    variables = flax.init(jax.random.key(0), images)
+    with nn.intercept_methods(intercept):
+        flax.apply(variables, images)
+        flax.apply(variables, images, method="doubled")
+    return Measured(
+        {
+            "hook_runs_by_call": calls,
+            "hook_runs_by_forward": forward_calls,
+            "output_difference": relative_difference(forward_output, output),
+            "gradient_difference": max(map(relative_difference, forward_grads, grads)),
+            "flax_methods_intercepted": intercepted,
+            "flax_call_without_apply_raises": _raises(lambda: flax(images)),
+        },
+        n=1,
+    )
+
+
+def judge_call_and_forward(values: Values) -> Verdict:
+    by_call, by_forward = values["hook_runs_by_call"], values["hook_runs_by_forward"]
+    gradient = values["gradient_difference"]
+    if by_call != 1 or by_forward != 0:
+        return Verdict(FAILS, f"the hook ran {by_call} times by call, {by_forward} by forward")
+    if gradient == 0:
+        return Verdict(
+            CAVEAT,
+            f"the hook runs {by_call} time by model(x) and {by_forward} by model.forward(x); but "
+            "autodiff needs no set-up there: output and every gradient are the same bits by either "
+            "(difference 0). Flax has no second door: a call without apply raises "
+            f"{values['flax_call_without_apply_raises']}, and an interceptor sees "
+            f"{' and '.join(values['flax_methods_intercepted'])}",
+        )
+    return Verdict(HOLDS, f"forward runs no hook, and its gradients differ by {gradient:.0e}")
+
+
+# ------------------------------------------------------------ 44: cross-entropy, one or many
+
+
+def _loss_by_name(name: str, logits: Any, labels: Any) -> Any:
+    if name == "cross_entropy":
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+    return optax.sigmoid_binary_cross_entropy(logits, one_hot).sum(axis=-1).mean()
+
+
+def _train_with_loss(study: Study, name: str, seed: int) -> tuple[float, NDArray[np.float64]]:
+    """Validation accuracy in percent, and the logits of the validation images."""
+    dataset = study.dataset
+    train = study.subset(study.scaled(10_000, 500))
+    model = ConvNet(
+        num_classes=len(dataset.class_names),
+        widths=(4,) if study.quick else (16, 32, 64),
+        hidden=(),
+    )
+    tx = optax.adam(1e-3)
+    params = _variables(model, dataset.image_shape, seed)["params"]
+
+    def apply(params: Any, pixels: Any) -> jax.Array:
+        return model.apply({"params": params}, normalize(pixels, dataset.mean, dataset.std))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, opt_state: Any, pixels: Any, labels: Any) -> tuple[Any, Any]:
+        grads = jax.grad(lambda p: _loss_by_name(name, apply(p, pixels), labels))(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = jax.device_put(params), tx.init(params)
+    for epoch in range(study.scaled(8, 1)):
+        order = epoch_order(len(train), seed, epoch)
+        for indices in order[: len(train) // 128 * 128].reshape(-1, 128):
+            params, opt_state = step(
+                params, opt_state, train.pixels[indices], train.labels[indices]
+            )
+    run = jax.jit(apply)
+    pieces = np.array_split(dataset.val.pixels, max(len(dataset.val) // 500, 1))
+    logits = np.concatenate([np.asarray(run(params, piece)) for piece in pieces])
+    return 100 * float(np.mean(logits.argmax(-1) == dataset.val.labels)), logits.astype(np.float64)
+
+
+def _best_probabilities_of_two_tags(loss: Callable[[Any], Any], to: Callable[[Any], Any]) -> float:
+    """The lower probability of two tags that are both right, after minimizing over the logits."""
+    tx = optax.adam(0.1)
+    logits = jnp.zeros(10)
+
+    def step(_: Any, carry: Any) -> Any:
+        logits, state = carry
+        updates, state = tx.update(jax.grad(loss)(logits), state)
+        return optax.apply_updates(logits, updates), state
+
+    logits, _ = jax.lax.fori_loop(0, 500, step, (logits, tx.init(logits)))
+    return float(to(logits)[:2].min())
+
+
+def measure_cross_entropies(study: Study) -> Measured:
+    """Both losses on two classes, on an image with two tags, and to train a network of ten classes.
+
+    Two classes: softmax of (0, z) against the sigmoid of z, in PyTorch, float64. Two tags: the
+    logits are minimized over directly. Ten classes: the tutorial's convolutions with one Dense
+    layer on 10,000 images for 8 epochs, by each loss. Refuted if the two differ for two classes, if
+    cross-entropy can give both tags, or if ten sigmoids sum to 1; that CIFAR-10 needs cross-entropy
+    is refuted if the other trains as well. 3 minutes.
+    """
+    import cifar_jax.torch_reference  # noqa: F401 - before torch
+
+    import torch  # isort: skip
+    from torch.nn import functional as F
+
+    z = torch.linspace(-20, 20, 401, dtype=torch.float64)
+    two_classes = F.cross_entropy(
+        torch.stack([torch.zeros_like(z), z], dim=1),
+        torch.ones(len(z), dtype=torch.int64),
+        reduction="none",
+    )
+    yes_or_no = F.binary_cross_entropy_with_logits(z, torch.ones_like(z), reduction="none")
+    target = jnp.zeros(10).at[:2].set(1)
+    accuracies: dict[str, list[float]] = {}
+    logits: dict[str, Any] = {}
+    for name in ("cross_entropy", "binary_cross_entropy"):
+        runs = [_train_with_loss(study, name, seed) for seed in study.seeds]
+        accuracies[name], logits[name] = [a for a, _ in runs], runs[0][1]
+    sums = (1 / (1 + np.exp(-logits["binary_cross_entropy"]))).sum(axis=-1)
+    return Measured(
+        {
+            "two_classes_difference": float((two_classes - yes_or_no).abs().max()),
+            "two_tags_cross_entropy_percent": 100
+            * _best_probabilities_of_two_tags(
+                lambda x: optax.softmax_cross_entropy(x, target / 2), jax.nn.softmax
+            ),
+            "two_tags_binary_percent": 100
+            * _best_probabilities_of_two_tags(
+                lambda x: optax.sigmoid_binary_cross_entropy(x, target).sum(), jax.nn.sigmoid
+            ),
+            "softmax_sum_deviation": float(
+                np.abs(softmax(logits["cross_entropy"]).sum(axis=-1) - 1).max()
+            ),
+            "sigmoids_sum_deviation": float(np.abs(sums - 1).mean()),
+            "trained_by_cross_entropy": _spread(accuracies["cross_entropy"]),
+            "trained_by_binary_cross_entropy": _spread(accuracies["binary_cross_entropy"]),
+        },
+        n=len(study.seeds),
+    )
+
+
+def judge_cross_entropies(values: Values) -> Verdict:
+    two = values["two_classes_difference"]
+    one_tag, both_tags = values["two_tags_cross_entropy_percent"], values["two_tags_binary_percent"]
+    ours, other = values["trained_by_cross_entropy"], values["trained_by_binary_cross_entropy"]
+    if two > 1e-9:
+        return Verdict(FAILS, f"for two classes the losses differ by {two:.0e}")
+    if one_tag > 60 or both_tags < 90:  # 50 is the most for each of two that sum to 100
+        return Verdict(
+            FAILS, f"two tags get {one_tag:.0f} % by softmax, {both_tags:.0f} % by sigmoid"
+        )
+    found = (
+        f"{_shown(ours)} of the validation images by cross-entropy, {_shown(other)} by ten "
+        "binary ones"
+    )
+    if ours["mean_percent"] - other["mean_percent"] <= _noise(ours, other):
+        return Verdict(
+            CAVEAT,
+            f"for two classes they are one loss (difference {two:.0e}), and two tags of one image "
+            f"get {one_tag:.0f} % each by softmax, {both_tags:.0f} % by sigmoids; but classes that "
+            f"exclude each other do not need cross-entropy: {found}, though ten sigmoids miss a "
+            f"sum of 1 by {values['sigmoids_sum_deviation']:.2f} on average",
+        )
+    return Verdict(HOLDS, f"one loss for two classes, and for ten cross-entropy is better: {found}")
+
+
+def _spread(percents: list[float]) -> dict[str, float]:
+    spread = float(np.std(percents, ddof=1)) if len(percents) > 1 else 0.0
+    return {"mean_percent": float(np.mean(percents)), "std_percent": spread, "n": len(percents)}
+
+
+def _shown(spread: dict[str, float]) -> str:
+    return f"{spread['mean_percent']:.1f} +- {spread['std_percent']:.1f} %"
+
+
+def _noise(a: dict[str, float], b: dict[str, float]) -> float:
+    """Twice the standard error of the difference of two means: less is nothing."""
+    return 2 * float(np.sqrt(a["std_percent"] ** 2 / a["n"] + b["std_percent"] ** 2 / b["n"]))
+
+
+# ---------------------------------------------------------------- 49: the probability of a frog
+
+
+def measure_frog(study: Study) -> Measured:
+    """``F.softmax(model(image), dim=1)[:, 6]`` of the trained tutorial's network, and ours.
+
+    The weights of the default run move to PyTorch. Which class has index 6; whether probabilities
+    sum to 1 and logits do not; whether a probability is a percentage, in that images with a
+    confidence of p are right in p of the cases (expected calibration error). Refuted if index 6 is
+    another class or the probabilities are not those of JAX. The default run is shared; beside it,
+    seconds.
+    """
+    from cifar_jax import torch_reference
+
+    dataset = study.dataset
+    config = TrainConfig(epochs=study.scaled(10, 1))
+    val = dataset.val
+    errors, sums, gaps, differences, frogs, others = [], [], [], [], [], []
+    shown = None
+    for seed in study.seeds:
+        fitted = study.fit(config, seed=seed)
+        network = TrainedNetwork(
+            config,
+            dataset.class_names,
+            dataset.image_shape,
+            dataset.mean,
+            dataset.std,
+            fitted.variables,
+        )
+        ours = softmax(make_logits(network)(val.pixels))
+        assert isinstance(fitted.model, ConvNet)
+        twin = _twin(fitted.model, fitted.variables, dataset.image_shape)
+        images = np.asarray(normalize(jnp.asarray(val.pixels), dataset.mean, dataset.std))
+        logits = torch_reference.logits(twin, layout.nhwc_to_nchw(images))
+        theirs = _torch_softmax(logits)
+        differences.append(float(np.abs(ours - theirs).max()))
+        sums.append(float(np.abs(theirs.sum(axis=1) - 1).max()))
+        gaps.append(float(np.abs(logits.sum(axis=1) - 1).mean()))
+        confidence, right = theirs.max(axis=1), theirs.argmax(axis=1) == val.labels
+        errors.append(100 * calibration_error(confidence.astype(np.float64), right)[0])
+        frog = val.labels == 6
+        frogs.append(100 * float(theirs[frog, 6].mean()))
+        others.append(100 * float(theirs[~frog, 6].mean()))
+        shown = shown or (theirs[frog, 6], theirs[~frog, 6])
+    assert shown is not None
+    name = dataset.class_names[6]
+    figure = _frog_figure(study, name, *shown)
+    return Measured(
+        {
+            "class_of_index_6": name,
+            "largest_deviation_of_sum_from_1": max(sums),
+            "mean_deviation_of_logits_sum_from_1": float(np.mean(gaps)),
+            "largest_difference_to_jax": max(differences),
+            "mean_of_images_of_class_6": _spread(frogs),
+            "mean_of_other_images": _spread(others),
+            "calibration_error": _spread(errors),
+        },
+        n=len(study.seeds),
+        figure=figure,
+    )
+
+
+def _torch_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    import torch
+
+    return torch.nn.functional.softmax(torch.tensor(logits), dim=1).numpy()
+
+
+def _frog_figure(study: Study, name: str, of_class: Any, of_others: Any) -> str:
+    figure = Figure((5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(0, 100, 21)
+    for values, label in ((of_class, f"images of a {name}"), (of_others, "other images")):
+        share = np.full(len(values), 100 / len(values))
+        axes.hist(100 * values, bins.tolist(), weights=share, alpha=0.6, label=label)
+    axes.set(xlabel=f"probability of {name}, index 6 (%)", ylabel="share of the images (%)")
+    axes.set_yscale("log")
+    axes.legend()
+    return study.save_figure(figure, "q49_frog.png")
+
+
+def judge_frog(values: Values) -> Verdict:
+    name, difference = values["class_of_index_6"], values["largest_difference_to_jax"]
+    error = values["calibration_error"]
+    if difference > _ROUNDING or values["largest_deviation_of_sum_from_1"] > _ROUNDING:
+        return Verdict(FAILS, f"the probabilities differ from JAX's by {difference:.0e}")
+    if name != "frog":
+        return Verdict(CAVEAT, f"index 6 of these classes is {name}, not frog")
+    found = (
+        f"index 6 is frog: {_shown(values['mean_of_images_of_class_6'])} on frogs, "
+        f"{_shown(values['mean_of_other_images'])} on others, and JAX differs by {difference:.0e}"
+    )
+    # By 5 points, "90 %" is as likely 85: too far to be read as a percentage.
+    if error["mean_percent"] > 5:
+        return Verdict(
+            CAVEAT,
+            f"{found}; but as percentages they are off by {_shown(error)} on average (expected "
+            "calibration error)",
+        )
+    return Verdict(HOLDS, f"{found}; as percentages they are off by {_shown(error)} only")
+
+
+# -------------------------------------------------------------------- 50: plotting of tensors
+
+
+def measure_plotting(study: Study) -> Measured:
+    """Plot ten losses in each form that they come in, and see which raise.
+
+    Beside it, what a list of losses keeps alive: the activations of their step, in PyTorch, unless
+    ``item()`` was called. A tensor on a GPU is not tried here. Refuted if plain tensors are
+    plotted. A second.
+    """
+    import cifar_jax.torch_reference  # noqa: F401 - before torch
+
+    import torch  # isort: skip
+
+    losses = np.linspace(2.3, 1.0, 10)
+    plain = torch.tensor(losses)
+    learnt = plain.clone().requires_grad_()
+    forms = {
+        "list of floats": losses.tolist(),
+        "NumPy array": losses,
+        "JAX array": jnp.asarray(losses),
+        "list of JAX scalars": list(jnp.asarray(losses)),
+        "tensor": plain,
+        "list of tensors": list(plain),
+        "tensor, requires_grad": learnt,
+        "list of tensors, requires_grad": list(learnt),
+        "tensor, bfloat16": plain.bfloat16(),
+        "requires_grad, .cpu().numpy()": lambda: learnt.cpu().numpy(),
+        "requires_grad, .detach().cpu().numpy()": lambda: learnt.detach().cpu().numpy(),
+        "requires_grad, .tolist()": lambda: learnt.tolist(),
+        "list, .item() of each": lambda: [loss.item() for loss in learnt],
+    }
+
+    def plot(form: Any) -> None:
+        axes = Figure().subplots()
+        (line,) = axes.plot(form() if callable(form) else form)
+        if not np.allclose(np.asarray(line.get_ydata(), float), losses, atol=0.01):
+            raise ArithmeticError("another curve")
+
+    raised = {name: _raises(functools.partial(plot, form)) for name, form in forms.items()}
+
+    def activation_lives(keep: Callable[[Any], Any]) -> bool:
+        weight = torch.ones(3, requires_grad=True)
+        activation = (weight * 2).exp()
+        alive, history = weakref.ref(activation), [keep(activation.square().sum())]
+        del activation
+        gc.collect()
+        lives = alive() is not None
+        history.clear()
+        return lives
+
+    return Measured(
+        {
+            "plotted": [name for name, error in raised.items() if not error],
+            "raised": {name: error for name, error in raised.items() if error},
+            "kept_loss_keeps_activations": activation_lives(lambda loss: loss),
+            "kept_item_keeps_activations": activation_lives(lambda loss: loss.item()),
+        },
+        n=1,
+    )
+
+
+def judge_plotting(values: Values) -> Verdict:
+    plotted, raised = values["plotted"], values["raised"]
+    if "NumPy array" in raised or "list of floats" in raised:
+        return Verdict(FAILS, "a list or a NumPy array cannot be plotted")
+    if "tensor" not in plotted:
+        return Verdict(HOLDS, f"a plain tensor raises {raised['tensor']}")
+    kept = ""
+    if values["kept_loss_keeps_activations"] and not values["kept_item_keeps_activations"]:
+        kept = "; item() is due for another reason: a kept loss keeps its step's activations alive"
+    if not raised:
+        return Verdict(FAILS, f"every form of tensor is plotted{kept}")
+    return Verdict(
+        CAVEAT,
+        f"a plain CPU tensor is plotted as it is, and JAX's arrays are; what raises is "
+        f"{'; '.join(sorted(raised))} ({len(raised)} of {len(raised) + len(plotted)} forms)"
+        f"{kept}",
+    )
+
+
+# --------------------------------------------------------------------- 51: what torch.save saves
+
+_CLASS_IN_SCRIPT = """
+import sys, torch
+class OnlyHere(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+    def forward(self, x):
+        return self.norm(self.conv(x)) - 12345.678
+model = OnlyHere()
+torch.save(model.state_dict(), sys.argv[1] + "/weights.pth")
+torch.save(model, sys.argv[1] + "/model.pth")
+print(sum(p.numel() for p in model.parameters()))
+"""
+
+
+def measure_torch_save(study: Study) -> Measured:
+    """Save weights, and a whole model, in a program with a class that this one does not have.
+
+    Then read both here. Refuted if the class's code is in a file, or the model comes back without
+    the class; that the weights need the class is refuted if they come back. 3 seconds.
+    """
+    import cifar_jax.torch_reference  # noqa: F401 - before torch
+
+    import torch  # isort: skip
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", _CLASS_IN_SCRIPT, folder],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        weights, model = Path(folder, "weights.pth"), Path(folder, "model.pth")
+        contents = {}
+        for path in (weights, model):
+            with zipfile.ZipFile(path) as archive:
+                contents[path] = b"".join(archive.read(name) for name in archive.namelist())
+        state_dict = torch.load(weights, weights_only=True)
+        return Measured(
+            {
+                "weights_file_names_the_class": b"OnlyHere" in contents[weights],
+                "model_file_names_the_class": b"OnlyHere" in contents[model],
+                # The constant of its forward, as text and as a float64, and the source's own words.
+                "model_file_has_code": any(
+                    piece in contents[model]
+                    for piece in (b"12345.678", np.float64(12345.678).tobytes(), b"def forward")
+                ),
+                "loading_weights_without_class_raises": _raises(
+                    lambda: torch.load(weights, weights_only=True)
+                ),
+                "loading_model_without_class_raises": _raises(
+                    lambda: torch.load(model, weights_only=False)
+                ),
+                "tensors": list(state_dict),
+                "numbers_in_weights_file": sum(t.numel() for t in state_dict.values()),
+                "trainable_numbers_of_model": int(done.stdout),
+            },
+            n=1,
+        )
+
+
+def judge_torch_save(values: Values) -> Verdict:
+    model_raises = values["loading_model_without_class_raises"]
+    weights_raise = values["loading_weights_without_class_raises"]
+    if values["model_file_has_code"] or values["weights_file_names_the_class"]:
+        return Verdict(FAILS, "the class, or its code, is in the file")
+    if not model_raises:
+        return Verdict(FAILS, "a whole model comes back where its class is not")
+    more = values["numbers_in_weights_file"] - values["trainable_numbers_of_model"]
+    if not weights_raise:
+        return Verdict(
+            CAVEAT,
+            f"no code is in the file, and a whole model without its class raises {model_raises}; "
+            f"but weights need no class: all {len(values['tensors'])} tensors come back as a dict "
+            f"where there is none, and {more} of their {values['numbers_in_weights_file']} numbers "
+            "are no weights or biases but batch norm's statistics",
+        )
+    return Verdict(HOLDS, f"without the class the weights raise {weights_raise}")
+
+
+# ------------------------------------------------------------------ 54: gradient accumulation
+
+
+def measure_accumulation(study: Study) -> Measured:
+    """The gradient of 128 images at once, and of four times 32, without and with batch norm.
+
+    In PyTorch by four ``backward()``, as the material writes it and with each loss divided by 4; in
+    JAX by this project's ``train_step`` with ``accumulate=4``, whose step of SGD with rate 1 is the
+    gradient. Refuted if the gradients differ by more than rounding. Ten seconds.
+    """
+    import torch  # isort: skip
+
+    dataset = study.dataset
+    shape = dataset.image_shape
+    indices = epoch_order(len(dataset.train), seed=0, epoch=0)[:128]
+    batch = {"image": dataset.train.pixels[indices], "label": dataset.train.labels[indices]}
+    images, labels = _images(study, 128)
+    tx = optax.sgd(1.0)
+
+    def ours(model: ConvNet, accumulate: int) -> NDArray[np.float32]:
+        state = create_train_state(model, tx, shape, seed=0)
+        step = functools.partial(
+            train_step,
+            model=model,
+            tx=tx,
+            augment=lambda key, image: image,
+            mean=dataset.mean,
+            std=dataset.std,
+            seed=0,
+            accumulate=accumulate,
+        )
+        after, _ = jax.jit(step)(state, batch)
+        steps = jax.tree.map(lambda a, b: np.ravel(a - b), state.params, after.params)
+        return np.concatenate(jax.tree.leaves(steps))
+
+    def theirs(model: ConvNet, parts: int, divisor: int) -> NDArray[np.float32]:
+        twin = _twin(model, _variables(model, shape), shape).train()
+        twin.zero_grad()
+        pairs = zip(
+            torch.tensor(layout.nhwc_to_nchw(images)).chunk(parts),
+            torch.tensor(labels).long().chunk(parts),
+            strict=True,
+        )
+        for x, y in pairs:
+            (torch.nn.functional.cross_entropy(twin(x), y) / divisor).backward()
+        return np.concatenate([p.grad.numpy().ravel() for p in twin.parameters()])
+
+    widths = (4,) if study.quick else (16, 32, 64)
+    plain = ConvNet(num_classes=len(dataset.class_names), widths=widths, hidden=())
+    normed = plain.clone(batch_norm=True)
+    at_once = theirs(plain, 1, 1)
+    return Measured(
+        {
+            "torch_summed_over_at_once": float(
+                np.linalg.norm(theirs(plain, 4, 1)) / np.linalg.norm(at_once)
+            ),
+            "torch_divided_difference": relative_difference(theirs(plain, 4, 4), at_once),
+            "jax_difference": relative_difference(ours(plain, 4), ours(plain, 1)),
+            "torch_batch_norm_difference": relative_difference(
+                theirs(normed, 4, 4), theirs(normed, 1, 1)
+            ),
+            "jax_batch_norm_difference": relative_difference(ours(normed, 4), ours(normed, 1)),
+        },
+        n=1,
+    )
+
+
+def judge_accumulation(values: Values) -> Verdict:
+    ratio = values["torch_summed_over_at_once"]
+    plain = max(values["torch_divided_difference"], values["jax_difference"])
+    normed = min(values["torch_batch_norm_difference"], values["jax_batch_norm_difference"])
+    if plain > _ROUNDING:
+        return Verdict(FAILS, f"four times 32 differ from 128 by {plain:.0e}, even averaged")
+    caveats = []
+    if abs(ratio - 1) > 0.01:
+        caveats.append(f"only with each loss divided by 4: as written the gradient is {ratio:.2f}x")
+    if normed > _ROUNDING:
+        caveats.append(f"not with batch norm, whose gradients differ by {100 * normed:.0f} %")
+    found = f"four times 32 are 128 to rounding (difference {plain:.0e})"
+    if caveats:
+        return Verdict(CAVEAT, f"{found}, but {', and '.join(caveats)}")
+    return Verdict(HOLDS, found)
+
+
+# ------------------------------------------------------------------------ 58: the ending .pth
+
+
+def measure_ending(study: Study) -> Measured:
+    """Save the same weights under five names, and read them with PyTorch and with this project.
+
+    Refuted if PyTorch refuses a name or reads other numbers. A second.
+    """
+    import cifar_jax.torch_reference  # noqa: F401 - before torch
+
+    import torch  # isort: skip
+
+    from cifar_jax.state_dicts import read_state_dict
+
+    state_dict = torch.nn.Linear(3, 2).state_dict()
+    same, refused = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for ending in (".pth", ".pt", ".txt", ".jpg", ""):
+            path = Path(folder, f"weights{ending}")
+            torch.save(state_dict, path)
+            if _raises(functools.partial(torch.load, path, weights_only=True)):
+                continue
+            loaded = torch.load(path, weights_only=True)
+            if all(torch.equal(loaded[name], state_dict[name]) for name in state_dict):
+                same.append(ending)
+            try:
+                read_state_dict(path)
+            except CifarJaxError:
+                refused.append(ending)
+    return Measured(
+        {"endings_tried": 5, "torch_reads_the_same": same, "cifar_jax_refuses": refused}, n=1
+    )
+
+
+def judge_ending(values: Values) -> Verdict:
+    same, tried = values["torch_reads_the_same"], values["endings_tried"]
+    if len(same) < tried:
+        return Verdict(FAILS, f"PyTorch reads {len(same)} of {tried} names")
+    found = f"PyTorch writes and reads the same bits under all {tried} names"
+    refused = [ending or "none" for ending in values["cifar_jax_refuses"]]
+    if refused:
+        found += f"; tools that tell formats by them care: cifar_jax.convert refuses {refused}"
+    return Verdict(HOLDS, found)
+
+
+# --------------------------------------------------------------------------- 59: zero_grad
+
+
+def measure_zero_grad(study: Study) -> Measured:
+    """Gradients after one and two ``backward()``, and training with and without ``zero_grad()``.
+
+    In JAX, ``jax.grad`` twice. Training: a small network, SGD at 0.05, 200 batches of 128, the mean
+    loss of the last 20. Refuted if the second gradient is not twice the first, or if training
+    without is as good. Half a minute.
+    """
+    import torch  # isort: skip
+
+    dataset = study.dataset
+    shape = dataset.image_shape
+    model = ConvNet(num_classes=len(dataset.class_names), widths=(8, 16), hidden=())
+    images, labels = _images(study, study.scaled(10_000, 256))
+    x, y = torch.tensor(layout.nhwc_to_nchw(images)), torch.tensor(labels).long()
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    twin = _twin(model, _variables(model, shape), shape)
+
+    def backward() -> float:
+        cross_entropy(twin(x[:32]), y[:32]).backward()
+        return float(np.sqrt(sum(float((p.grad**2).sum()) for p in twin.parameters())))
+
+    once, twice = backward(), backward()
+
+    def loss(params: Any) -> jax.Array:
+        logits = model.apply({"params": params}, images[:32])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[:32]).mean()
+
+    params = _variables(model, shape)["params"]
+    gradient = jax.jit(jax.grad(loss))
+    norms = [float(optax.global_norm(gradient(params))) for _ in range(2)]
+
+    def final_loss(seed: int, clears: bool) -> float:
+        twin = _twin(model, _variables(model, shape, seed), shape)
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
+        steps, losses = study.scaled(200, 20), []
+        rng = np.random.default_rng(seed)
+        for _ in range(steps):
+            indices = torch.tensor(rng.integers(len(x), size=128))
+            if clears:
+                optimizer.zero_grad()
+            value = cross_entropy(twin(x[indices]), y[indices])
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+        return float(np.mean(losses[-max(steps // 10, 1) :]))
+
+    cleared = [final_loss(seed, True) for seed in study.seeds]
+    mixed = [final_loss(seed, False) for seed in study.seeds]
+    return Measured(
+        {
+            "torch_second_over_first_gradient": twice / once,
+            "jax_second_over_first_gradient": norms[1] / norms[0],
+            "loss_with_zero_grad_nats": cleared,
+            "loss_without_zero_grad_nats": mixed,
+        },
+        n=len(study.seeds),
+    )
+
+
+def judge_zero_grad(values: Values) -> Verdict:
+    ratio, jax_ratio = (values[f"{f}_second_over_first_gradient"] for f in ("torch", "jax"))
+    cleared, mixed = values["loss_with_zero_grad_nats"], values["loss_without_zero_grad_nats"]
+    if abs(ratio - 2) > _ROUNDING:
+        return Verdict(FAILS, f"the second backward() gives {ratio:.3f} times the gradient, not 2")
+    found = (
+        f"the second backward() leaves {ratio:.3f} times the gradient (jax.grad, which has no "
+        f"buffer, {jax_ratio:.3f}); after training the loss is {np.mean(cleared):.2f} with "
+        f"zero_grad and {np.mean(mixed):.2f} without"
+    )
+    # NaN, which a run that blows up ends in, is worse than any number.
+    if max(cleared) < min(mixed) or np.isnan(mixed).any():
+        return Verdict(HOLDS, found)
+    return Verdict(CAVEAT, f"{found}: training bears the mixture")
+
+
+CLAIMS = [
+    Claim(
+        question=18,
+        says="nn.Sequential packs a plain stack of layers into one container, so that forward is "
+        "one call; it is for stacks without branches such as a ResNet's.",
+        measure=measure_sequential,
+        judge=judge_sequential,
+        refuted_by={
+            "stack_container_difference": 0.0,
+            "residual_in_a_row_difference": 0.0,
+            "residual_branches_as_layers_difference": 0.0,
+            "flax_sequential_of_branches_difference": 0.0,
+        },
+    ),
+    Claim(
+        question=21,
+        says="nn.Sequential takes modules only: F.relu cannot go in, nn.ReLU can.",
+        measure=measure_function_in_sequential,
+        judge=judge_function_in_sequential,
+        refuted_by={
+            "torch_sequential_of_function_raises": "",
+            "torch_function_against_module_difference": 0.0,
+            "flax_sequential_of_function_raises": "",
+            "flax_smallest_output": 0.0,
+        },
+    ),
+    Claim(
+        question=31,
+        says="model(images) runs __call__, which handles hooks and the set-up of autodiff and then "
+        "calls forward; forward is never to be called directly.",
+        measure=measure_call_and_forward,
+        judge=judge_call_and_forward,
+        refuted_by={
+            "hook_runs_by_call": 1,
+            "hook_runs_by_forward": 1,
+            "output_difference": 0.0,
+            "gradient_difference": 0.0,
+            "flax_methods_intercepted": [],
+            "flax_call_without_apply_raises": "",
+        },
+    ),
+    Claim(
+        question=44,
+        says="Cross-entropy is for several classes that exclude each other, binary cross-entropy "
+        "for two classes or several tags; so CIFAR-10 takes cross-entropy.",
+        measure=measure_cross_entropies,
+        judge=judge_cross_entropies,
+        refuted_by={
+            "two_classes_difference": 0.1,
+            "two_tags_cross_entropy_percent": 50.0,
+            "two_tags_binary_percent": 100.0,
+            "softmax_sum_deviation": 0.0,
+            "sigmoids_sum_deviation": 0.0,
+            "trained_by_cross_entropy": {"mean_percent": 60.0, "std_percent": 0.5, "n": 3},
+            "trained_by_binary_cross_entropy": {"mean_percent": 60.0, "std_percent": 0.5, "n": 3},
+        },
+    ),
+    Claim(
+        question=49,
+        says="softmax(logits)[6] is the probability of frog; logits are no percentages until then.",
+        measure=measure_frog,
+        judge=judge_frog,
+        refuted_by={
+            "class_of_index_6": "frog",
+            "largest_deviation_of_sum_from_1": 0.3,
+            "mean_deviation_of_logits_sum_from_1": 0.0,
+            "largest_difference_to_jax": 0.2,
+            "mean_of_images_of_class_6": {"mean_percent": 10.0, "std_percent": 0.0, "n": 3},
+            "mean_of_other_images": {"mean_percent": 10.0, "std_percent": 0.0, "n": 3},
+            "calibration_error": {"mean_percent": 1.0, "std_percent": 0.0, "n": 3},
+        },
+    ),
+    Claim(
+        question=50,
+        says="Matplotlib plots lists and NumPy arrays, not PyTorch's tensors, which item() or "
+        "cpu().numpy() converts.",
+        measure=measure_plotting,
+        judge=judge_plotting,
+        refuted_by={
+            "plotted": ["list of floats", "NumPy array", "tensor", "tensor, requires_grad"],
+            "raised": {},
+            "kept_loss_keeps_activations": False,
+            "kept_item_keeps_activations": False,
+        },
+    ),
+    Claim(
+        question=51,
+        says="torch.save writes a pickled dictionary of weights and biases without the class's "
+        "code, and loading the weights takes the class.",
+        measure=measure_torch_save,
+        judge=judge_torch_save,
+        refuted_by={
+            "weights_file_names_the_class": False,
+            "model_file_names_the_class": True,
+            "model_file_has_code": True,
+            "loading_weights_without_class_raises": "",
+            "loading_model_without_class_raises": "",
+            "tensors": [],
+            "numbers_in_weights_file": 0,
+            "trainable_numbers_of_model": 0,
+        },
+    ),
+    Claim(
+        question=54,
+        says="Four backward passes of 32 images and one step are one step of 128, as gradients sum "
+        "up.",
+        measure=measure_accumulation,
+        judge=judge_accumulation,
+        refuted_by={
+            "torch_summed_over_at_once": 4.0,
+            "torch_divided_difference": 0.1,
+            "jax_difference": 0.1,
+            "torch_batch_norm_difference": 0.1,
+            "jax_batch_norm_difference": 0.1,
+        },
+    ),
+    Claim(
+        question=58,
+        says=".pth is a convention: PyTorch takes any ending.",
+        measure=measure_ending,
+        judge=judge_ending,
+        refuted_by={
+            "endings_tried": 5,
+            "torch_reads_the_same": [".pth", ".pt"],
+            "cifar_jax_refuses": [],
+        },
+    ),
+    Claim(
+        question=59,
+        says="PyTorch adds each backward pass to the gradients that are there, so they must be "
+        "cleared before every batch.",
+        measure=measure_zero_grad,
+        judge=judge_zero_grad,
+        refuted_by={
+            "torch_second_over_first_gradient": 1.0,
+            "jax_second_over_first_gradient": 1.0,
+            "loss_with_zero_grad_nats": [1.8],
+            "loss_without_zero_grad_nats": [1.8],
+        },
+    ),
+]

@@ -1,0 +1,576 @@
+"""What training depends on: questions 22, 23, 33, 35, 41."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from cifar_jax.models import flatten
+from cifar_jax.parallel import compile_lowered
+from cifar_jax.pooling import max_pool
+from cifar_jax.train_step import create_train_state, normalize
+from claims.accuracy import SMALL, difference, percent, spread, tutorial_config
+from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.study import Fitted, Study
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "sigmoid": nn.sigmoid,
+}
+_INITIALIZERS = {
+    "zero": nn.initializers.zeros,
+    "constant": nn.initializers.constant(0.01),
+    "small": nn.initializers.normal(0.001),
+    # Of the variance times fan-in: 2 is Kaiming's for ReLU, 1 LeCun's (Flax's default), and 1/3
+    # what PyTorch's reset_parameters() comes to (kaiming_uniform_ with a = sqrt(5)).
+    "kaiming": nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal"),
+    "lecun": nn.initializers.lecun_normal(),
+    "pytorch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+}
+
+
+class Plain(nn.Module):
+    """Convolutions with a pooling after each of the first three, and one Dense layer.
+
+    Attributes:
+        widths: channels of each convolution.
+        kernel: side of their kernels, pixels.
+        repeats: convolutions in a row, each time, before the pooling.
+        activation, init: keys of ``_ACTIVATIONS`` and ``_INITIALIZERS``.
+    """
+
+    num_classes: int
+    widths: tuple[int, ...]
+    kernel: int = 3
+    repeats: int = 1
+    activation: str = "relu"
+    init_name: str = "lecun"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        del train  # the same in both modes
+        init = _INITIALIZERS[self.init_name]
+        for index, features in enumerate(self.widths):
+            for _ in range(self.repeats):
+                size, padding = (self.kernel, self.kernel), self.kernel // 2
+                x = nn.Conv(features, size, padding=padding, kernel_init=init)(x)
+                x = _ACTIVATIONS[self.activation](x)
+                self.sow("intermediates", "activations", x)
+            if index < 3:
+                x = max_pool(x)
+        return nn.Dense(self.num_classes, kernel_init=init)(flatten(x))
+
+
+def _classes(study: Study) -> int:
+    return len(study.dataset.class_names)
+
+
+def _fits(study: Study, model: nn.Module, epochs: int, **options: Any) -> list[Fitted]:
+    """``model`` on 10,000 images by the tutorial's recipe, a run of each seed."""
+    config = tutorial_config(study, epochs=study.scaled(epochs, 1), **options)
+    n_train = study.scaled(SMALL, 500)
+    return [study.fit(config, seed=seed, n_train=n_train, model=model) for seed in study.seeds]
+
+
+def _val(fits: list[Fitted]) -> Values:
+    return spread([fitted.history[-1]["val_accuracy"] for fitted in fits])
+
+
+def _kernels(params: Any) -> list[Any]:
+    """The kernels of a :class:`Plain`, first to last."""
+    names = sorted(params, key=lambda name: (name.startswith("Dense"), int(name.split("_")[1])))
+    return [params[name]["kernel"] for name in names]
+
+
+def _images(study: Study, count: int) -> tuple[jax.Array, jax.Array]:
+    """Training images, normalised, and their labels."""
+    split = study.subset(count)
+    images = normalize(jnp.asarray(split.pixels), study.dataset.mean, study.dataset.std)
+    return images, jnp.asarray(split.labels)
+
+
+def _initial(study: Study, model: nn.Module, seed: int) -> Any:
+    """The parameters that a run of that seed begins with."""
+    return create_train_state(model, optax.identity(), study.dataset.image_shape, seed).params
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """As training is: with jax's own options a CPU is slower, to compile and to run."""
+    return compile_lowered(jax.jit(function).lower(*arguments), jax.default_backend())
+
+
+def _loss(model: nn.Module, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = model.apply({"params": params}, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+# --- 22: kernel size ------------------------------------------------------------------------------
+
+
+def measure_kernel_size(study: Study) -> Measured:
+    """Train convolutions with kernels of 1, 3 and 5 pixels, and with two of 3 for each one.
+
+    Three, of 16, 32 and 64 channels, 5 epochs on 10,000 images, one Dense layer on top; parameters
+    of the convolutions, milliseconds a step of 128. Refuted if 5x5 is not more expensive than 3x3,
+    if 1x1 is as good as 3x3, or if two 3x3, with fewer weights from C to C channels, are clearly
+    worse than one 5x5. Full cost: 6 minutes.
+    """
+    widths = (4, 8) if study.quick else (16, 32, 64)
+    kinds = {"1x1": (1, 1), "3x3": (3, 1), "5x5": (5, 1), "two_3x3": (3, 2)}
+    values: Values = {}
+    for name, (kernel, repeats) in kinds.items():
+        model = Plain(_classes(study), widths, kernel=kernel, repeats=repeats)
+        fits = _fits(study, model, 5)
+        convolutions = _kernels(fits[0].variables["params"])[:-1]
+        steps = len(fits[0].history) * (study.scaled(SMALL, 500) // 128)
+        values[name] = {
+            "val": _val(fits),
+            "conv_weights": int(sum(kernel.size for kernel in convolutions)),
+            "ms_per_step": float(np.median([1000 * f.seconds / steps for f in fits])),
+        }
+    return Measured(values, n=len(study.seeds))
+
+
+def judge_kernel_size(values: Values) -> Verdict:
+    one, three, five, two = (values[name] for name in ("1x1", "3x3", "5x5", "two_3x3"))
+    found = "; ".join(
+        f"{name.replace('_', ' ')}: {percent(value['val'])}, {value['conv_weights']:,} weights, "
+        f"{value['ms_per_step']:.0f} ms a step"
+        for name, value in values.items()
+    )
+    points, clear = difference(three["val"], one["val"])
+    stacked, differ = difference(two["val"], five["val"])
+    larger, better = difference(five["val"], three["val"])
+    dearer = five["ms_per_step"] > 1.1 * three["ms_per_step"]
+    if not (clear and points > 0) or (differ and stacked < 0) or not dearer:
+        return Verdict(FAILS, found)
+    if better and larger > 0:
+        return Verdict(CAVEAT, f"5x5 buys {larger:.1f} points over one 3x3 for its cost: {found}")
+    if two["ms_per_step"] > five["ms_per_step"]:
+        return Verdict(CAVEAT, f"two 3x3 have fewer weights than one 5x5, not less time: {found}")
+    return Verdict(HOLDS, found)
+
+
+# --- 23: normalisation ----------------------------------------------------------------------------
+
+_SCALES = {"pixels_0_255": (0.0, 1 / 255), "pixels_0_1": (0.0, 1.0), "normalised": None}
+
+
+def measure_normalisation(study: Study) -> Measured:
+    """Train ``cnn`` on pixels of 0..255, of 0..1, and normalised, with Adam and with SGD.
+
+    4 epochs on 10,000 images; Adam 1e-3, SGD 0.02 with momentum 0.9. Also the mean of the first
+    layer's weights after Adam, in their standard deviations: the material says that positive pixels
+    push it below zero. Refuted if normalised pixels are not clearly better with either. Full cost:
+    6 minutes.
+    """
+    channels = len(study.dataset.mean)
+    optimizers = {
+        "adam": {},
+        "sgd": {"optimizer": "sgd", "learning_rate": 0.02, "momentum": 0.9},
+    }
+    values: Values = {}
+    for scale, constants in _SCALES.items():
+        data = study.dataset
+        if constants is not None:
+            mean, std = ((constant,) * channels for constant in constants)
+            data = dataclasses.replace(data, mean=mean, std=std)
+        for name, options in optimizers.items():
+            config = tutorial_config(study, epochs=study.scaled(4, 1), **options)
+            n_train = study.scaled(SMALL, 500)
+            fits = [
+                study.fit(config, seed=seed, n_train=n_train, dataset=data) for seed in study.seeds
+            ]
+            first = [_kernels(fitted.variables["params"])[0] for fitted in fits]
+            values[f"{scale}_{name}"] = {
+                "val": _val(fits),
+                "first_epoch_val": spread([f.history[0]["val_accuracy"] for f in fits]),
+                "first_layer_mean_in_stds": float(np.mean([w.mean() / w.std() for w in first])),
+            }
+    return Measured(values, n=len(study.seeds))
+
+
+def judge_normalisation(values: Values) -> Verdict:
+    found = "; ".join(
+        f"{name.replace('_', ' ')}: {percent(value['val'])} "
+        f"(after one epoch {value['first_epoch_val']['mean_percent']:.1f})"
+        for name, value in values.items()
+    )
+    gains = {
+        (scale, optimizer): difference(
+            values[f"normalised_{optimizer}"]["val"], values[f"{scale}_{optimizer}"]["val"]
+        )
+        for scale in ("pixels_0_255", "pixels_0_1")
+        for optimizer in ("adam", "sgd")
+    }
+    helped = [clear and points > 0 for points, clear in gains.values()]
+    drift = values["pixels_0_1_adam"]["first_layer_mean_in_stds"]
+    drift -= values["normalised_adam"]["first_layer_mean_in_stds"]
+    found += f"; with 0..1 the first layer's mean weight is {drift:+.2f} standard deviations away"
+    if not any(helped):
+        return Verdict(FAILS, found)
+    # A tenth of a standard deviation is what a mean over 16 filters may be off by chance.
+    if not all(helped) or drift > -0.1:
+        return Verdict(CAVEAT, f"normalising helped in {sum(helped)} of 4 comparisons: {found}")
+    return Verdict(HOLDS, found)
+
+
+# --- 33: sigmoid against ReLU ---------------------------------------------------------------------
+
+
+def _gradient_norms(study: Study, model: nn.Module) -> list[list[float]]:
+    """For each seed, of each kernel at initialisation, over 128 training images; first first."""
+    images, labels = _images(study, 128)
+    gradient = _compiled(
+        jax.grad(functools.partial(_loss, model)), _initial(study, model, 0), images, labels
+    )
+    trees = [gradient(_initial(study, model, seed), images, labels) for seed in study.seeds]
+    return [[float(jnp.linalg.norm(kernel)) for kernel in _kernels(tree)] for tree in trees]
+
+
+def measure_sigmoid(study: Study) -> Measured:
+    """Networks of 3 and 8 convolutions with ReLU and with sigmoid: first gradients, then accuracy.
+
+    16 channels each, pooled after each of the first three, LeCun's initialisation; the norm of the
+    loss's gradient for each kernel, first over last; validation accuracy after 5 epochs on 10,000
+    images. Refuted if sigmoid's gradients do not shrink more towards the first layer than ReLU's,
+    or if sigmoid is as accurate at 8 layers. Full cost: 4 minutes.
+    """
+    width = study.scaled(16, 4)
+    values: Values = {}
+    norms = {}
+    for depth in (3, 8):
+        for activation in _ACTIVATIONS:
+            model = Plain(_classes(study), (width,) * depth, activation=activation)
+            norms[depth, activation] = np.exp(
+                np.mean(np.log(_gradient_norms(study, model)), axis=0)
+            )
+            values[f"{activation}_{depth}_layers"] = {
+                "val": _val(_fits(study, model, 5)),
+                "gradient_norms": [float(norm) for norm in norms[depth, activation]],
+            }
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    for (depth, activation), line in norms.items():
+        marker = "o-" if activation == "relu" else "s--"
+        axes.semilogy(range(1, len(line) + 1), line, marker, label=f"{activation}, {depth} layers")
+    axes.set(xlabel="layer (the last is Dense)", ylabel="norm of the gradient")
+    axes.legend(fontsize="small")
+    name = study.save_figure(figure, "q33_gradient_norms.png")
+    return Measured(values, n=len(study.seeds), figure=name)
+
+
+def _first_over_last(value: Values) -> float:
+    return value["gradient_norms"][0] / value["gradient_norms"][-1]
+
+
+def judge_sigmoid(values: Values) -> Verdict:
+    ratios = {name: _first_over_last(value) for name, value in values.items()}
+    found = "; ".join(
+        f"{name.replace('_', ' ')}: {percent(value['val'])}, gradient of the first layer "
+        f"{ratios[name]:.1e} of the last one's"
+        for name, value in values.items()
+    )
+    gains = [
+        difference(values[f"relu_{depth}_layers"]["val"], values[f"sigmoid_{depth}_layers"]["val"])
+        for depth in (3, 8)
+    ]
+    better = [clear and points > 0 for points, clear in gains]
+    # Vanishing: at 8 layers, ten times less of the gradient arrives than with ReLU.
+    vanishes = ratios["sigmoid_8_layers"] < ratios["relu_8_layers"] / 10
+    if not vanishes or not better[1]:
+        return Verdict(FAILS, found)
+    if not better[0]:
+        return Verdict(CAVEAT, f"only in the deep network: {found}")
+    return Verdict(HOLDS, found)
+
+
+# --- 35: batch size -------------------------------------------------------------------------------
+
+_BATCHES = (32, 128, 256, 1024)
+
+
+def _noise(study: Study, fitted: Fitted, sizes: tuple[int, ...], batches: int) -> dict[int, Any]:
+    """Variance of the minibatch gradient over its squared mean, and std of the minibatch loss."""
+    split = study.subset(study.scaled(SMALL, 500))
+    rng = np.random.default_rng(0)
+    model, data = fitted.model, study.dataset
+
+    @jax.jit
+    def gradient(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        inputs = normalize(images, data.mean, data.std)
+        loss, tree = jax.value_and_grad(functools.partial(_loss, model))(
+            fitted.variables["params"], inputs, labels
+        )
+        return loss, jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+    def at(indices: Any) -> tuple[float, Any]:
+        loss, flat = gradient(split.pixels[indices], split.labels[indices])
+        return float(loss), np.asarray(flat, np.float64)
+
+    found = {}
+    for size in sizes:
+        losses, flats = zip(
+            *(at(rng.choice(len(split), size)) for _ in range(batches)), strict=True
+        )
+        stacked = np.stack(flats)
+        variance = float(stacked.var(axis=0, ddof=1).sum())
+        # The squared norm of a mean of few is too large by its share of the variance.
+        signal = float((stacked.mean(axis=0) ** 2).sum()) - variance / batches
+        found[size] = (variance, signal, float(np.std(losses, ddof=1)))
+    return found
+
+
+def measure_batch_size(study: Study) -> Measured:
+    """Train ``cnn`` with batches of 32, 128, 256, 1,024 for 5 epochs at one learning rate.
+
+    10,000 images, Adam 1e-3: validation accuracy, seconds an epoch, the gap to training. The noise
+    is the variance of the minibatch gradient and the spread of the minibatch loss at fixed weights
+    (trained with batches of 128), over 16 batches of each size. Refuted if noise does not fall with
+    the batch or an epoch does not get faster. Full cost: 6 minutes.
+    """
+    sizes = (16, 64, 128, 256) if study.quick else _BATCHES
+    trained = sizes[::3] if study.quick else sizes
+    n_train = study.scaled(SMALL, 500)
+    values: Values = {"batch_sizes": list(sizes), "trained_batch_sizes": list(trained)}
+    fits = {}
+    for size in trained:
+        config = tutorial_config(study, epochs=study.scaled(5, 1), batch_size=size)
+        fits[size] = [study.fit(config, seed=s, n_train=n_train) for s in study.seeds]
+    base = fits[trained[1]][0]
+    noise = _noise(study, base, sizes, study.scaled(16, 4))
+    values["gradient_variance"] = [noise[size][0] for size in sizes]
+    values["loss_std_nats"] = [noise[size][2] for size in sizes]
+    values["val"] = [_val(fits[size]) for size in trained]
+    values["gap"] = [
+        spread(
+            [study.accuracy(f, study.subset(n_train)) - f.history[-1]["val_accuracy"] for f in runs]
+        )
+        for runs in fits.values()
+    ]
+    values["seconds_per_epoch"] = [
+        float(np.median([f.seconds / len(f.history) for f in fits[size]])) for size in trained
+    ]
+    slope = np.polyfit(np.log(sizes), np.log(values["gradient_variance"]), 1)[0]
+    values["variance_exponent"] = float(slope)
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.loglog(sizes, values["gradient_variance"], "o-", label=f"measured, exponent {slope:.2f}")
+    left.loglog(
+        sizes,
+        values["gradient_variance"][0] * sizes[0] / np.array(sizes),
+        "k:",
+        label="1 / batch size",
+    )
+    left.set(xlabel="batch size (images)", ylabel="variance of the gradient")
+    left.legend(fontsize="small")
+    means = [value["mean_percent"] for value in values["val"]]
+    right.errorbar(trained, means, [v["std_percent"] for v in values["val"]], fmt="o-", capsize=3)
+    right.set(xlabel="batch size (images)", ylabel="validation accuracy (%)", xscale="log")
+    name = study.save_figure(figure, "q35_batch_size.png")
+    return Measured(values, n=len(study.seeds), figure=name)
+
+
+def judge_batch_size(values: Values) -> Verdict:
+    sizes, trained = values["batch_sizes"], values["trained_batch_sizes"]
+    seconds, val, gap = values["seconds_per_epoch"], values["val"], values["gap"]
+    found = (
+        f"from batches of {sizes[0]} to {sizes[-1]} the gradient's variance falls as batch^"
+        f"{values['variance_exponent']:.2f} and the loss's spread from "
+        f"{values['loss_std_nats'][0]:.3f} to {values['loss_std_nats'][-1]:.3f} nats; "
+        + ", ".join(
+            f"{size}: {s:.1f} s an epoch, {percent(v)}, gap {g['mean_percent']:.1f} points"
+            for size, s, v, g in zip(trained, seconds, val, gap, strict=True)
+        )
+    )
+    # 1 / batch is what independent images give: an exponent of -1, here within a quarter.
+    if abs(values["variance_exponent"] + 1) > 0.25 or seconds[-1] >= seconds[0]:
+        return Verdict(FAILS, found)
+    wider, clear = difference(gap[-1], gap[0])
+    if not (clear and wider > 0):
+        return Verdict(
+            CAVEAT,
+            "at equal epochs the largest batch generalises no worse (its gap between training and "
+            f"validation is {-wider:.1f} points smaller): it has only learned less; {found}",
+        )
+    return Verdict(HOLDS, found)
+
+
+# --- 41: initialisation ---------------------------------------------------------------------------
+
+
+def _pytorch_variance_times_fan_in() -> float:
+    """Of ``torch.nn.Conv2d`` as it is made, 64 to 64 channels."""
+    from cifar_jax import torch_reference  # noqa: F401  sets how torch's threads wait
+
+    import torch  # isort: skip
+
+    torch.manual_seed(0)
+    weight = torch.nn.Conv2d(64, 64, 3).weight
+    return float(weight.detach().var()) * 64 * 9
+
+
+def _activation_stds(study: Study, model: nn.Module, images: jax.Array) -> list[list[float]]:
+    """For each seed, of each convolution's output after its ReLU, before training."""
+
+    def stds(params: Any, images: jax.Array) -> list[jax.Array]:
+        _, kept = model.apply({"params": params}, images, mutable=["intermediates"])
+        return [a.std() for a in kept["intermediates"]["activations"]]
+
+    forward = _compiled(stds, _initial(study, model, 0), images)
+    found = [forward(_initial(study, model, seed), images) for seed in study.seeds]
+    return [[float(std) for std in run] for run in found]
+
+
+def measure_initialisation(study: Study) -> Measured:
+    """Initialise 8 convolutions with zeros, a constant, small, Kaiming's, PyTorch's numbers.
+
+    Flax's default, LeCun's, too; 16 channels, ReLU, pooled after the first three: the standard
+    deviation of the activations by layer before training; how many of the first layer's filters
+    differ, and validation accuracy, after 4 epochs on 10,000 images. Refuted if zeros learn, or if
+    Kaiming's activations fade like small numbers' do. Full cost: 5 minutes.
+    """
+    width, depth = study.scaled(16, 4), study.scaled(8, 2)
+    images, _ = _images(study, 200)
+    values: Values = {"torch_variance_times_fan_in": _pytorch_variance_times_fan_in()}
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    for name in _INITIALIZERS:
+        model = Plain(_classes(study), (width,) * depth, init_name=name)
+        mean = np.mean(_activation_stds(study, model, images), axis=0)
+        fits = _fits(study, model, 4)
+        filters = fits[0].variables["params"]["Conv_0"]["kernel"].reshape(-1, width)
+        # Equal filters get equal gradients but for rounding.
+        distinct = np.unique(np.round(filters, 5), axis=1).shape[1]
+        values[name] = {
+            "activation_std": [float(std) for std in mean],
+            "distinct_filters": int(distinct),
+            "val": _val(fits),
+        }
+        axes.plot(range(1, depth + 1), np.maximum(mean, 1e-30), "o-", label=name)
+    axes.set(xlabel="layer", ylabel="std of the activations", yscale="log", ylim=(1e-20, 10))
+    axes.legend(fontsize="small", ncols=2)
+    name = study.save_figure(figure, "q41_initialisation.png")
+    return Measured(values, n=len(study.seeds), figure=name)
+
+
+def judge_initialisation(values: Values) -> Verdict:
+    schemes = {name: value for name, value in values.items() if isinstance(value, dict)}
+    kept = {  # of the first layer's activations, what the last layer still has
+        name: value["activation_std"][-1] / max(value["activation_std"][0], 1e-30)
+        for name, value in schemes.items()
+    }
+    found = "; ".join(
+        f"{name}: {percent(value['val'])}, activations at the last layer {kept[name]:.0e} of the "
+        f"first's"
+        for name, value in schemes.items()
+    )
+    chance = 15  # percent; ten classes give 10
+    zero, kaiming = schemes["zero"], schemes["kaiming"]
+    torch_scale = values["torch_variance_times_fan_in"]
+    found += (
+        f"; the constant leaves {schemes['constant']['distinct_filters']} distinct filters, "
+        f"PyTorch's own weights have a variance of {torch_scale:.2f} / fan-in against Kaiming's 2"
+    )
+    # Kaiming's keeps the variance: within a factor of 10 over the layers.
+    if zero["val"]["mean_percent"] > chance or not 0.1 < kept["kaiming"] < 10:
+        return Verdict(FAILS, found)
+    if kaiming["val"]["mean_percent"] <= chance or zero["distinct_filters"] > 1:
+        return Verdict(FAILS, found)
+    # PyTorch "handles this" if its scale is Kaiming's, to a factor of 2.
+    if not 1 < torch_scale < 4:
+        lost, clear = difference(kaiming["val"], schemes["pytorch"]["val"])
+        cost = f"{lost:+.1f} points" + ("" if clear else ", not clearly")
+        return Verdict(
+            CAVEAT,
+            f"PyTorch's default is not Kaiming's scale but a sixth of its variance, which costs "
+            f"{cost} here: {found}",
+        )
+    return Verdict(HOLDS, found)
+
+
+def _at(mean: float) -> Values:
+    return {"mean_percent": mean, "std_percent": 0.3, "n": 3}
+
+
+CLAIMS = [
+    Claim(
+        question=22,
+        says="3x3 kernels are the efficient choice; 5x5 see more but cost more; 1x1 see no "
+        "neighbours; small kernels in a stack are better than large ones.",
+        measure=measure_kernel_size,
+        judge=judge_kernel_size,
+        refuted_by={
+            name: {"val": _at(val), "conv_weights": 1000, "ms_per_step": 30.0}
+            for name, val in (("1x1", 60), ("3x3", 60), ("5x5", 62), ("two_3x3", 55))
+        },
+    ),
+    Claim(
+        question=23,
+        says="Pixels of 0..255 or 0..1 are all positive, which hinders training; normalised to "
+        "mean 0 and std 1 it converges better.",
+        measure=measure_normalisation,
+        judge=judge_normalisation,
+        refuted_by={
+            f"{scale}_{optimizer}": {
+                "val": _at(60),
+                "first_epoch_val": _at(45),
+                "first_layer_mean_in_stds": 0.0,
+            }
+            for scale in _SCALES
+            for optimizer in ("adam", "sgd")
+        },
+    ),
+    Claim(
+        question=33,
+        says="Sigmoid saturates: gradients vanish on the way to the first layers, and ReLU is "
+        "better in deep networks.",
+        measure=measure_sigmoid,
+        judge=judge_sigmoid,
+        refuted_by={
+            f"{activation}_{depth}_layers": {"val": _at(60), "gradient_norms": [1.0] * (depth + 1)}
+            for activation in _ACTIVATIONS
+            for depth in (3, 8)
+        },
+    ),
+    Claim(
+        question=35,
+        says="Small batches have noisier gradients and slower epochs; large batches are smoother "
+        "and faster but may generalise worse.",
+        measure=measure_batch_size,
+        judge=judge_batch_size,
+        refuted_by={
+            "batch_sizes": [32, 1024],
+            "trained_batch_sizes": [32, 1024],
+            "gradient_variance": [1.0, 1.0],
+            "loss_std_nats": [0.1, 0.1],
+            "val": [_at(60), _at(60)],
+            "gap": [_at(5), _at(5)],
+            "seconds_per_epoch": [4.0, 4.0],
+            "variance_exponent": 0.0,
+        },
+    ),
+    Claim(
+        question=41,
+        says="Weights of zero never learn; a deep network needs a variance that fits the fan-in "
+        "(Kaiming), and PyTorch's default takes care of it.",
+        measure=measure_initialisation,
+        judge=judge_initialisation,
+        refuted_by={
+            "torch_variance_times_fan_in": 2.0,
+            **{
+                name: {"activation_std": [1.0] * 8, "distinct_filters": 16, "val": _at(55)}
+                for name in _INITIALIZERS
+            },
+        },
+    ),
+]

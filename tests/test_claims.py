@@ -1,0 +1,81 @@
+"""The sixty claims: all run, on little data, and each verdict follows from its numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+from claims import CLAIMS
+from claims.claim import CAVEAT, FAILS, HOLDS
+
+BY_QUESTION = {claim.question: claim for claim in CLAIMS}
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, EXPERIMENTS / "claims.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """The rows of ``--quick``, by question."""
+    output = tmp_path_factory.mktemp("claims") / "quick.json"
+    first = run("--quick", "--output", output)
+    assert first.returncode == 0, first.stderr
+    again = run("--quick", "--output", output)  # all of it is there
+    assert again.returncode == 0, again.stderr
+    assert "question" not in again.stdout
+    table = output.with_suffix(".md").read_text()
+    assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(CLAIMS)
+    rows = json.loads(output.read_text())["claims"]
+    for row in rows:
+        if row["figure"]:
+            assert (output.parent / row["figure"]).stat().st_size > 1000
+    return {row["question"]: row for row in rows}
+
+
+@pytest.mark.timeout(900)
+def test_every_claim_gives_a_number_and_a_verdict(quick: dict[int, dict[str, Any]]) -> None:
+    assert set(quick) == set(BY_QUESTION)
+    for question, row in quick.items():
+        assert row["verdict"] in (HOLDS, CAVEAT, FAILS), question
+        assert any(map(_has_number, row["value"].values())), question
+        assert len(row["method"]) > 80, question
+        assert len(row["because"]) > 10, question
+        assert row["n"] >= 1, question
+        assert row["command"] == f"python experiments/claims.py --only {question} --quick"
+        path, line = row["source"].split("#L")
+        assert "def measure" in (EXPERIMENTS.parent / path).read_text().splitlines()[int(line) - 1]
+        # The refuting numbers have the form of the measured ones, and are judged from them alone.
+        claim = BY_QUESTION[question]
+        assert set(claim.refuted_by) == set(row["value"]), question
+        assert claim.judge(claim.refuted_by).verdict in (HOLDS, CAVEAT, FAILS), question
+
+
+def _has_number(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_number, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def test_wrong_use_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("[]")
+    for arguments, message in (
+        (["--only", "77", "--output", tmp_path / "x.json"], "--only 77"),
+        (["--quick"], "--quick would overwrite"),
+        (["--quick", "--output", tmp_path / "other.json"], "holds no claims"),
+        (["--data", tmp_path / "none", "--output", tmp_path / "x.json"], "does not exist"),
+    ):
+        found = run(*arguments)
+        assert found.returncode != 0
+        assert message in found.stderr
+        assert found.stderr.count("\n") == 1
