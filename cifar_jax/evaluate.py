@@ -137,7 +137,7 @@ def describe(evaluation: dict[str, Any]) -> str:
     names = evaluation["classes"]
     for name, row in zip(names, evaluation["confusion"], strict=True):
         others = [(count, other) for count, other in zip(row, names, strict=True) if other != name]
-        count, other = max(others)
+        count, other = max(others, default=(0, ""))  # a network may have one class
         shares = (evaluation["precision"][name], evaluation["recall"][name])
         precision, recall = ("-" if s is None else f"{100 * s:.1f} %" for s in shares)
         confused = f"{other} ({count})" if count else ""
