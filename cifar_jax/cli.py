@@ -27,6 +27,10 @@ from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 
 REQUIRED: Any = dataclasses.MISSING
 
+CHECKPOINT_HELP = (
+    "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>"
+)
+
 
 def option(
     default: Any,

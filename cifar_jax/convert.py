@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from cifar_jax import cli
 from cifar_jax.config import ModelName
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import check_is_new, new_path
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
     from cifar_jax.layout import StateDict
@@ -91,18 +91,12 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
             Checkpoint; ``source`` holds no network of the zoo. Environment; no torch for a
             ``.pth``, or ``destination`` cannot be written.
     """
-    if os.path.lexists(destination):
-        raise CifarJaxError(
-            ExitCode.USAGE,
-            f"DESTINATION {destination} exists, and is not overwritten",
-            fix="give a new name, or move it away",
-        )
+    check_is_new(destination, "DESTINATION")
     if not source.exists():
         raise CifarJaxError(
             ExitCode.CHECKPOINT, f"SOURCE {source} does not exist", fix="check the path"
         )
     from cifar_jax import trained
-    from cifar_jax.files import new_path
     from cifar_jax.network_metadata import metadata_of
     from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict
 

@@ -33,11 +33,7 @@ _GROUP = "options"
 class EvaluateOptions:
     """What to score, on what."""
 
-    checkpoint: str = cli.option(
-        cli.REQUIRED,
-        "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>",
-        group=_GROUP,
-    )
+    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
     data: str | None = cli.option(
         None, "images, as in cifar_jax.train [default: what it was trained on]", group=_GROUP
     )

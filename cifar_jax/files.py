@@ -23,6 +23,16 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def check_is_new(destination: Path, option: str) -> None:
+    """Raise ``CifarJaxError`` (usage) if there is a ``destination``, which ``option`` names."""
+    if os.path.lexists(destination):
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"{option} {destination} exists, and is not overwritten",
+            fix="give a new name, or move it away",
+        )
+
+
 @contextlib.contextmanager
 def new_path(destination: Path, option: str) -> Iterator[Path]:
     """A path to write a file or folder to, which becomes ``destination`` when all went well.

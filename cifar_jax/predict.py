@@ -41,11 +41,7 @@ _STDIN = "-"
 class PredictOptions:
     """Which network, and how to show its answers."""
 
-    checkpoint: str = cli.option(
-        cli.REQUIRED,
-        "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>",
-        group=_GROUP,
-    )
+    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
     top: int = cli.option(3, "show so many classes", group=_GROUP, at_least=1)
     json: bool = cli.option(
         False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cifar_jax import cli
 from cifar_jax.config import ExportFormat
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import check_is_new, new_path
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
     import numpy as np
@@ -49,11 +49,7 @@ _GROUP = "what to export"
 class ExportOptions:
     """The command line."""
 
-    checkpoint: str = cli.option(
-        cli.REQUIRED,
-        "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>",
-        group=_GROUP,
-    )
+    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
     format: ExportFormat = cli.option(cli.REQUIRED, "the kind of file", group=_GROUP)
     output: str | None = cli.option(
         None,
@@ -100,12 +96,7 @@ def export_network(
             f"--output {output} does not end in .{format}",
             fix=f"call it {output.with_suffix(f'.{format}')}",
         )
-    if os.path.lexists(output):
-        raise CifarJaxError(
-            ExitCode.USAGE,
-            f"--output {output} exists, and is not overwritten",
-            fix="give a new name, or move it away",
-        )
+    check_is_new(output, "--output")
     if not checkpoint.exists():
         raise CifarJaxError(
             ExitCode.CHECKPOINT, f"--checkpoint {checkpoint} does not exist", fix="check the path"
@@ -114,7 +105,6 @@ def export_network(
     _check_installed(format)
     from cifar_jax import trained
     from cifar_jax.export.formats import FORMATS, classify_here, how_to_use
-    from cifar_jax.files import new_path
 
     network = trained.load(checkpoint)
     shape = "x".join(map(str, network.image_shape))

@@ -30,11 +30,7 @@ _GROUP = "what to serve, and where"
 class ServeOptions:
     """The command line."""
 
-    checkpoint: str = cli.option(
-        cli.REQUIRED,
-        "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>",
-        group=_GROUP,
-    )
+    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
     host: str = cli.option(
         "127.0.0.1",
         "address to listen on; any but 127.0.0.1 and ::1 lets other machines in",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from cifar_jax.dataset import Dataset, Split
 from cifar_jax.inference import softmax
 from cifar_jax.train_step import normalize
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.spread import difference, percent, spread_of_shares
 from claims.study import Fitted, Study
 
 # A quarter of the training images: a run takes a minute, and overfitting comes early.
@@ -33,28 +33,6 @@ def tutorial_config(study: Study, model: str = "cnn", **options: Any) -> TrainCo
         small["widths"] = (4, 8)
     defaults = small if study.quick else {}
     return dataclasses.replace(PRESETS["tutorial"], **{**defaults, "model": model, **options})
-
-
-def spread(shares: Sequence[float]) -> Values:
-    """Mean and sample standard deviation of shares 0..1, in percent."""
-    percent = 100 * np.asarray(shares, np.float64)
-    std = float(percent.std(ddof=1)) if len(percent) > 1 else 0.0
-    return {"mean_percent": float(percent.mean()), "std_percent": std, "n": len(percent)}
-
-
-def difference(a: Values, b: Values) -> tuple[float, bool]:
-    """``a - b`` of two :func:`spread` in points, and whether it is more than chance.
-
-    It is if it exceeds twice its standard error. Three seeds can agree by luck, so no standard
-    deviation is taken to be below 0.5 points, that of an accuracy on 5,000 to 10,000 images.
-    """
-    points = a["mean_percent"] - b["mean_percent"]
-    variance = sum(max(x["std_percent"], 0.5) ** 2 / x["n"] for x in (a, b))
-    return points, abs(points) > 2 * math.sqrt(variance)
-
-
-def percent(spread: Values) -> str:
-    return f"{spread['mean_percent']:.1f} +- {spread['std_percent']:.1f} %"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -76,7 +54,7 @@ def logits_of(fitted: Fitted, images: NDArray[np.uint8], dataset: Dataset) -> ND
 
 def _tests(study: Study, config: TrainConfig, n_train: int | None = None) -> Values:
     fits = [study.fit(config, seed=seed, n_train=n_train) for seed in study.seeds]
-    return spread([study.accuracy(fitted, study.dataset.test) for fitted in fits])
+    return spread_of_shares([study.accuracy(fitted, study.dataset.test) for fitted in fits])
 
 
 # --- 20 and 17: what each kind of network reaches -------------------------------------------------
@@ -101,7 +79,7 @@ def measure_guessing(study: Study) -> Measured:
     frequent = np.bincount(study.dataset.train.labels).argmax()
     return Measured(
         {
-            "random_guess": spread(guesses),
+            "random_guess": spread_of_shares(guesses),
             "most_frequent_class_percent": float(100 * (labels == frequent).mean()),
             "linear": _tests(study, on_all_images(study, "linear")),
             "cnn": _tests(study, on_all_images(study, "cnn")),
@@ -148,7 +126,7 @@ def measure_mlp_and_cnn(study: Study) -> Measured:
         {
             "mlp": _tests(study, on_all_images(study, "mlp")),
             "cnn": _tests(study, on_all_images(study, "cnn")),
-            "narrow_resnet9": spread([study.accuracy(larger, study.dataset.test)]),
+            "narrow_resnet9": spread_of_shares([study.accuracy(larger, study.dataset.test)]),
         },
         n=len(study.seeds),
     )
@@ -200,8 +178,8 @@ def measure_underfitting(study: Study) -> Measured:
         config = tutorial_config(study, epochs=n_epochs)
         fits = [study.fit(config, seed=s, n_train=n_train, model=model) for s in study.seeds]
         values[name] = {
-            "train": spread([study.accuracy(f, study.subset(n_train)) for f in fits]),
-            "val": spread([f.history[-1]["val_accuracy"] for f in fits]),
+            "train": spread_of_shares([study.accuracy(f, study.subset(n_train)) for f in fits]),
+            "val": spread_of_shares([f.history[-1]["val_accuracy"] for f in fits]),
         }
     return Measured(values, n=len(study.seeds))
 
@@ -277,10 +255,10 @@ def measure_overfitting(study: Study) -> Measured:
         train = [study.accuracy(fitted, study.subset(n_train)) for fitted in fits]
         val = [fitted.history[-1]["val_accuracy"] for fitted in fits]
         values[cure] = {
-            "train": spread(train),
-            "val": spread(val),
-            "gap": spread([a - b for a, b in zip(train, val, strict=True)]),
-            "val_best": spread([max(r["val_accuracy"] for r in f.history) for f in fits]),
+            "train": spread_of_shares(train),
+            "val": spread_of_shares(val),
+            "gap": spread_of_shares([a - b for a, b in zip(train, val, strict=True)]),
+            "val_best": spread_of_shares([max(r["val_accuracy"] for r in f.history) for f in fits]),
         }
     figure = Figure(figsize=(7, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -373,9 +351,11 @@ def measure_loss_and_accuracy(study: Study) -> Measured:
             "lowest_loss_epoch": float(np.mean([lowest_loss_epoch(run) for run in runs])),
             "highest_accuracy_epoch": float(np.mean(best)),
             "loss_rise_percent": float(100 * (np.mean(rises) - 1)),
-            "accuracy_change": spread(changes),
-            "confidence_in_wrong_answers_at_lowest_loss": spread([sureness(f) for f in stopped]),
-            "confidence_in_wrong_answers_at_the_end": spread([sureness(f) for f in runs]),
+            "accuracy_change": spread_of_shares(changes),
+            "confidence_in_wrong_answers_at_lowest_loss": spread_of_shares(
+                [sureness(f) for f in stopped]
+            ),
+            "confidence_in_wrong_answers_at_the_end": spread_of_shares([sureness(f) for f in runs]),
         },
         n=len(runs),
         figure=name,
@@ -412,7 +392,7 @@ def measure_improvements(study: Study) -> Measured:
     values: Values = {}
     for cure in _CURES:
         fits = overfitting_runs(study, cure)
-        values[cure] = spread([study.accuracy(fitted, test) for fitted in fits])
+        values[cure] = spread_of_shares([study.accuracy(fitted, test) for fitted in fits])
     if study.quick:  # as for question 17
         config = on_all_images(study, "cnn")
     else:

@@ -20,14 +20,12 @@ from cifar_jax.models import create_model
 from cifar_jax.train_step import create_train_state, normalize
 from claims.accuracy import (
     SMALL,
-    difference,
     logits_of,
     on_all_images,
-    percent,
-    spread,
     tutorial_config,
 )
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.spread import difference, percent, spread_of_shares
 from claims.study import Fitted, Study
 
 _SHIFTS = (0, 1, 2, 3, 4, 6, 8)
@@ -127,9 +125,11 @@ def measure_dense(study: Study) -> Measured:
             study.fit(config, seed=seed, n_train=n_train, dataset=permuted) for seed in study.seeds
         ]
         values[name] = {
-            "test": spread([study.accuracy(f, study.dataset.test) for f in fits]),
-            "test_permuted": spread([study.accuracy(f, permuted.test, permuted) for f in others]),
-            "test_moved_4_pixels": spread(
+            "test": spread_of_shares([study.accuracy(f, study.dataset.test) for f in fits]),
+            "test_permuted": spread_of_shares(
+                [study.accuracy(f, permuted.test, permuted) for f in others]
+            ),
+            "test_moved_4_pixels": spread_of_shares(
                 [float(np.mean([study.accuracy(f, split) for split in moved])) for f in fits]
             ),
         }
@@ -232,8 +232,8 @@ def measure_translation(study: Study) -> Measured:
             accuracies.append([float((a == test.labels).mean()) for a in answers])
             changes.append([float((a != answers[0]).mean()) for a in answers])
         values[name.replace("-", "_")] = {
-            "accuracy": [spread(column) for column in zip(*accuracies, strict=True)],
-            "changed_answers": [spread(column) for column in zip(*changes, strict=True)],
+            "accuracy": [spread_of_shares(column) for column in zip(*accuracies, strict=True)],
+            "changed_answers": [spread_of_shares(column) for column in zip(*changes, strict=True)],
         }
         for axes, lines in ((left, accuracies), (right, changes)):
             means, stds = 100 * np.mean(lines, axis=0), 100 * np.std(lines, axis=0)
@@ -319,8 +319,12 @@ def measure_channels(study: Study) -> Measured:
     values: Values = {"layers": layers}
     for kind, runs in rows.items():
         values[kind] = {
-            "explained_by_class": [spread([run[name][0] for run in runs]) for name in layers],
-            "channels_of_one_class": [spread([run[name][1] for run in runs]) for name in layers],
+            "explained_by_class": [
+                spread_of_shares([run[name][0] for run in runs]) for name in layers
+            ],
+            "channels_of_one_class": [
+                spread_of_shares([run[name][1] for run in runs]) for name in layers
+            ],
         }
     return Measured(values, n=len(study.seeds))
 
@@ -415,7 +419,7 @@ def measure_hierarchy(study: Study) -> Measured:
     values: Values = {"layers": layers}
     for kind, found in rows.items():
         values[kind] = {
-            what: [spread([run[name][index] for run in found]) for name in layers]
+            what: [spread_of_shares([run[name][index] for run in found]) for name in layers]
             for index, what in enumerate(("class", "colour_r2", "edges_r2"))
         }
     figure = Figure(figsize=(7, 3), layout="constrained")
@@ -527,8 +531,12 @@ def measure_filters(study: Study) -> Measured:
     name = study.save_figure(figure, "q53_filters.png")
     return Measured(
         {
-            "trained": spread([float(np.median(_explained_by_gabor(k))) for k in kernels]),
-            "untrained": spread([float(np.median(_explained_by_gabor(k))) for k in before]),
+            "trained": spread_of_shares(
+                [float(np.median(_explained_by_gabor(k))) for k in kernels]
+            ),
+            "untrained": spread_of_shares(
+                [float(np.median(_explained_by_gabor(k))) for k in before]
+            ),
             "noise_percent": float(100 * np.median(_explained_by_gabor(noise))),
             "weights_shape": list(kernels[0].shape),
         },
@@ -579,7 +587,7 @@ def measure_sample_efficiency(study: Study) -> Measured:
             n_train = None if size == sizes[-1] else size
             fits = [study.fit(config, seed=seed, n_train=n_train) for seed in study.seeds]
             best = [max(row["val_accuracy"] for row in fitted.history) for fitted in fits]
-            values[name].append(spread(best))
+            values[name].append(spread_of_shares(best))
         means, stds = zip(
             *((v["mean_percent"], v["std_percent"]) for v in values[name]), strict=True
         )

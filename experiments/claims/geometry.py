@@ -33,25 +33,10 @@ from cifar_jax.layers import trace_layers
 from cifar_jax.pooling import max_pool
 from cifar_jax.train_step import normalize
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.spread import difference, percent, spread
 from claims.study import Fitted, Study, score
 
 Floats = NDArray[np.floating]
-
-
-def _spread(values: Sequence[float]) -> Values:
-    """Mean and sample standard deviation (0 of a single value)."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean_percent": statistics.fmean(values), "std_percent": std, "n": len(values)}
-
-
-def _differ(a: Values, b: Values) -> bool:
-    """Whether two means differ by more than twice the standard error of their difference."""
-    error = (a["std_percent"] ** 2 / a["n"] + b["std_percent"] ** 2 / b["n"]) ** 0.5
-    return abs(a["mean_percent"] - b["mean_percent"]) > 2 * error
-
-
-def _text(spread: Values) -> str:
-    return f"{spread['mean_percent']:.1f} +- {spread['std_percent']:.1f} %"
 
 
 def _config(study: Study, epochs: int) -> TrainConfig:
@@ -140,8 +125,8 @@ def measure_stride(study: Study) -> Measured:
             "pixels_seen_kernel_3_stride_2_percent": seen_percent(3),
             "pixels_seen_kernel_1_stride_2_percent": seen_percent(1),
             "outputs_at_stride_2_percent": 100 * every_other.size / output(images, 3, 1).size,
-            "accuracy_with_strides": _spread(strided),
-            "accuracy_with_pools": _spread(pooled),
+            "accuracy_with_strides": spread(strided),
+            "accuracy_with_pools": spread(pooled),
         },
         n=len(study.seeds),
     )
@@ -155,7 +140,7 @@ def judge_stride(values: Values) -> Verdict:
         )
     seen = values["pixels_seen_kernel_3_stride_2_percent"]
     strided, pooled = values["accuracy_with_strides"], values["accuracy_with_pools"]
-    worse = _differ(strided, pooled) and strided["mean_percent"] < pooled["mean_percent"]
+    worse = difference(strided, pooled)[1] and strided["mean_percent"] < pooled["mean_percent"]
     found = f"32 pixels a side stay {one} at stride 1 and become {two} at stride 2"
     caveats = []
     if seen > 99:
@@ -165,7 +150,7 @@ def judge_stride(values: Values) -> Verdict:
             f"{values['pixels_seen_kernel_1_stride_2_percent']:.0f} %)"
         )
     accuracies = (
-        f"{_text(strided)} validation accuracy with strides, {_text(pooled)} with pools after "
+        f"{percent(strided)} validation accuracy with strides, {percent(pooled)} with pools after "
         f"convolutions of stride 1 (strides compute {values['outputs_at_stride_2_percent']:.0f} % "
         "of their outputs)"
     )
@@ -253,14 +238,14 @@ def measure_max_pool(study: Study) -> Measured:
     return Measured(
         {
             "values_removed_percent": float(removed),
-            "changed_pooled_features": _spread(changed["max"]),
-            "changed_unpooled_features": _spread(changed["none"]),
+            "changed_pooled_features": spread(changed["max"]),
+            "changed_unpooled_features": spread(changed["none"]),
             "changed_pooled_pixels_percent": pixels["max"],
             "changed_unpooled_pixels_percent": pixels["none"],
-            "size_of_change_max": _spread(moved["max"]),
-            "size_of_change_average": _spread(moved["average"]),
-            "size_of_change_unpooled": _spread(moved["none"]),
-            "size_of_change_max_to_unpooled": _spread(
+            "size_of_change_max": spread(moved["max"]),
+            "size_of_change_average": spread(moved["average"]),
+            "size_of_change_unpooled": spread(moved["none"]),
+            "size_of_change_max_to_unpooled": spread(
                 [100 * a / b for a, b in zip(moved["max"], moved["none"], strict=True)]
             ),
         },
@@ -281,11 +266,12 @@ def judge_max_pool(values: Values) -> Verdict:
     removed = values["values_removed_percent"]
     found = (
         f"pooling removes {removed:.0f} % of the values; a shift by 1 pixel changes "
-        f"{_text(changed)} of the pooled features of a trained first layer (unpooled "
-        f"{_text(unpooled)}; of pooled pixels {values['changed_pooled_pixels_percent']:.0f} %) by "
-        f"{_text(values['size_of_change_max'])} of the difference between two images (unpooled "
-        f"{_text(values['size_of_change_unpooled'])}, average pooling "
-        f"{_text(values['size_of_change_average'])}): a max-pool leaves {_text(ratio)} of the "
+        f"{percent(changed)} of the pooled features of a trained first layer (unpooled "
+        f"{percent(unpooled)}; of pooled pixels "
+        f"{values['changed_pooled_pixels_percent']:.0f} %) by "
+        f"{percent(values['size_of_change_max'])} of the difference between two images (unpooled "
+        f"{percent(values['size_of_change_unpooled'])}, average pooling "
+        f"{percent(values['size_of_change_average'])}): a max-pool leaves {percent(ratio)} of the "
         "unpooled change"
     )
     # By network, as the ratio is paired: their own levels differ more than pooling does.
@@ -600,7 +586,7 @@ def measure_doubling(study: Study) -> Measured:
             "widths": list(widths),
             "multiply_accumulates_by_layer": _conv_macs(full),
             "activations_by_layer": [int(np.prod(shape)) for shape in outputs],
-            "accuracy": _spread([100 * study.accuracy(f, study.dataset.val) for f in found]),
+            "accuracy": spread([100 * study.accuracy(f, study.dataset.val) for f in found]),
         }
     return Measured(values, n=len(study.seeds))
 
@@ -619,13 +605,13 @@ def judge_doubling(values: Values) -> Verdict:
     better = [
         name
         for name, accuracy in others.items()
-        if _differ(accuracy, doubling["accuracy"])
+        if difference(accuracy, doubling["accuracy"])[1]
         and accuracy["mean_percent"] > doubling["accuracy"]["mean_percent"]
     ]
     if better:
         caveats.append(f"nor is it the most accurate for its work: {' and '.join(better)} is")
     accuracies = ", ".join(
-        f"{_text(values[name]['accuracy'])} {name} ({sum(v) / 1e6:.2f} million)"
+        f"{percent(values[name]['accuracy'])} {name} ({sum(v) / 1e6:.2f} million)"
         for name, v in (
             (name, values[name]["multiply_accumulates_by_layer"])
             for name in ("constant", "doubling", "quadrupling")
@@ -727,11 +713,11 @@ def measure_corners(study: Study) -> Measured:
                 int(with_padding[0, 0]),
                 int(with_padding[16, 16]),
             ],
-            "gradient_in_corners_of_that_in_centre": _spread(ratios),
-            "first_layer_at_the_edge_off_by": _spread(artefacts),
-            "accuracy": _spread(whole),
-            "accuracy_lost_without_frame": _spread(frames),
-            "accuracy_lost_without_centre": _spread(centres),
+            "gradient_in_corners_of_that_in_centre": spread(ratios),
+            "first_layer_at_the_edge_off_by": spread(artefacts),
+            "accuracy": spread(whole),
+            "accuracy_lost_without_frame": spread(frames),
+            "accuracy_lost_without_centre": spread(centres),
         },
         n=len(study.seeds),
         figure=study.save_figure(figure, "q37_corners.png"),
@@ -745,15 +731,15 @@ def judge_corners(values: Values) -> Verdict:
     found = (
         f"a 3x3 kernel covers a corner pixel {corner} time(s) and a central one {centre} times; "
         f"with padding 1, {padded} and {padded_centre}; the loss's gradient in the corners is "
-        f"{_text(values['gradient_in_corners_of_that_in_centre'])} of that in the centre; zero "
+        f"{percent(values['gradient_in_corners_of_that_in_centre'])} of that in the centre; zero "
         "padding puts the first layer's answer to plain white off by "
-        f"{_text(values['first_layer_at_the_edge_off_by'])} at the edge"
+        f"{percent(values['first_layer_at_the_edge_off_by'])} at the edge"
     )
     if corner >= centre or padded / padded_centre <= corner / centre:
         return Verdict(FAILS, found)
     blanked = (
-        f"blanking a frame of 2 pixels (240 in all) takes {_text(frame)} off an accuracy of "
-        f"{_text(values['accuracy'])}, the 240 central ones {_text(square)}"
+        f"blanking a frame of 2 pixels (240 in all) takes {percent(frame)} off an accuracy of "
+        f"{percent(values['accuracy'])}, the 240 central ones {percent(square)}"
     )
     if frame["mean_percent"] > 1:  # a point of accuracy is no longer negligible
         return Verdict(CAVEAT, f"{found}; but the border is not negligible: {blanked}")
@@ -816,7 +802,7 @@ def measure_sizes(study: Study) -> Measured:
         for side in shown:
             found = score(gap, fitted.variables, _resized(test, side), study.dataset)
             accuracies[side].append(100 * found["accuracy"])
-    spreads = {side: _spread(found) for side, found in accuracies.items()}
+    spreads = {side: spread(found) for side, found in accuracies.items()}
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.errorbar(
@@ -873,12 +859,12 @@ def judge_sizes(values: Values) -> Verdict:
         caveats.append("Flatten takes some other sizes, as the pools drop odd rows")
     if by_side[32]["mean_percent"] - by_side[worst]["mean_percent"] > 5:
         caveats.append(
-            f"to take a size is not to be right on it: accuracy is {_text(by_side[32])} at 32 "
-            f"pixels, {_text(by_side[16])} at 16 and {_text(by_side[64])} at 64"
+            f"to take a size is not to be right on it: accuracy is {percent(by_side[32])} at 32 "
+            f"pixels, {percent(by_side[16])} at 16 and {percent(by_side[64])} at 64"
         )
     if caveats:
         return Verdict(CAVEAT, f"{found}; but {'; and '.join(caveats)}")
-    return Verdict(HOLDS, f"{found}; accuracy stays within 5 points of {_text(by_side[32])}")
+    return Verdict(HOLDS, f"{found}; accuracy stays within 5 points of {percent(by_side[32])}")
 
 
 # Question 42

@@ -33,6 +33,7 @@ from cifar_jax.scores import calibration_error
 from cifar_jax.train_step import create_train_state, normalize, train_step
 from cifar_jax.trained import TrainedNetwork
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.spread import noise, percent, spread
 from claims.study import Study
 
 # What float32 leaves of sums of some thousand terms in another order; an error of the algorithm is
@@ -384,8 +385,8 @@ def measure_cross_entropies(study: Study) -> Measured:
                 np.abs(softmax(logits["cross_entropy"]).sum(axis=-1) - 1).max()
             ),
             "sigmoids_sum_deviation": float(np.abs(sums - 1).mean()),
-            "trained_by_cross_entropy": _spread(accuracies["cross_entropy"]),
-            "trained_by_binary_cross_entropy": _spread(accuracies["binary_cross_entropy"]),
+            "trained_by_cross_entropy": spread(accuracies["cross_entropy"]),
+            "trained_by_binary_cross_entropy": spread(accuracies["binary_cross_entropy"]),
         },
         n=len(study.seeds),
     )
@@ -402,10 +403,10 @@ def judge_cross_entropies(values: Values) -> Verdict:
             FAILS, f"two tags get {one_tag:.0f} % by softmax, {both_tags:.0f} % by sigmoid"
         )
     found = (
-        f"{_shown(ours)} of the validation images by cross-entropy, {_shown(other)} by ten "
+        f"{percent(ours)} of the validation images by cross-entropy, {percent(other)} by ten "
         "binary ones"
     )
-    if ours["mean_percent"] - other["mean_percent"] <= _noise(ours, other):
+    if ours["mean_percent"] - other["mean_percent"] <= noise(ours, other):
         return Verdict(
             CAVEAT,
             f"for two classes they are one loss (difference {two:.0e}), and two tags of one image "
@@ -414,20 +415,6 @@ def judge_cross_entropies(values: Values) -> Verdict:
             f"sum of 1 by {values['sigmoids_sum_deviation']:.2f} on average",
         )
     return Verdict(HOLDS, f"one loss for two classes, and for ten cross-entropy is better: {found}")
-
-
-def _spread(percents: list[float]) -> dict[str, float]:
-    spread = float(np.std(percents, ddof=1)) if len(percents) > 1 else 0.0
-    return {"mean_percent": float(np.mean(percents)), "std_percent": spread, "n": len(percents)}
-
-
-def _shown(spread: dict[str, float]) -> str:
-    return f"{spread['mean_percent']:.1f} +- {spread['std_percent']:.1f} %"
-
-
-def _noise(a: dict[str, float], b: dict[str, float]) -> float:
-    """Twice the standard error of the difference of two means: less is nothing."""
-    return 2 * float(np.sqrt(a["std_percent"] ** 2 / a["n"] + b["std_percent"] ** 2 / b["n"]))
 
 
 # ---------------------------------------------------------------- 49: the probability of a frog
@@ -483,9 +470,9 @@ def measure_frog(study: Study) -> Measured:
             "largest_deviation_of_sum_from_1": max(sums),
             "mean_deviation_of_logits_sum_from_1": float(np.mean(gaps)),
             "largest_difference_to_jax": max(differences),
-            "mean_of_images_of_class_6": _spread(frogs),
-            "mean_of_other_images": _spread(others),
-            "calibration_error": _spread(errors),
+            "mean_of_images_of_class_6": spread(frogs),
+            "mean_of_other_images": spread(others),
+            "calibration_error": spread(errors),
         },
         n=len(study.seeds),
         figure=figure,
@@ -519,17 +506,17 @@ def judge_frog(values: Values) -> Verdict:
     if name != "frog":
         return Verdict(CAVEAT, f"index 6 of these classes is {name}, not frog")
     found = (
-        f"index 6 is frog: {_shown(values['mean_of_images_of_class_6'])} on frogs, "
-        f"{_shown(values['mean_of_other_images'])} on others, and JAX differs by {difference:.0e}"
+        f"index 6 is frog: {percent(values['mean_of_images_of_class_6'])} on frogs, "
+        f"{percent(values['mean_of_other_images'])} on others, and JAX differs by {difference:.0e}"
     )
     # By 5 points, "90 %" is as likely 85: too far to be read as a percentage.
     if error["mean_percent"] > 5:
         return Verdict(
             CAVEAT,
-            f"{found}; but as percentages they are off by {_shown(error)} on average (expected "
+            f"{found}; but as percentages they are off by {percent(error)} on average (expected "
             "calibration error)",
         )
-    return Verdict(HOLDS, f"{found}; as percentages they are off by {_shown(error)} only")
+    return Verdict(HOLDS, f"{found}; as percentages they are off by {percent(error)} only")
 
 
 # -------------------------------------------------------------------- 50: plotting of tensors

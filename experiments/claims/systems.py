@@ -39,6 +39,7 @@ from cifar_jax.step_memory import step_memory
 from cifar_jax.train_step import create_train_state
 from cifar_jax.trained import TrainedNetwork
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.spread import noise, percent, spread
 from claims.study import Study
 
 _MB = 2**20
@@ -61,20 +62,6 @@ def _apart(function: Callable[..., Any], **arguments: Any) -> Any:
     if done.returncode:
         raise RuntimeError(f"{function.__name__} failed apart:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _spread(percents: list[float]) -> dict[str, float]:
-    spread = float(np.std(percents, ddof=1)) if len(percents) > 1 else 0.0
-    return {"mean_percent": float(np.mean(percents)), "std_percent": spread, "n": len(percents)}
-
-
-def _shown(spread: dict[str, float]) -> str:
-    return f"{spread['mean_percent']:.1f} +- {spread['std_percent']:.1f} %"
-
-
-def _noise(a: dict[str, float], b: dict[str, float]) -> float:
-    """Twice the standard error of the difference of two means: less is nothing."""
-    return 2 * float(np.sqrt(a["std_percent"] ** 2 / a["n"] + b["std_percent"] ** 2 / b["n"]))
 
 
 @contextmanager
@@ -915,8 +902,8 @@ def measure_resolution(study: Study) -> Measured:
             trained_so[name].append(100 * run.history[-1]["val_accuracy"])
     values = {
         "chance_percent": 100 / len(study.dataset.class_names),
-        "accuracy": {name: _spread(found) for name, found in trained_so.items()},
-        "accuracy_trained_as_they_are": {n: _spread(f) for n, f in trained_as_is.items()},
+        "accuracy": {name: spread(found) for name, found in trained_so.items()},
+        "accuracy_trained_as_they_are": {n: spread(f) for n, f in trained_as_is.items()},
     }
     return Measured(values, n=len(study.seeds), figure=_views_figure(study, values))
 
@@ -956,12 +943,12 @@ def judge_resolution(values: Values) -> Verdict:
     base = accuracy["32 pixels"]["mean_percent"] - chance
     kept = {n: 100 * (a["mean_percent"] - chance) / max(base, 1.0) for n, a in accuracy.items()}
     found = (
-        f"of the {_shown(accuracy['32 pixels'])} on the images as they are, above chance, 8x8 "
-        f"pixels keep {kept['8 pixels']:.0f} % ({_shown(accuracy['8 pixels'])}), 16x16 "
+        f"of the {percent(accuracy['32 pixels'])} on the images as they are, above chance, 8x8 "
+        f"pixels keep {kept['8 pixels']:.0f} % ({percent(accuracy['8 pixels'])}), 16x16 "
         f"{kept['16 pixels']:.0f} %, grey {kept['32 pixels, grey']:.0f} %, and the mean colour "
         f"alone {kept['1 pixel']:.0f} % (each trained on such images; the network of the images as "
-        f"they are gets {_shown(untrained['8 pixels'])} at 8x8 and "
-        f"{_shown(untrained['32 pixels, grey'])} in grey)"
+        f"they are gets {percent(untrained['8 pixels'])} at 8x8 and "
+        f"{percent(untrained['32 pixels, grey'])} in grey)"
     )
     # "Relies on": half or more of what there is goes with it.
     blobs = kept["8 pixels"] >= 50
@@ -1013,8 +1000,8 @@ def measure_epoch(study: Study) -> Measured:
         {
             "epochs": config.epochs,
             "steps_of_an_epoch": n_train // config.batch_size,
-            "weights_moved": {name: _spread(moved[name]) for name in lengths},
-            "accuracy": {name: _spread(accuracy[name]) for name in lengths},
+            "weights_moved": {name: spread(moved[name]) for name in lengths},
+            "accuracy": {name: spread(accuracy[name]) for name in lengths},
             "images_of_training_and_validation": images + len(dataset.val),
             "different_images_in_a_full_epoch": len(np.unique(visited)),
             "repeated_images_in_a_full_epoch": len(visited) - len(np.unique(visited)),
@@ -1030,16 +1017,17 @@ def _flat(tree: Any) -> NDArray[np.float32]:
 def judge_epoch(values: Values) -> Verdict:
     moved, accuracy = values["weights_moved"], values["accuracy"]
     found = (
-        f"one step moves the weights by {_shown(moved['step'])} of their norm, to "
-        f"{_shown(accuracy['step'])} of the validation images; an epoch of "
-        f"{values['steps_of_an_epoch']} steps by {_shown(moved['epoch'])}, to "
-        f"{_shown(accuracy['epoch'])}; {values['epochs']} epochs by {_shown(moved['epochs'])}, to "
-        f"{_shown(accuracy['epochs'])}"
+        f"one step moves the weights by {percent(moved['step'])} of their norm, to "
+        f"{percent(accuracy['step'])} of the validation images; an epoch of "
+        f"{values['steps_of_an_epoch']} steps by {percent(moved['epoch'])}, to "
+        f"{percent(accuracy['epoch'])}; {values['epochs']} epochs by "
+        f"{percent(moved['epochs'])}, to "
+        f"{percent(accuracy['epochs'])}"
     )
     gained = accuracy["epochs"]["mean_percent"] - accuracy["epoch"]["mean_percent"]
-    noise = _noise(accuracy["epochs"], accuracy["epoch"])
+    least = noise(accuracy["epochs"], accuracy["epoch"])
     # By 5 % a step, twenty would be as far as the weights are long: no nudge.
-    if moved["step"]["mean_percent"] >= 5 or gained <= noise:
+    if moved["step"]["mean_percent"] >= 5 or gained <= least:
         return Verdict(FAILS, f"a step is no nudge, or one epoch is enough: {found}")
     if values["repeated_images_in_a_full_epoch"]:
         return Verdict(FAILS, "an epoch visits images twice")
@@ -1085,7 +1073,7 @@ def measure_top_5(study: Study) -> Measured:
         for k in ks:
             found[k].append(100 * float(np.mean(rank < k)))
     values = {
-        "top_k": {str(k): _spread(percents) for k, percents in found.items()},
+        "top_k": {str(k): spread(percents) for k, percents in found.items()},
         "chance_top_5_percent": 500 / len(dataset.class_names),
     }
     return Measured(values, n=len(study.seeds), figure=_top_k_figure(study, values))
@@ -1107,8 +1095,8 @@ def _top_k_figure(study: Study, values: Values) -> str:
 def judge_top_5(values: Values) -> Verdict:
     first, fifth = values["top_k"]["1"], values["top_k"]["5"]
     found = (
-        f"top-1 is {_shown(first)}, top-2 {_shown(values['top_k']['2'])}, top-5 {_shown(fifth)}, "
-        f"of which chance gives {values['chance_top_5_percent']:.0f} %"
+        f"top-1 is {percent(first)}, top-2 {percent(values['top_k']['2'])}, "
+        f"top-5 {percent(fifth)}, of which chance gives {values['chance_top_5_percent']:.0f} %"
     )
     room = (100 - fifth["mean_percent"]) / (100 - first["mean_percent"])
     # Where a tenth of the mistakes is left, so is a tenth of what could tell networks apart.

@@ -18,8 +18,9 @@ from cifar_jax.models import flatten
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.pooling import max_pool
 from cifar_jax.train_step import create_train_state, normalize
-from claims.accuracy import SMALL, difference, percent, spread, tutorial_config
+from claims.accuracy import SMALL, tutorial_config
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.spread import difference, percent, spread_of_shares
 from claims.study import Fitted, Study
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -82,7 +83,7 @@ def _fits(study: Study, model: nn.Module, epochs: int, **options: Any) -> list[F
 
 
 def _val(fits: list[Fitted]) -> Values:
-    return spread([fitted.history[-1]["val_accuracy"] for fitted in fits])
+    return spread_of_shares([fitted.history[-1]["val_accuracy"] for fitted in fits])
 
 
 def _kernels(params: Any) -> list[Any]:
@@ -193,7 +194,7 @@ def measure_normalisation(study: Study) -> Measured:
             first = [_kernels(fitted.variables["params"])[0] for fitted in fits]
             values[f"{scale}_{name}"] = {
                 "val": _val(fits),
-                "first_epoch_val": spread([f.history[0]["val_accuracy"] for f in fits]),
+                "first_epoch_val": spread_of_shares([f.history[0]["val_accuracy"] for f in fits]),
                 "first_layer_mean_in_stds": float(np.mean([w.mean() / w.std() for w in first])),
             }
     return Measured(values, n=len(study.seeds))
@@ -352,7 +353,7 @@ def measure_batch_size(study: Study) -> Measured:
     values["loss_std_nats"] = [noise[size][2] for size in sizes]
     values["val"] = [_val(fits[size]) for size in trained]
     values["gap"] = [
-        spread(
+        spread_of_shares(
             [study.accuracy(f, study.subset(n_train)) - f.history[-1]["val_accuracy"] for f in runs]
         )
         for runs in fits.values()
