@@ -123,7 +123,7 @@ class Study:
         path = self.runs / f"{key}.npz"
         if path.exists():
             return _read(path, model)
-        fitted = fit(config, model, train, dataset, seed, optimize=not self.quick)
+        fitted = fit(config, model, train, dataset, seed)
         self.runs.mkdir(parents=True, exist_ok=True)
         _write(path, fitted)
         return fitted
@@ -146,20 +146,8 @@ def first_of_each_class(split: Split, n: int) -> Split:
     return split.take(stratified_choice(split.labels, n, np.random.default_rng(0)))
 
 
-def fit(
-    config: TrainConfig,
-    model: nn.Module,
-    train: Split,
-    dataset: Dataset,
-    seed: int,
-    *,
-    optimize: bool = True,
-) -> Fitted:
-    """Train ``model`` on ``train`` with the package's own step, in memory, without checkpoints.
-
-    Args:
-        optimize: False compiles in less time to a slower step, for runs of a few steps.
-    """
+def fit(config: TrainConfig, model: nn.Module, train: Split, dataset: Dataset, seed: int) -> Fitted:
+    """Train ``model`` on ``train`` with the package's own step, in memory, without checkpoints."""
     batch_size = min(config.batch_size, len(train))
     steps_per_epoch = len(train) // batch_size
     tx = make_optimizer(config, make_schedule(config, config.epochs * steps_per_epoch))
@@ -179,10 +167,7 @@ def fit(
         return {"image": train.pixels[indices], "label": train.labels[indices]}
 
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch_of(np.arange(batch_size)))
-    if optimize:
-        compiled = compile_lowered(lowered, jax.default_backend())
-    else:
-        compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})
+    compiled = compile_lowered(lowered, jax.default_backend())
     history: list[dict[str, float]] = []
     seconds = 0.0
     for epoch in range(config.epochs):
