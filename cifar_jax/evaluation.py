@@ -7,11 +7,19 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from cifar_jax.dataset import Dataset, Split
 from cifar_jax.input_pipeline import eval_batches
 from cifar_jax.metrics import RunningSums
-from cifar_jax.parallel import compile_step, shard, sum_over_devices
+from cifar_jax.parallel import (
+    AXIS_NAME,
+    compile_step,
+    empty_batch,
+    rows_of_this_process,
+    shard,
+    to_floats,
+)
 from cifar_jax.train_step import Variables, eval_step
 
 Evaluate = Callable[[Variables, Split], RunningSums]
@@ -30,19 +38,22 @@ def make_evaluate(
         batch_size: images a step, over all devices; rounded up to a multiple of their number.
     """
     batch_size = -(-batch_size // len(devices)) * len(devices)
+    empty = empty_batch(batch_size, dataset.image_shape, devices)
     step = compile_step(
-        functools.partial(eval_step, model=model, mean=dataset.mean, std=dataset.std),
+        functools.partial(
+            eval_step, model=model, mean=dataset.mean, std=dataset.std, axis_name=AXIS_NAME
+        ),
         variables,
-        batch_size,
-        dataset.image_shape,
+        {**empty, "mask": np.zeros(empty["label"].shape, np.float32)},
         devices,
-        returns_state=False,
+        donate_state=False,
     )
+    rows = rows_of_this_process(batch_size, devices)
 
     def evaluate(variables: Variables, split: Split) -> RunningSums:
         total = RunningSums()
-        for batch in eval_batches(split, batch_size=batch_size):
-            total.add(sum_over_devices(step(variables, shard(batch, devices))))
+        for batch in eval_batches(split, batch_size=batch_size, rows=rows):
+            total.add(to_floats(step(variables, shard(batch, devices))))
         return total
 
     return evaluate

@@ -32,13 +32,25 @@ _PREFETCHED_BATCHES = 4
 _DECODED_AT_ONCE = 500
 
 
+ALL_ROWS = slice(None)
+
+
 def train_batches(
-    split: Split, *, batch_size: int, seed: int, epochs: int, first_step: int = 0
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int,
+    first_step: int = 0,
+    rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
     """Full batches from ``first_step`` to the end of the last epoch, in ``epoch_order``.
 
     The images that do not fill an epoch's last batch sit that epoch out; others do the next time.
-    Nothing before ``first_step`` is read or decoded.
+    Nothing before ``first_step`` is read or decoded, nor is what is not in ``rows``.
+
+    Args:
+        rows: which images of each batch to yield.
 
     Yields:
         ``image`` uint8 ``[B, H, W, C]`` and ``label`` int32 ``[B]``.
@@ -47,28 +59,31 @@ def train_batches(
 
     def index_batches(epoch: int) -> NDArray[np.int64]:
         order = epoch_order(len(split), seed, int(epoch))
-        return order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
+        batches = order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
+        return batches[:, rows]
 
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         indices = tf.numpy_function(index_batches, [epoch], tf.int64, stateful=False)
-        return tf.data.Dataset.from_tensor_slices(
-            tf.ensure_shape(indices, (steps_per_epoch, batch_size))
-        )
+        shape = (steps_per_epoch, len(range(batch_size)[rows]))
+        return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(indices, shape))
 
     first_epoch, skipped_steps = divmod(first_step, steps_per_epoch)
     indices = tf.data.Dataset.range(first_epoch, epochs).flat_map(epoch_batches).skip(skipped_steps)
     return _fetch(indices, split)
 
 
-def eval_batches(split: Split, *, batch_size: int) -> Iterator[Batch]:
+def eval_batches(split: Split, *, batch_size: int, rows: slice = ALL_ROWS) -> Iterator[Batch]:
     """All images in order, the last batch padded.
+
+    Args:
+        rows: which images of each batch to yield.
 
     Yields:
         ``image`` uint8 ``[B, H, W, C]``, ``label`` int32 ``[B]`` and ``mask`` float32 ``[B]``,
         which is 1 for an image and 0 for padding (a copy of the first image).
     """
     n_batches = -(-len(split) // batch_size)
-    indices = np.arange(n_batches * batch_size).reshape(n_batches, batch_size)
+    indices = np.arange(n_batches * batch_size).reshape(n_batches, batch_size)[:, rows]
     mask = indices < len(split)
     batches = _fetch(tf.data.Dataset.from_tensor_slices(np.where(mask, indices, 0)), split)
     for batch, batch_mask in zip(batches, mask.astype(np.float32), strict=True):

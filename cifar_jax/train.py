@@ -70,9 +70,11 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
 
     check_source(config.data)
     print(f"cifar_jax {__version__}: starting JAX and TensorFlow ...", flush=True)
+    from cifar_jax.distributed import joined
     from cifar_jax.loop import train_and_test
 
-    return train_and_test(config, workdir)
+    with joined(config, workdir):
+        return train_and_test(config, workdir)
 
 
 def _check_writable(workdir: Path) -> None:
@@ -110,6 +112,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.get("resume") and workdir is None:
         raise CifarJaxError(
             ExitCode.USAGE, "--resume without --workdir", fix="say which run: --workdir runs/..."
+        )
+    if given.get("coordinator") and workdir is None:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            "--coordinator without --workdir",
+            fix="give all processes the same one, in a place that all of them can read and write",
         )
     # What is not said again on --resume stays as it was.
     base = _saved_config(Path(workdir)) if given.get("resume") else None

@@ -85,10 +85,11 @@ def train_step(
         batch: ``image`` uint8 ``[B, H, W, C]`` and ``label`` int32 ``[B]``.
         mean, std: of each channel, in units of 0..1.
         accumulate: micro-batches whose gradients are averaged; it divides B.
-        axis_name: the pmap axis over which gradients are averaged; None on a single device.
+        axis_name: the pmap axis over which gradients and batch statistics are averaged and sums
+            taken; None on a single device.
 
     Returns:
-        The next state, and over this share the sums ``loss`` (plain cross-entropy, without
+        The next state, and over the whole batch the sums ``loss`` (plain cross-entropy, without
         smoothing), ``correct`` and ``count``.
     """
     n = batch["label"].shape[0]
@@ -139,7 +140,10 @@ def train_step(
         grads = jax.tree.map(lambda g: g / accumulate, grads)
         sums = jax.tree.map(lambda s: s.sum(axis=0), stacked_sums)
     if axis_name:
-        grads = lax.pmean(grads, axis_name)
+        # Statistics taken on each device alone differ; their running averages are linear in them,
+        # so averaging at every step is averaging once, before they are used.
+        grads, batch_stats = lax.pmean((grads, batch_stats), axis_name)
+        sums = lax.psum(sums, axis_name)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     next_state = TrainState(
         step=state.step + 1,
@@ -157,14 +161,17 @@ def eval_step(
     model: nn.Module,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    axis_name: str | None = None,
 ) -> Sums:
     """Sums over the images whose ``mask`` is 1; the keys are those of :func:`train_step`.
 
     Args:
         batch: ``image`` uint8 ``[B, H, W, C]``, ``label`` int32 ``[B]``, ``mask`` float32 ``[B]``.
+        axis_name: the pmap axis over which the sums are taken; None on a single device.
     """
     logits = model.apply(variables, normalize(batch["image"], mean, std), train=False)
-    return classification_sums(logits, batch["label"], batch["mask"])
+    sums = classification_sums(logits, batch["label"], batch["mask"])
+    return lax.psum(sums, axis_name) if axis_name else sums
 
 
 def classification_sums(logits: jax.Array, label: jax.Array, mask: jax.Array | None = None) -> Sums:

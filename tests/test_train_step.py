@@ -21,9 +21,10 @@ from cifar_jax.parallel import (
     AXIS_NAME,
     CPU_COMPILER_OPTIONS,
     compile_step,
+    empty_batch,
     select_devices,
     shard,
-    sum_over_devices,
+    to_floats,
 )
 from cifar_jax.train_step import (
     TrainState,
@@ -72,11 +73,11 @@ def run_steps(config: TrainConfig, devices: int, n_steps: int) -> tuple[list[flo
     """The loss of each step and the state after the last, under pmap over ``devices``."""
     step, state = make_step(config, AXIS_NAME)
     used = select_devices(devices)
-    compiled = compile_step(step, state, 16, SHAPE, used, returns_state=True)
+    compiled = compile_step(step, state, empty_batch(16, SHAPE, used), used, donate_state=True)
     losses = []
     for batch in make_batches(n_steps, 16):
         state, sums = compiled(state, shard(batch, used))
-        total = sum_over_devices(sums)
+        total = to_floats(sums)
         losses.append(total["loss"] / total["count"])
     return losses, jax.device_get(state)
 
@@ -203,14 +204,20 @@ def test_each_step_and_each_device_drops_units_of_its_own() -> None:
     config = TrainConfig(
         model="mlp", hidden=(64,), dropout=0.5, flip=False, crop=0, learning_rate=1e-9
     )
-    step, state = make_step(config, AXIS_NAME)
-    devices = select_devices(4)
-    compiled = compile_step(step, state, 4, SHAPE, devices, returns_state=True)
     (batch,) = make_batches(1, 1)
-    same = {name: np.repeat(x, 4, axis=0) for name, x in batch.items()}
-    state, first = compiled(state, shard(same, devices))
-    state, second = compiled(state, shard(same, devices))
-    assert len({*first["loss"].tolist(), *second["loss"].tolist()}) == 8
+    losses = []
+    for n in (1, 2, 3, 4):
+        step, state = make_step(config, AXIS_NAME)
+        devices = select_devices(n)
+        same = {name: np.repeat(x, n, axis=0) for name, x in batch.items()}
+        compiled = compile_step(step, state, shard(same, devices), devices, donate_state=True)
+        for _ in range(2):
+            state, sums = compiled(state, shard(same, devices))
+            losses.append(float(sums["loss"]))
+    of_each_device = np.diff(losses[::2], prepend=0)  # the n-th adds its own to those before
+    first_steps, second_steps = losses[::2], losses[1::2]
+    assert len(set(np.round(of_each_device, 4))) == 4
+    assert all(abs(a - b) > 1e-3 for a, b in zip(first_steps, second_steps, strict=True))
 
 
 def test_augmentation_changes_from_step_to_step() -> None:
