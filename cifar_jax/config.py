@@ -12,6 +12,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "onecycle"]
+InputName = Literal["tf.data", "device"]
 PresetName = Literal["default", "tutorial"]
 SplitName = Literal["train", "val", "test"]
 FitName = Literal["stretch", "crop"]
@@ -108,9 +109,16 @@ class TrainConfig:
     max_train_examples: int | None = option(
         None, "train on at most so many images", group=_DATA, unit="images", at_least=1
     )
+    input: InputName = option(
+        "tf.data",
+        "where a step's images come from: 'tf.data' streams them from the host; 'device' keeps all "
+        "of them, decoded, on each accelerator and runs whole epochs there, without TensorFlow",
+        group=_DATA,
+    )
     cache_mb: int = option(
         2048,
-        "a training split whose decoded images fit is decoded once; a larger one streams from disk",
+        "for tf.data: a training split whose decoded images fit is decoded once; a larger one "
+        "streams from disk",
         group=_DATA,
         unit="MB",
         at_least=0,
@@ -273,6 +281,7 @@ _OF_THIS_START = frozenset({"resume", "coordinator", "num_processes", "process_i
 NOT_PART_OF_THE_RUN = _OF_THIS_START | {
     "data",
     "data_dir",
+    "input",
     "cache_mb",
     "devices",
     "checkpoint_every",

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cifar_jax.dataset import ImageFiles, ImageShape, Split, epoch_order
+from cifar_jax.dataset import ImageFiles, Split, epoch_order
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import other_size, unusable
 
 # Before the import, or TensorFlow prints notes on the processor, and of each error, which reaches
 # Python as an exception, five lines more.
@@ -140,22 +141,6 @@ def decode(split: Split) -> Split:
     return Split(pixels, split.labels)
 
 
-def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape:
-    """The shape of a data set's images, from a few of them: greyscale only if all of these are."""
-    files = ImageFiles(paths, shape=(0, 0, 0), resize=True)
-    images = []
-    for path in paths:
-        try:
-            images.append(_read_image(path, channels=0))
-        except tf.errors.OpError as error:
-            raise _explained(error, files) from error
-    channels = 1 if all(image.shape[-1] == 1 for image in images) else 3
-    if image_size is not None:
-        return image_size, image_size, channels
-    height, width = images[0].shape[:2]
-    return height, width, channels
-
-
 def _read_image(path: tf.Tensor, channels: int) -> tf.Tensor:
     # Reads PNG too. INTEGER_ACCURATE gives the pixels that Pillow gives; the default does not.
     return tf.io.decode_jpeg(
@@ -194,21 +179,9 @@ def _explained(error: tf.errors.OpError, images: ImageFiles | NDArray[np.uint8])
         try:
             shape = _read_image(path, images.shape[-1]).shape
         except tf.errors.OpError:
-            file = Path(shown)
-            if not file.is_file():
-                what, fix = "is not there any more", "put it back"
-            elif file.stat().st_size == 0:
-                what, fix = "is empty", "put the right file there, or delete it"
-            else:
-                what, fix = "is damaged or no JPEG or PNG", "put the right file there, or delete it"
-            return CifarJaxError(ExitCode.DATA, f"the image {shown} {what}", fix=fix)
+            return unusable(shown)
         if not images.resize and tuple(shape) != images.shape:
-            (height, width, _), (h, w, _) = shape, images.shape
-            return CifarJaxError(
-                ExitCode.DATA,
-                f"the image {shown} is {height}x{width}, the first is {h}x{w}",
-                fix=f"give --image-size {h} to resize all images to {h}x{h}",
-            )
+            return other_size(shown, tuple(shape), images.shape)
     return error
 
 

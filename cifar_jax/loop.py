@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,8 @@ from cifar_jax.distributed import (
     wait_for_all,
 )
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
-from cifar_jax.evaluation import Evaluate, make_evaluate
 from cifar_jax.events import event_log
 from cifar_jax.files import write_atomically
-from cifar_jax.input_pipeline import Batch, train_batches
 from cifar_jax.metrics import (
     TABLE_HEADER,
     EpochRow,
@@ -49,24 +47,18 @@ from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
     AXIS_NAME,
-    compile_step,
-    empty_batch,
-    of_this_process,
-    rows_of_this_process,
+    Advance,
+    Evaluate,
     select_devices,
-    shard,
     to_floats,
 )
 from cifar_jax.plots import save_curves
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import StopSignals
-from cifar_jax.train_step import TrainState, create_train_state, train_step
+from cifar_jax.train_step import Batch, Sums, TrainState, create_train_state, train_step
 
 # Steps that may be under way before the host waits for the oldest: enough to keep a device busy.
 _STEPS_IN_FLIGHT = 2
-
-
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +70,7 @@ class Run:
     dataset: Dataset
     devices: Sequence[jax.Device]
     schedule: optax.Schedule
-    step: Step
+    advance: Advance
     evaluate: Evaluate
 
     @property
@@ -118,15 +110,27 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     """
     devices = select_devices(config.devices)
     check_batch_divides(config, len(devices))
+    if config.input == "device":
+        from cifar_jax import device_input as images
+
+        decode, cache_mb = images.decode, images.room_mb(devices)
+    else:
+        from cifar_jax import host_input as images  # type: ignore[no-redef]
+        from cifar_jax.input_pipeline import decode
+
+        cache_mb = config.cache_mb
     dataset = load_dataset(
         config.data,
         data_dir=config.data_dir,
         image_size=config.image_size,
         val_fraction=config.val_fraction,
         max_train_examples=config.max_train_examples,
-        cache_mb=config.cache_mb,
+        cache_mb=cache_mb,
+        decode=decode,
         seed=config.seed,
     )
+    if config.input == "device":
+        images.check_fits(dataset.train, cache_mb)
     if dataset.notice:
         _print_banner(dataset.notice)
     if config.batch_size > len(dataset.train):
@@ -185,21 +189,16 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         accumulate=config.accumulate,
         axis_name=AXIS_NAME,
     )
-    empty = empty_batch(config.batch_size, dataset.image_shape, devices)
     run = Run(
         config,
         workdir,
         dataset,
         devices,
         schedule,
-        step=compile_step(
-            _with_signal(bound_step),
-            state,
-            {**empty, "signal": np.zeros(len(of_this_process(devices)), np.int32)},
-            devices,
-            donate_state=True,
+        advance=images.make_advance(
+            _with_signal(bound_step), state, dataset.train, config, devices, progress.step
         ),
-        evaluate=make_evaluate(model, dataset, state.variables, devices, config.batch_size),
+        evaluate=images.make_evaluate(model, dataset, state.variables, devices, config.batch_size),
     )
     print(f"{time.perf_counter() - started:.1f} s")
 
@@ -212,15 +211,13 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     return _test_and_report(run, progress, n_params)
 
 
-def _with_signal(step: Step) -> Step:
+def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:
     """``step``, which also tells every process of a signal that came to any of them.
 
     In the batch each device has a ``signal``, 0 for none; the sums hold the largest.
     """
 
-    def step_with_signal(
-        state: TrainState, batch: Batch
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step_with_signal(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         signal = batch["signal"]
         rest = {name: x for name, x in batch.items() if name != "signal"}
         state, sums = step(state, rest)
@@ -269,14 +266,6 @@ def _train(run: Run, progress: Progress) -> None:
         Stopped: a signal came; the run is saved at the step it came in.
     """
     config = run.config
-    batches = train_batches(
-        run.dataset.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epochs=config.epochs,
-        first_step=progress.step,
-        rows=rows_of_this_process(config.batch_size, run.devices),
-    )
     _write_history(run, progress)
     if len(progress.history) < config.epochs:
         print(TABLE_HEADER)
@@ -289,7 +278,7 @@ def _train(run: Run, progress: Progress) -> None:
             if 0 < config.early_stopping <= epochs_without_progress(progress.history):
                 print(f"early stop: {config.early_stopping} epochs without a lower val loss")
                 break
-            signum = _train_epoch(run, progress, batches, stop)
+            signum = _train_epoch(run, progress, stop)
             if progress.step == (len(progress.history) + 1) * run.steps_per_epoch:
                 _validate(run, progress)
                 print(table_row(progress.history[-1]), flush=True)
@@ -304,22 +293,20 @@ def _train(run: Run, progress: Progress) -> None:
                 )
 
 
-def _train_epoch(
-    run: Run, progress: Progress, batches: Iterator[Batch], stop: StopSignals
-) -> int | None:
+def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
     """Train to the end of the epoch, or to a step soon after a signal; returns the signal."""
     config = run.config
-    n_devices = len(of_this_process(run.devices))
+    save_every = config.checkpoint_every or run.steps_per_epoch
     step, signum = progress.step, 0
     last_step = (len(progress.history) + 1) * run.steps_per_epoch
-    in_flight: deque[dict[str, jax.Array]] = deque()
+    in_flight: deque[Sums] = deque()
 
     def settle(at_most: int) -> None:
         nonlocal signum
         while len(in_flight) > at_most:
-            sums = to_floats(in_flight.popleft())
-            signum = signum or int(sums.pop("signal"))
-            progress.sums.add(sums)
+            sums = in_flight.popleft()
+            signum = signum or int(np.max(np.asarray(sums.pop("signal"))))
+            progress.sums.add(to_floats(sums))
             if not math.isfinite(progress.sums.loss):
                 raise CifarJaxError(
                     ExitCode.NUMERICS,
@@ -339,14 +326,15 @@ def _train_epoch(
         disable=None if is_first() else True,
     ) as bar:
         while step < last_step and not signum:
-            batch = shard(next(batches), run.devices)
-            batch["signal"] = np.full(n_devices, stop.received or 0, np.int32)
-            progress.state, sums = run.step(progress.state, batch)
-            step += 1
+            next_save = min(last_step, (step // save_every + 1) * save_every)
+            progress.state, sums, done = run.advance(
+                progress.state, step, next_save, stop.received or 0
+            )
+            step += done
             in_flight.append(sums)
             settle(_STEPS_IN_FLIGHT)
-            bar.update()
-            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < last_step:
+            bar.update(done)
+            if step == next_save < last_step:
                 settle(0)
                 progress.seconds = before + time.perf_counter() - started
                 _save(run, progress)

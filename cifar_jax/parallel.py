@@ -13,10 +13,18 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_jax.dataset import ImageShape
+from cifar_jax.dataset import ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.metrics import RunningSums
+from cifar_jax.train_step import Sums, TrainState, Variables
 
 AXIS_NAME = "batch"
+
+# Carries a training state on: (state, step it is at, step to stop before, signal) -> (state, sums
+# of each step, number of steps done). As many steps as one dispatch takes, and at least one.
+Advance = Callable[[TrainState, int, int, int], tuple[TrainState, Sums, int]]
+# The sums over a whole split.
+Evaluate = Callable[[Variables, Split], RunningSums]
 
 # XLA's YNN fusions, on by default in this jaxlib, make convolutions on a CPU up to twice as slow.
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -81,8 +89,9 @@ def compile_step(
     devices: Sequence[jax.Device],
     *,
     donate_state: bool,
+    shared: tuple[jax.Array, ...] = (),
 ) -> Callable[..., Any]:
-    """Compile ``step(state, batch)`` with ``jax.pmap``, ahead of time.
+    """Compile ``step(state, batch, *shared)`` with ``jax.pmap``, ahead of time.
 
     What it returns is not mapped, nor is the state: it has no device axis, before, after and in a
     checkpoint alike. That trusts ``step`` to leave every device with the same, which its ``pmean``
@@ -92,16 +101,20 @@ def compile_step(
         state, batch: of the shapes to compile for; each array of the batch has an axis of this
             process's devices in front.
         donate_state: whether the new state takes the memory of the one given.
+        shared: arrays that every device has whole already, by :func:`replicate`.
+
+    Returns:
+        A function of a state and a batch.
     """
     mapped = jax.pmap(
         step,
         axis_name=AXIS_NAME,
-        in_axes=(None, 0),
+        in_axes=(None, 0, *(None for _ in shared)),
         out_axes=None,
         donate_argnums=(0,) if donate_state else (),
         devices=devices,
     )
-    compiled = compile_lowered(mapped.lower(state, batch), devices[0].platform)
+    compiled = compile_lowered(mapped.lower(state, batch, *shared), devices[0].platform)
     # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
     one_at_a_time = len(devices) > 1 and devices[0].platform == "cpu"
 
@@ -111,8 +124,8 @@ def compile_step(
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     def call(state: Any, batch: dict[str, NDArray[Any]]) -> Any:
-        arguments = jax.tree.map(place, compiled.input_shardings[0], (state, batch))
-        result = compiled(*arguments)
+        arguments = jax.tree.map(place, compiled.input_shardings[0][:2], (state, batch))
+        result = compiled(*arguments, *shared)
         return jax.block_until_ready(result) if one_at_a_time else result
 
     return call
@@ -130,6 +143,13 @@ def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Co
         return lowered.compile()  # another jaxlib: without the option, only slower
 
 
+def replicate(x: NDArray[Any], devices: Sequence[jax.Device]) -> jax.Array:
+    """``x`` whole on each of ``devices``."""
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS_NAME,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.make_array_from_process_local_data(sharding, x)
+
+
 def to_floats(sums: dict[str, jax.Array]) -> dict[str, float]:
-    """Sums as the host counts with them; waits for the step that makes them."""
-    return {name: float(np.asarray(x)) for name, x in sums.items()}
+    """Sums of one step, or ``[n]`` of n, as the host counts; waits for the steps that make them."""
+    return {name: float(np.sum(np.asarray(x), dtype=np.float64)) for name, x in sums.items()}

@@ -10,6 +10,7 @@ import pickle
 import tarfile
 import threading
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from cifar_jax.dataset import (
     stratified_choice,
 )
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import probe_shape
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 # How long to wait for that host before the network counts as absent; tfds would retry for minutes.
@@ -107,11 +109,15 @@ def load_dataset(
     val_fraction: float = 0.1,
     max_train_examples: int | None = None,
     cache_mb: int = 2048,
+    decode: Callable[[Split], Split] | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Load ``source``; the arguments are the fields of ``TrainConfig`` of the same names.
+    """Load ``source``; the other arguments are the fields of ``TrainConfig`` of the same names.
 
     The test split of a folder stays undecoded: its files are read when it is scored.
+
+    Args:
+        decode: from files to pixels; None is TensorFlow's.
 
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
@@ -135,8 +141,10 @@ def load_dataset(
 
     sample = train
     if isinstance(train.images, ImageFiles):
-        from cifar_jax.input_pipeline import decode
+        if decode is None:
+            from cifar_jax import input_pipeline
 
+            decode = input_pipeline.decode
         megabytes = (len(train) + len(val)) * np.prod(train.image_shape) / 2**20
         if megabytes <= cache_mb:
             train, val = decode(train), decode(val)
@@ -343,8 +351,6 @@ def _folder(
     ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
     validation split. A flat folder gives a stratified ``val_fraction`` for the test.
     """
-    from cifar_jax.input_pipeline import probe_shape
-
     root = _unwrap(root)
     present = [split for split in ("train", "val", "test") if (root / split).is_dir()]
     if present and ("train" not in present or len(present) == 1):

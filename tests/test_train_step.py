@@ -14,7 +14,7 @@ import pytest
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Split
-from cifar_jax.evaluation import make_evaluate
+from cifar_jax.host_input import make_evaluate
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
