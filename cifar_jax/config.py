@@ -13,6 +13,7 @@ ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "onecycle"]
 InputName = Literal["tf.data", "device"]
+DtypeName = Literal["float32", "bfloat16"]
 PresetName = Literal["default", "tutorial"]
 SplitName = Literal["train", "val", "test"]
 FitName = Literal["stretch", "crop"]
@@ -49,6 +50,12 @@ class TrainConfig:
     )
     resume: bool = option(
         False, "go on with the run in --workdir, exactly as if it had not stopped", group=_RUN
+    )
+    deterministic: bool = option(
+        False,
+        "the same bits in each run on a GPU too, where some operations then take longer; a CPU "
+        "always gives them",
+        group=_RUN,
     )
     checkpoint_every: int = option(
         0,
@@ -146,6 +153,12 @@ class TrainConfig:
         group=_MODEL,
         at_least=0,
         below=1,
+    )
+
+    dtype: DtypeName = option(
+        "float32",
+        "of activations in training; parameters, statistics, loss, sums and scores are float32",
+        group=_MODEL,
     )
 
     optimizer: OptimizerName = option("adam", "the optimizer", group=_OPTIMIZER)

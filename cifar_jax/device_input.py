@@ -7,6 +7,7 @@ order is the one of tf.data's batches, so that the step sees the same bits.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from cifar_jax.train_step import Sums, TrainState, Variables, eval_step
 
 # What training needs beside the images: state, activations. A tenth is a guess on the safe side.
 _SHARE_FOR_IMAGES = 0.9
+
+# Where a step takes a tenth of a second, a progress bar and a Ctrl-C want an answer in between.
+_MOST_STEPS_ON_A_CPU = 32
 
 
 def decode(split: Split) -> Split:
@@ -80,6 +84,7 @@ def make_advance(
     first_step: int,
 ) -> Advance:
     """Put ``split`` on the devices, and compile ``step`` for as many steps as a dispatch takes."""
+    del first_step  # each call says where it is
     held = _place(split, devices)
     batch_size, n_devices = config.batch_size, len(of_this_process(devices))
     steps_per_epoch = len(split) // batch_size
@@ -104,17 +109,16 @@ def make_advance(
             many_steps, state, batches(0, n, 0), devices, donate_state=True, shared=held
         )
 
-    def steps_at_once(at_step: int, before_step: int) -> int:
-        # A CPU's convolutions are 13 times slower in an XLA loop.
-        return 1 if devices[0].platform == "cpu" else before_step - at_step
-
-    in_epoch = steps_per_epoch - first_step % steps_per_epoch
-    compiled(steps_at_once(0, min(in_epoch, config.checkpoint_every or in_epoch)))
+    at_once = _steps_at_once(
+        math.gcd(steps_per_epoch, config.checkpoint_every), devices[0].platform
+    )
+    compiled(at_once)
 
     def advance(
         state: TrainState, at_step: int, before_step: int, signal: int
     ) -> tuple[TrainState, Sums, int]:
-        n = steps_at_once(at_step, before_step)
+        # Another number only where the run was stopped by a program of another kind of input.
+        n = min(at_once - at_step % steps_per_epoch % at_once, before_step - at_step)
         state, sums = compiled(n)(state, batches(at_step, n, signal))
         return state, sums, n
 
@@ -147,7 +151,7 @@ def make_evaluate(
             "index": _by_device(np.where(mask, index, 0).astype(np.int32), n_devices),
             "mask": _by_device(mask.astype(np.float32), n_devices),
         }
-        at_once = 1 if devices[0].platform == "cpu" else n
+        at_once = _steps_at_once(n, devices[0].platform)
         dispatches = [
             {name: x[:, start : start + at_once] for name, x in batch.items()}
             for start in range(0, n, at_once)
@@ -175,6 +179,13 @@ def make_evaluate(
         return validate(variables) if split is dataset.val else evaluation_of(split)(variables)
 
     return evaluate
+
+
+def _steps_at_once(steps: int, platform: str) -> int:
+    """As many steps a dispatch as may be, of ``steps``: all, or on a CPU a divisor of them."""
+    if platform != "cpu":
+        return steps
+    return max(n for n in range(1, min(steps, _MOST_STEPS_ON_A_CPU) + 1) if steps % n == 0)
 
 
 def _place(split: Split, devices: Sequence[jax.Device]) -> tuple[jax.Array, jax.Array]:

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -143,8 +145,12 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     total_steps = config.epochs * (len(dataset.train) // config.batch_size)
     schedule = make_schedule(config, total_steps)
     model = create_model(
-        config, len(dataset.class_names), AXIS_NAME if config.sync_batch_norm else None
+        config,
+        len(dataset.class_names),
+        axis_name=AXIS_NAME if config.sync_batch_norm else None,
+        dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
     )
+    scored_model = create_model(config, len(dataset.class_names), None)
     tx = make_optimizer(config, schedule)
     # On the host: the compiled steps place it on the devices, and a checkpoint restores to it.
     state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
@@ -198,7 +204,9 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         advance=images.make_advance(
             _with_signal(bound_step), state, dataset.train, config, devices, progress.step
         ),
-        evaluate=images.make_evaluate(model, dataset, state.variables, devices, config.batch_size),
+        evaluate=images.make_evaluate(
+            scored_model, dataset, state.variables, devices, config.batch_size
+        ),
     )
     print(f"{time.perf_counter() - started:.1f} s")
 
@@ -419,6 +427,7 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
         ),
         "devices": len(run.devices),
         "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "device_kind": run.devices[0].device_kind,
         "seed": config.seed,
         "versions": _versions(),

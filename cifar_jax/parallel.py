@@ -118,14 +118,8 @@ def compile_step(
     # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
     one_at_a_time = len(devices) > 1 and devices[0].platform == "cpu"
 
-    def place(sharding: jax.sharding.Sharding, x: Any) -> jax.Array:
-        if isinstance(x, jax.Array):
-            return x
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
-
     def call(state: Any, batch: dict[str, NDArray[Any]]) -> Any:
-        arguments = jax.tree.map(place, compiled.input_shardings[0][:2], (state, batch))
-        result = compiled(*arguments, *shared)
+        result = compiled(_place(state, devices), _place(batch, devices, AXIS_NAME), *shared)
         return jax.block_until_ready(result) if one_at_a_time else result
 
     return call
@@ -145,9 +139,21 @@ def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Co
 
 def replicate(x: NDArray[Any], devices: Sequence[jax.Device]) -> jax.Array:
     """``x`` whole on each of ``devices``."""
+    placed: jax.Array = _place(x, devices)
+    return placed
+
+
+def _place(tree: Any, devices: Sequence[jax.Device], *axes: str) -> Any:
+    """The arrays of ``tree`` on ``devices``, whole or along ``axes``; what is there, as it is."""
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS_NAME,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.make_array_from_process_local_data(sharding, x)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array):
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(place, tree)
 
 
 def to_floats(sums: dict[str, jax.Array]) -> dict[str, float]:

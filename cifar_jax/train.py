@@ -69,7 +69,13 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
     from cifar_jax.sources import check_source
 
     check_source(config.data)
-    print(f"cifar_jax {__version__}: starting JAX and TensorFlow ...", flush=True)
+    if config.deterministic:
+        # Read once, when JAX starts its devices. It also turns the search for the fastest kernel
+        # off, which can end with another one each time.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    started = "JAX" if config.input == "device" else "JAX and TensorFlow"
+    print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
     from cifar_jax.distributed import joined
     from cifar_jax.loop import train_and_test
 

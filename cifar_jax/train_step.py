@@ -92,14 +92,11 @@ def train_step(
         The next state, and over the whole batch the sums ``loss`` (plain cross-entropy, without
         smoothing), ``correct`` and ``count``.
     """
-    n = batch["label"].shape[0]
     device = lax.axis_index(axis_name) if axis_name else 0
     augment_key, dropout_key = jax.random.split(
         jax.random.fold_in(jax.random.key(seed), state.step)
     )
-    positions = device * n + jnp.arange(n)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(augment_key, positions)
-    batch = {**batch, "image": jax.vmap(augment)(keys, batch["image"])}
+    batch = {**batch, "image": augment_batch(augment_key, batch["image"], augment, device)}
     dropout_key = jax.random.fold_in(dropout_key, device)
 
     def loss_fn(
@@ -134,8 +131,6 @@ def train_step(
             micro_step,
             start,
             (jnp.arange(accumulate), micro_batches),
-            # A CPU's convolutions are 13 times slower in an XLA loop; unrolled, no memory is saved.
-            unroll=jax.default_backend() == "cpu",
         )
         grads = jax.tree.map(lambda g: g / accumulate, grads)
         sums = jax.tree.map(lambda s: s.sum(axis=0), stacked_sums)
@@ -152,6 +147,18 @@ def train_step(
         opt_state=opt_state,
     )
     return next_state, sums
+
+
+def augment_batch(
+    key: jax.Array, images: jax.Array, augment: Augmentation, device: jax.Array | int
+) -> jax.Array:
+    """One device's share of a batch, uint8 ``[B, H, W, C]``, as the network sees it.
+
+    The key of an image is its place in the whole batch, on whichever device it is.
+    """
+    positions = device * len(images) + jnp.arange(len(images))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+    return jax.vmap(augment)(keys, images)
 
 
 def eval_step(
