@@ -167,10 +167,11 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     )
 
     progress = _start_or_resume(config, workdir / "checkpoints", state, dataset)
-    settings = json.dumps(to_json(config), indent=2) + "\n"
+    settings = to_json(config)
+    where = ("data", "data_dir")  # may be another place on another machine
     check_agreement(
         {
-            "options": settings,
+            "options": json.dumps({n: v for n, v in settings.items() if n not in where}, indent=2),
             "code": code_digest(),
             "packages": json.dumps(_versions(), indent=2),
             "data": f"{dataset.name} {dataset.digest}",
@@ -180,7 +181,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     if is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
-        write_atomically(workdir / "config.json", settings)
+        write_atomically(workdir / "config.json", json.dumps(settings, indent=2) + "\n")
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
     bound_step = functools.partial(
