@@ -78,7 +78,7 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
         return path  # saved already: a damaged one would have been set aside when it was read
     try:
         shutil.rmtree(path, ignore_errors=True)  # a save that a kill cut short
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(
                 path.absolute(),
                 args=ocp.args.Composite(
@@ -123,7 +123,7 @@ def restore(path: Path, like: Any = None) -> Checkpoint:
         raise _damaged(path, f"{changed[0]} is not the file that was saved")
     state_args = ocp.args.StandardRestore(like)  # type: ignore[call-arg]
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             restored = checkpointer.restore(
                 path.absolute(),
                 args=ocp.args.Composite(state=state_args, metadata=ocp.args.JsonRestore()),
@@ -134,6 +134,20 @@ def restore(path: Path, like: Any = None) -> Checkpoint:
     if like is not None:
         _check_same_shapes(path, restored.state, like)
     return Checkpoint(path, restored.state, dict(restored.metadata))
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Orbax, for this process alone: of several that hold the same state, one saves it."""
+    process = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process{process}",
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _check_same_shapes(path: Path, state: Any, like: Any) -> None:

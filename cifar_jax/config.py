@@ -12,6 +12,8 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "onecycle"]
+InputName = Literal["tf.data", "device"]
+DtypeName = Literal["float32", "bfloat16"]
 PresetName = Literal["default", "tutorial"]
 SplitName = Literal["train", "val", "test"]
 FitName = Literal["stretch", "crop"]
@@ -19,6 +21,7 @@ ExportFormat = Literal["stablehlo", "onnx", "safetensors", "pth"]
 
 _DATA, _MODEL, _OPTIMIZER = "data", "model", "optimizer"
 _REGULARISATION, _RUN = "augmentation and regularisation", "run"
+_PROCESSES = "several processes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +46,16 @@ class TrainConfig:
         below=2**32,
     )
     devices: Literal["all"] | int = option(
-        1, "devices that share each batch", group=_RUN, at_least=1
+        1, "devices, of each process, that share each batch", group=_RUN, at_least=1
     )
     resume: bool = option(
         False, "go on with the run in --workdir, exactly as if it had not stopped", group=_RUN
+    )
+    deterministic: bool = option(
+        False,
+        "the same bits in each run on a GPU too, where some operations then take longer; a CPU "
+        "always gives them",
+        group=_RUN,
     )
     checkpoint_every: int = option(
         0,
@@ -61,6 +70,19 @@ class TrainConfig:
         "write TensorBoard event files too, to tensorboard/ in the workdir (needs "
         "pip install tensorboardX)",
         group=_RUN,
+    )
+
+    coordinator: str | None = option(
+        None,
+        "run as one of several processes, usually one a machine, started alike: HOST:PORT of "
+        "process 0, or 'auto' under SLURM, Open MPI (up to 4) or Kubernetes",
+        group=_PROCESSES,
+    )
+    num_processes: int | None = option(
+        None, "how many processes there are", group=_PROCESSES, at_least=1
+    )
+    process_id: int | None = option(
+        None, "which of them this one is, from 0", group=_PROCESSES, at_least=0
     )
 
     data: str = option(
@@ -94,9 +116,16 @@ class TrainConfig:
     max_train_examples: int | None = option(
         None, "train on at most so many images", group=_DATA, unit="images", at_least=1
     )
+    input: InputName = option(
+        "tf.data",
+        "where a step's images come from: 'tf.data' streams them from the host; 'device' keeps all "
+        "of them, decoded, on each accelerator and runs whole epochs there, without TensorFlow",
+        group=_DATA,
+    )
     cache_mb: int = option(
         2048,
-        "a training split whose decoded images fit is decoded once; a larger one streams from disk",
+        "for tf.data: a training split whose decoded images fit is decoded once; a larger one "
+        "streams from disk",
         group=_DATA,
         unit="MB",
         at_least=0,
@@ -112,12 +141,24 @@ class TrainConfig:
     batch_norm: bool = option(
         False, "batch norm after each convolution (resnet9: always)", group=_MODEL
     )
+    sync_batch_norm: bool = option(
+        True,
+        "batch norm over the whole batch, so that the number of devices does not matter; off: each "
+        "device over its own share, which saves their waiting for each other",
+        group=_MODEL,
+    )
     dropout: float = option(
         0.0,
         "share of units dropped after each hidden Dense layer (resnet9: before its last)",
         group=_MODEL,
         at_least=0,
         below=1,
+    )
+
+    dtype: DtypeName = option(
+        "float32",
+        "of activations in training; parameters, statistics, loss, sums and scores are float32",
+        group=_MODEL,
     )
 
     optimizer: OptimizerName = option("adam", "the optimizer", group=_OPTIMIZER)
@@ -192,7 +233,35 @@ class TrainConfig:
         if self.dropout and self.model == "linear":
             raise _usage("--dropout with --model linear", "drop --dropout, or use --model mlp")
         if isinstance(self.devices, int):
-            check_batch_divides(self, self.devices)
+            check_batch_divides(self, self.devices * (self.num_processes or 1))
+        _check_processes(self)
+
+
+def _check_processes(config: TrainConfig) -> None:
+    numbers = (config.num_processes, config.process_id)
+    if config.coordinator in (None, "auto"):
+        if numbers != (None, None):
+            raise _usage(
+                "--num-processes and --process-id without the address of a --coordinator",
+                "give --coordinator HOST:PORT too, or leave them out",
+            )
+        return
+    host, _, port = str(config.coordinator).rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise _usage(
+            f"--coordinator {config.coordinator} is not HOST:PORT",
+            "give --coordinator localhost:9876, for example",
+        )
+    if config.num_processes is None or config.process_id is None:
+        raise _usage(
+            "--coordinator HOST:PORT without --num-processes and --process-id",
+            "give both, or --coordinator auto under SLURM, Open MPI or Kubernetes",
+        )
+    if config.process_id >= config.num_processes:
+        raise _usage(
+            f"--process-id {config.process_id} of --num-processes {config.num_processes}",
+            f"give a number from 0 to {config.num_processes - 1}",
+        )
 
 
 def check_batch_divides(config: TrainConfig, devices: int) -> None:
@@ -219,17 +288,27 @@ PRESETS: dict[str, TrainConfig] = {
     ),
 }
 
+# How a run is started this time: not kept with it.
+_OF_THIS_START = frozenset({"resume", "coordinator", "num_processes", "process_id"})
 # What a resumed run may change: where things are and what they run on, not what is computed.
-NOT_PART_OF_THE_RUN = frozenset(
-    {"resume", "data", "data_dir", "cache_mb", "devices", "checkpoint_every", "tensorboard"}
-)
+NOT_PART_OF_THE_RUN = _OF_THIS_START | {
+    "data",
+    "data_dir",
+    "input",
+    "cache_mb",
+    "devices",
+    "checkpoint_every",
+    "tensorboard",
+}
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values; ``resume`` is how a run is started, not part of it."""
-    values = dataclasses.asdict(config)
-    del values["resume"]
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    """The config as plain JSON values, without what is of one start of the run only."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in _OF_THIS_START
+    }
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from cifar_jax.config import FitName
-from cifar_jax.dataset import ImageShape
+from cifar_jax.dataset import ImageFiles, ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 
 # 64 megapixels take 200 MB decoded; a file of a few kilobytes can claim thousands of them.
@@ -69,6 +72,75 @@ def read_image(
     except Exception as error:  # a damaged file ends in whatever its decoder runs into
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _refused(name, f"is damaged: {reason}") from error
+
+
+def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape:
+    """The shape of a data set's images, from a few of them: greyscale only if all of these are.
+
+    Raises:
+        CifarJaxError: data; names a file that is no image.
+    """
+    grey, first = True, (0, 0)
+    for path in map(os.fsdecode, paths):
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+                grey = grey and len(image.getbands()) == 1 and image.mode != "P"
+                first = first if any(first) else (image.height, image.width)
+        except OSError as error:
+            raise unusable(path) from error
+    height, width = (image_size, image_size) if image_size is not None else first
+    return height, width, 1 if grey else 3
+
+
+def decode(split: Split) -> Split:
+    """The same split with every file decoded into memory, none of them resized.
+
+    Raises:
+        CifarJaxError: data; names the first file that cannot be decoded or has another size.
+    """
+    files = split.images
+    assert isinstance(files, ImageFiles)
+    paths = [os.fsdecode(path) for path in files.paths]
+
+    def read(path: str) -> NDArray[np.uint8]:
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+                pixels = np.asarray(_eight_bits(image, files.shape[2]))
+        except OSError as error:
+            raise unusable(path) from error
+        if pixels.shape[:2] != files.shape[:2]:
+            raise other_size(path, pixels.shape, files.shape)
+        return pixels.reshape(files.shape)
+
+    pixels = np.empty((len(files), *files.shape), np.uint8)
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(read, paths)
+        for i, image in enumerate(
+            tqdm(decoded, "decoding", len(paths), unit="images", disable=None)
+        ):
+            pixels[i] = image
+    return Split(pixels, split.labels)
+
+
+def other_size(path: str, shape: tuple[int, ...], first: ImageShape) -> CifarJaxError:
+    (height, width), (h, w) = shape[:2], first[:2]
+    return CifarJaxError(
+        ExitCode.DATA,
+        f"the image {path} is {height}x{width}, the first is {h}x{w}",
+        fix=f"give --image-size {h} to resize all images to {h}x{h}",
+    )
+
+
+def unusable(path: str) -> CifarJaxError:
+    """What is the matter with a file of a data set that does not decode."""
+    file = Path(path)
+    if not file.is_file():
+        what, fix = "is not there any more", "put it back"
+    elif file.stat().st_size == 0:
+        what, fix = "is empty", "put the right file there, or delete it"
+    else:
+        what, fix = "is damaged or no JPEG or PNG", "put the right file there, or delete it"
+    return CifarJaxError(ExitCode.DATA, f"the image {path} {what}", fix=fix)
 
 
 def image_suffixes() -> frozenset[str]:

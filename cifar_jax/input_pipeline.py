@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cifar_jax.dataset import ImageFiles, ImageShape, Split, epoch_order
+from cifar_jax.dataset import ImageFiles, Split, epoch_order
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import other_size, unusable
 
 # Before the import, or TensorFlow prints notes on the processor, and of each error, which reaches
 # Python as an exception, five lines more.
@@ -32,13 +33,25 @@ _PREFETCHED_BATCHES = 4
 _DECODED_AT_ONCE = 500
 
 
+ALL_ROWS = slice(None)
+
+
 def train_batches(
-    split: Split, *, batch_size: int, seed: int, epochs: int, first_step: int = 0
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int,
+    first_step: int = 0,
+    rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
     """Full batches from ``first_step`` to the end of the last epoch, in ``epoch_order``.
 
     The images that do not fill an epoch's last batch sit that epoch out; others do the next time.
-    Nothing before ``first_step`` is read or decoded.
+    Nothing before ``first_step`` is read or decoded, nor is what is not in ``rows``.
+
+    Args:
+        rows: which images of each batch to yield.
 
     Yields:
         ``image`` uint8 ``[B, H, W, C]`` and ``label`` int32 ``[B]``.
@@ -47,28 +60,31 @@ def train_batches(
 
     def index_batches(epoch: int) -> NDArray[np.int64]:
         order = epoch_order(len(split), seed, int(epoch))
-        return order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
+        batches = order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
+        return batches[:, rows]
 
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         indices = tf.numpy_function(index_batches, [epoch], tf.int64, stateful=False)
-        return tf.data.Dataset.from_tensor_slices(
-            tf.ensure_shape(indices, (steps_per_epoch, batch_size))
-        )
+        shape = (steps_per_epoch, len(range(batch_size)[rows]))
+        return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(indices, shape))
 
     first_epoch, skipped_steps = divmod(first_step, steps_per_epoch)
     indices = tf.data.Dataset.range(first_epoch, epochs).flat_map(epoch_batches).skip(skipped_steps)
     return _fetch(indices, split)
 
 
-def eval_batches(split: Split, *, batch_size: int) -> Iterator[Batch]:
+def eval_batches(split: Split, *, batch_size: int, rows: slice = ALL_ROWS) -> Iterator[Batch]:
     """All images in order, the last batch padded.
+
+    Args:
+        rows: which images of each batch to yield.
 
     Yields:
         ``image`` uint8 ``[B, H, W, C]``, ``label`` int32 ``[B]`` and ``mask`` float32 ``[B]``,
         which is 1 for an image and 0 for padding (a copy of the first image).
     """
     n_batches = -(-len(split) // batch_size)
-    indices = np.arange(n_batches * batch_size).reshape(n_batches, batch_size)
+    indices = np.arange(n_batches * batch_size).reshape(n_batches, batch_size)[:, rows]
     mask = indices < len(split)
     batches = _fetch(tf.data.Dataset.from_tensor_slices(np.where(mask, indices, 0)), split)
     for batch, batch_mask in zip(batches, mask.astype(np.float32), strict=True):
@@ -125,22 +141,6 @@ def decode(split: Split) -> Split:
     return Split(pixels, split.labels)
 
 
-def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape:
-    """The shape of a data set's images, from a few of them: greyscale only if all of these are."""
-    files = ImageFiles(paths, shape=(0, 0, 0), resize=True)
-    images = []
-    for path in paths:
-        try:
-            images.append(_read_image(path, channels=0))
-        except tf.errors.OpError as error:
-            raise _explained(error, files) from error
-    channels = 1 if all(image.shape[-1] == 1 for image in images) else 3
-    if image_size is not None:
-        return image_size, image_size, channels
-    height, width = images[0].shape[:2]
-    return height, width, channels
-
-
 def _read_image(path: tf.Tensor, channels: int) -> tf.Tensor:
     # Reads PNG too. INTEGER_ACCURATE gives the pixels that Pillow gives; the default does not.
     return tf.io.decode_jpeg(
@@ -179,21 +179,9 @@ def _explained(error: tf.errors.OpError, images: ImageFiles | NDArray[np.uint8])
         try:
             shape = _read_image(path, images.shape[-1]).shape
         except tf.errors.OpError:
-            file = Path(shown)
-            if not file.is_file():
-                what, fix = "is not there any more", "put it back"
-            elif file.stat().st_size == 0:
-                what, fix = "is empty", "put the right file there, or delete it"
-            else:
-                what, fix = "is damaged or no JPEG or PNG", "put the right file there, or delete it"
-            return CifarJaxError(ExitCode.DATA, f"the image {shown} {what}", fix=fix)
+            return unusable(shown)
         if not images.resize and tuple(shape) != images.shape:
-            (height, width, _), (h, w, _) = shape, images.shape
-            return CifarJaxError(
-                ExitCode.DATA,
-                f"the image {shown} is {height}x{width}, the first is {h}x{w}",
-                fix=f"give --image-size {h} to resize all images to {h}x{h}",
-            )
+            return other_size(shown, tuple(shape), images.shape)
     return error
 
 

@@ -8,15 +8,18 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -24,11 +27,16 @@ from cifar_jax import __version__, checkpoint
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset
+from cifar_jax.distributed import (
+    agreed_signal,
+    check_agreement,
+    code_digest,
+    is_first,
+    wait_for_all,
+)
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
-from cifar_jax.evaluation import Evaluate, make_evaluate
 from cifar_jax.events import event_log
 from cifar_jax.files import write_atomically
-from cifar_jax.input_pipeline import Batch, train_batches
 from cifar_jax.metrics import (
     TABLE_HEADER,
     EpochRow,
@@ -39,17 +47,20 @@ from cifar_jax.metrics import (
 )
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, compile_step, select_devices, shard, sum_over_devices
+from cifar_jax.parallel import (
+    AXIS_NAME,
+    Advance,
+    Evaluate,
+    select_devices,
+    to_floats,
+)
 from cifar_jax.plots import save_curves
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import StopSignals
-from cifar_jax.train_step import TrainState, create_train_state, train_step
+from cifar_jax.train_step import Batch, Sums, TrainState, create_train_state, train_step
 
 # Steps that may be under way before the host waits for the oldest: enough to keep a device busy.
 _STEPS_IN_FLIGHT = 2
-
-
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Run:
     dataset: Dataset
     devices: Sequence[jax.Device]
     schedule: optax.Schedule
-    step: Step
+    advance: Advance
     evaluate: Evaluate
 
     @property
@@ -95,18 +106,33 @@ class Progress:
 
 
 def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
-    """Carry a run from its start, or its newest checkpoint, to its report."""
+    """Carry a run from its start, or its newest checkpoint, to its report.
+
+    With several processes each does the same, on its share of the data, and the first one writes.
+    """
     devices = select_devices(config.devices)
     check_batch_divides(config, len(devices))
+    if config.input == "device":
+        from cifar_jax import device_input as images
+
+        decode, cache_mb = images.decode, images.room_mb(devices)
+    else:
+        from cifar_jax import host_input as images  # type: ignore[no-redef]
+        from cifar_jax.input_pipeline import decode
+
+        cache_mb = config.cache_mb
     dataset = load_dataset(
         config.data,
         data_dir=config.data_dir,
         image_size=config.image_size,
         val_fraction=config.val_fraction,
         max_train_examples=config.max_train_examples,
-        cache_mb=config.cache_mb,
+        cache_mb=cache_mb,
+        decode=decode,
         seed=config.seed,
     )
+    if config.input == "device":
+        images.check_fits(dataset.train, cache_mb)
     if dataset.notice:
         _print_banner(dataset.notice)
     if config.batch_size > len(dataset.train):
@@ -118,7 +144,13 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         )
     total_steps = config.epochs * (len(dataset.train) // config.batch_size)
     schedule = make_schedule(config, total_steps)
-    model = create_model(config, len(dataset.class_names), AXIS_NAME)
+    model = create_model(
+        config,
+        len(dataset.class_names),
+        axis_name=AXIS_NAME if config.sync_batch_norm else None,
+        dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
+    )
+    scored_model = create_model(config, len(dataset.class_names), None)
     tx = make_optimizer(config, schedule)
     # On the host: the compiled steps place it on the devices, and a checkpoint restores to it.
     state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
@@ -135,9 +167,21 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     )
 
     progress = _start_or_resume(config, workdir / "checkpoints", state, dataset)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
-    write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+    settings = to_json(config)
+    where = ("data", "data_dir")  # may be another place on another machine
+    check_agreement(
+        {
+            "options": json.dumps({n: v for n, v in settings.items() if n not in where}, indent=2),
+            "code": code_digest(),
+            "packages": json.dumps(_versions(), indent=2),
+            "data": f"{dataset.name} {dataset.digest}",
+            "checkpoint": f"step {progress.step}",
+        }
+    )
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
+        write_atomically(workdir / "config.json", json.dumps(settings, indent=2) + "\n")
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
     bound_step = functools.partial(
@@ -158,27 +202,48 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         dataset,
         devices,
         schedule,
-        step=compile_step(
-            bound_step, state, config.batch_size, dataset.image_shape, devices, returns_state=True
+        advance=images.make_advance(
+            _with_signal(bound_step), state, dataset.train, config, devices, progress.step
         ),
-        evaluate=make_evaluate(model, dataset, state.variables, devices, config.batch_size),
+        evaluate=images.make_evaluate(
+            scored_model, dataset, state.variables, devices, config.batch_size
+        ),
     )
     print(f"{time.perf_counter() - started:.1f} s")
 
     try:
         _train(run, progress)
     finally:
-        if progress.history:
+        if progress.history and is_first():
             title = f"{config.model} on {dataset.name}"
             save_curves(progress.history, title, workdir / "plots" / "curves.png")
     return _test_and_report(run, progress, n_params)
+
+
+def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step``, which also tells every process of a signal that came to any of them.
+
+    In the batch each device has a ``signal``, 0 for none; the sums hold the largest.
+    """
+
+    def step_with_signal(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        signal = batch["signal"]
+        rest = {name: x for name, x in batch.items() if name != "signal"}
+        state, sums = step(state, rest)
+        return state, {**sums, "signal": jax.lax.pmax(signal, AXIS_NAME)}
+
+    return step_with_signal
 
 
 def _start_or_resume(
     config: TrainConfig, checkpoints: Path, state: TrainState, dataset: Dataset
 ) -> Progress:
     """The progress of the newest checkpoint that can be read, or the start."""
+    if not is_first():
+        wait_for_all("restored")  # the first one sets damaged checkpoints aside
     saved, rejected = checkpoint.restore_newest(checkpoints, like=state)
+    if is_first():
+        wait_for_all("restored")
     for error in rejected:
         print(f"warning: {error}")
     if saved is None:
@@ -210,49 +275,47 @@ def _train(run: Run, progress: Progress) -> None:
         Stopped: a signal came; the run is saved at the step it came in.
     """
     config = run.config
-    batches = train_batches(
-        run.dataset.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epochs=config.epochs,
-        first_step=progress.step,
-    )
     _write_history(run, progress)
     if len(progress.history) < config.epochs:
         print(TABLE_HEADER)
     events: contextlib.AbstractContextManager[Callable[[EpochRow], None]]
     events = contextlib.nullcontext(lambda row: None)
-    if config.tensorboard:
+    if config.tensorboard and is_first():
         events = event_log(run.workdir / "tensorboard", progress.history)
     with StopSignals() as stop, events as add_event:
         while len(progress.history) < config.epochs:
             if 0 < config.early_stopping <= epochs_without_progress(progress.history):
                 print(f"early stop: {config.early_stopping} epochs without a lower val loss")
                 break
-            _train_epoch(run, progress, batches, stop)
+            signum = _train_epoch(run, progress, stop)
             if progress.step == (len(progress.history) + 1) * run.steps_per_epoch:
                 _validate(run, progress)
                 print(table_row(progress.history[-1]), flush=True)
                 add_event(progress.history[-1])
             path = _save(run, progress)
-            if stop.received is not None:
+            signum = signum or agreed_signal(stop.received)
+            if signum is not None:
                 raise Stopped(
-                    stop.received,
+                    signum,
                     f"step {progress.step} is saved in {path}. Go on with: "
                     f"python -m cifar_jax.train --resume --workdir {run.workdir}",
                 )
 
 
-def _train_epoch(run: Run, progress: Progress, batches: Iterator[Batch], stop: StopSignals) -> None:
-    """Train to the end of the epoch, or to the step in which a signal comes."""
+def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
+    """Train to the end of the epoch, or to a step soon after a signal; returns the signal."""
     config = run.config
-    step = progress.step
+    save_every = config.checkpoint_every or run.steps_per_epoch
+    step, signum = progress.step, 0
     last_step = (len(progress.history) + 1) * run.steps_per_epoch
-    in_flight: deque[dict[str, jax.Array]] = deque()
+    in_flight: deque[Sums] = deque()
 
     def settle(at_most: int) -> None:
+        nonlocal signum
         while len(in_flight) > at_most:
-            progress.sums.add(sum_over_devices(in_flight.popleft()))
+            sums = in_flight.popleft()
+            signum = signum or int(np.max(np.asarray(sums.pop("signal"))))
+            progress.sums.add(to_floats(sums))
             if not math.isfinite(progress.sums.loss):
                 raise CifarJaxError(
                     ExitCode.NUMERICS,
@@ -268,20 +331,25 @@ def _train_epoch(run: Run, progress: Progress, batches: Iterator[Batch], stop: S
         desc=f"epoch {len(progress.history) + 1}/{config.epochs}",
         unit="steps",
         leave=False,
-        disable=None,  # silent where there is no terminal
+        # Silent where there is no terminal, and in all processes but one.
+        disable=None if is_first() else True,
     ) as bar:
-        while step < last_step and stop.received is None:
-            progress.state, sums = run.step(progress.state, shard(next(batches), run.devices))
-            step += 1
+        while step < last_step and not signum:
+            next_save = min(last_step, (step // save_every + 1) * save_every)
+            progress.state, sums, done = run.advance(
+                progress.state, step, next_save, stop.received or 0
+            )
+            step += done
             in_flight.append(sums)
             settle(_STEPS_IN_FLIGHT)
-            bar.update()
-            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < last_step:
+            bar.update(done)
+            if step == next_save < last_step:
                 settle(0)
                 progress.seconds = before + time.perf_counter() - started
                 _save(run, progress)
         settle(0)
     progress.seconds = before + time.perf_counter() - started
+    return signum or None
 
 
 def _validate(run: Run, progress: Progress) -> None:
@@ -324,11 +392,13 @@ def _save(run: Run, progress: Progress) -> Path:
         "versions": _versions(),
     }
     best_step = best_row(progress.history)["step"] if progress.history else 0
-    path = checkpoint.save(
-        run.checkpoints, progress.step, progress.state, metadata, best_step=best_step
-    )
+    if is_first():
+        checkpoint.save(
+            run.checkpoints, progress.step, progress.state, metadata, best_step=best_step
+        )
+    wait_for_all(f"saved step {progress.step}")
     _write_history(run, progress)
-    return path
+    return run.checkpoints / str(progress.step)
 
 
 def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, Any]:
@@ -357,13 +427,16 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
             [row["images_per_second"] for row in history]
         ),
         "devices": len(run.devices),
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "device_kind": run.devices[0].device_kind,
         "seed": config.seed,
         "versions": _versions(),
         # After the last step, where a resumed run must arrive; what was scored is best_step.
         "params_sha256": checkpoint.tree_sha256(jax.device_get(progress.state.params)),
     }
-    write_atomically(run.workdir / "report.json", json.dumps(report, indent=2) + "\n")
+    if is_first():
+        write_atomically(run.workdir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
         f"test on {dataset.name}: accuracy {100 * test.accuracy:.2f} % ({test.correct:.0f} of "
         f"{test.count:.0f}), loss {test.mean_loss:.4f}, with epoch {best['epoch']}, the best by "
@@ -375,8 +448,9 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
 
 def _write_history(run: Run, progress: Progress) -> None:
     """``metrics.jsonl``, anew from the history, so that no line can be torn or come twice."""
-    lines = "".join(json.dumps(row) + "\n" for row in progress.history)
-    write_atomically(run.workdir / "metrics.jsonl", lines)
+    if is_first():
+        lines = "".join(json.dumps(row) + "\n" for row in progress.history)
+        write_atomically(run.workdir / "metrics.jsonl", lines)
 
 
 def _versions() -> dict[str, str]:

@@ -19,7 +19,9 @@ from cifar_jax.pooling import max_pool
 Layer = Callable[[jax.Array], jax.Array]
 
 
-def conv_block(features: int, *, norm: Callable[[], Layer] | None, pool: bool) -> list[Layer]:
+def conv_block(
+    features: int, *, norm: Callable[[], Layer] | None, pool: bool, dtype: Any = None
+) -> list[Layer]:
     """Conv 3x3 padding 1, batch norm if wanted, ReLU, MaxPool 2 if wanted."""
     return [
         nn.Conv(
@@ -28,6 +30,7 @@ def conv_block(features: int, *, norm: Callable[[], Layer] | None, pool: bool) -
             padding=1,
             # A norm subtracts any bias; Adam would turn its gradient, all rounding, into steps.
             use_bias=norm is None,
+            dtype=dtype,
             conv_general_dilated=conv3x3,
         ),
         *([norm()] if norm else []),
@@ -61,6 +64,7 @@ class ConvNet(nn.Module):
         convs_per_pool: convolutions before each pooling.
         global_pool: average over all positions instead of flattening: takes any image size.
         axis_name: the pmap axis over which batch norm takes its statistics.
+        dtype: of activations, where it is not that of the parameters; logits are of theirs.
     """
 
     num_classes: int
@@ -71,16 +75,18 @@ class ConvNet(nn.Module):
     batch_norm: bool = False
     dropout: float = 0.0
     axis_name: str | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        norm = _batch_norm(train, self.axis_name) if self.batch_norm else None
+        norm = _batch_norm(train, self.axis_name, self.dtype) if self.batch_norm else None
         layers: list[Layer] = []
         for index, features in enumerate(self.widths, start=1):
-            layers += conv_block(features, norm=norm, pool=index % self.convs_per_pool == 0)
+            pool = index % self.convs_per_pool == 0
+            layers += conv_block(features, norm=norm, pool=pool, dtype=self.dtype)
         layers.append(global_average_pool if self.global_pool else self._checked_flatten)
         for features in self.hidden:
-            layers += [nn.Dense(features), nn.relu]
+            layers += [nn.Dense(features, dtype=self.dtype), nn.relu]
             if self.dropout:
                 layers.append(nn.Dropout(self.dropout, deterministic=not train))
         layers.append(nn.Dense(self.num_classes))
@@ -129,19 +135,21 @@ class ResNet9(nn.Module):
 
     Attributes:
         widths: channels of its four stages; the second and fourth end in a residual block.
+        dropout, axis_name, dtype: as in :class:`ConvNet`.
     """
 
     num_classes: int
     widths: Sequence[int] = (64, 128, 256, 512)
     dropout: float = 0.0
     axis_name: str | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        norm = _batch_norm(train, self.axis_name)
+        norm = _batch_norm(train, self.axis_name, self.dtype)
 
         def block(features: int, pool: bool = False) -> list[Layer]:
-            return conv_block(features, norm=norm, pool=pool)
+            return conv_block(features, norm=norm, pool=pool, dtype=self.dtype)
 
         def residual(features: int) -> Layer:
             branch = nn.Sequential([*block(features), *block(features)])
@@ -180,7 +188,7 @@ class ResNet9(nn.Module):
         return TorchLayout({**names, "Dense_0": "classifier.3"}, None)
 
 
-def _batch_norm(train: bool, axis_name: str | None) -> Callable[[], nn.BatchNorm]:
+def _batch_norm(train: bool, axis_name: str | None, dtype: Any) -> Callable[[], nn.BatchNorm]:
     return functools.partial(
         nn.BatchNorm,
         use_running_average=not train,
@@ -188,6 +196,7 @@ def _batch_norm(train: bool, axis_name: str | None) -> Callable[[], nn.BatchNorm
         epsilon=1e-5,
         use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits to cancellation
         axis_name=axis_name,
+        dtype=dtype,  # of what it returns; it computes in float32
     )
 
 
@@ -203,9 +212,18 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def create_model(config: TrainConfig, num_classes: int, axis_name: str | None) -> nn.Module:
-    """The network that ``config`` names, with its options."""
-    options: dict[str, Any] = {"dropout": config.dropout, "axis_name": axis_name}
+def create_model(
+    config: TrainConfig, num_classes: int, axis_name: str | None, dtype: Any = None
+) -> nn.Module:
+    """The network that ``config`` names, with its options; ``dtype`` is that of activations.
+
+    ``config.dtype`` is of training alone: scores and predictions are made in float32.
+    """
+    options: dict[str, Any] = {
+        "dropout": config.dropout,
+        "axis_name": axis_name,
+        "dtype": dtype,
+    }
     if config.model != "resnet9":  # which always normalises
         options["batch_norm"] = config.batch_norm
     if config.widths:

@@ -1,4 +1,8 @@
-"""One step on one or many devices: ``jax.pmap`` with a state that every device holds whole."""
+"""One step on one or many devices: ``jax.pmap`` with a state that every device holds whole.
+
+The devices may be of several processes. A process then gives its own devices' share of each batch,
+and all of them get the same results.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,25 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_jax.dataset import ImageShape
+from cifar_jax.dataset import ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.metrics import RunningSums
+from cifar_jax.train_step import Sums, TrainState, Variables
 
 AXIS_NAME = "batch"
+
+# Carries a training state on: (state, step it is at, step to stop before, signal) -> (state, sums
+# of each step, number of steps done). As many steps as one dispatch takes, and at least one.
+Advance = Callable[[TrainState, int, int, int], tuple[TrainState, Sums, int]]
+# The sums over a whole split.
+Evaluate = Callable[[Variables, Split], RunningSums]
 
 # XLA's YNN fusions, on by default in this jaxlib, make convolutions on a CPU up to twice as slow.
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
-    """The first ``count`` devices, or all.
+    """The first ``count`` devices of each process, or all.
 
     Raises:
         CifarJaxError: environment; there are fewer.
@@ -27,65 +39,90 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     devices = jax.devices()
     if count == "all":
         return devices
-    if count > len(devices):
+    local = jax.local_device_count()
+    if count > local:
         platform = devices[0].platform
-        fix = f"use --devices {len(devices)}"
+        fix = f"use --devices {local}"
         if platform == "cpu":
             fix += f", or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
-            f"--devices {count}, but jax sees {len(devices)} {platform} device(s)",
+            f"--devices {count}, but jax sees {local} {platform} device(s)",
             fix=fix,
         )
-    return devices[:count]
+    processes = range(jax.process_count())
+    return [device for i in processes for device in jax.local_devices(process_index=i)[:count]]
+
+
+def of_this_process(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    return [device for device in devices if device.process_index == jax.process_index()]
+
+
+def rows_of_this_process(batch_size: int, devices: Sequence[jax.Device]) -> slice:
+    """Which images of a global batch are for this process's ``devices``; they stand together."""
+    share = batch_size // len(devices)
+    first = devices.index(of_this_process(devices)[0])
+    return slice(first * share, (first + len(of_this_process(devices))) * share)
 
 
 def shard(batch: dict[str, NDArray[Any]], devices: Sequence[jax.Device]) -> dict[str, NDArray[Any]]:
-    """``[B, ...]`` -> ``[D, B/D, ...]``: each device's share of a batch."""
-    return {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
+    """``[B, ...]`` -> ``[D, B/D, ...]``: each device's share of this process's part of a batch."""
+    count = len(of_this_process(devices))
+    return {name: x.reshape(count, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
+def empty_batch(
+    batch_size: int, image_shape: ImageShape, devices: Sequence[jax.Device]
+) -> dict[str, NDArray[Any]]:
+    """What :func:`shard` makes of a batch of that global size, to compile for: all zeros."""
+    share = (len(of_this_process(devices)), batch_size // len(devices))
+    return {
+        "image": np.zeros((*share, *image_shape), np.uint8),
+        "label": np.zeros(share, np.int32),
+    }
 
 
 def compile_step(
     step: Callable[..., Any],
     state: Any,
-    batch_size: int,
-    image_shape: ImageShape,
+    batch: dict[str, NDArray[Any]],
     devices: Sequence[jax.Device],
     *,
-    returns_state: bool,
+    donate_state: bool,
+    shared: tuple[jax.Array, ...] = (),
 ) -> Callable[..., Any]:
-    """Compile ``step(state, batch)`` with ``jax.pmap``, ahead of time, for one size of batch.
+    """Compile ``step(state, batch, *shared)`` with ``jax.pmap``, ahead of time.
 
-    The state is not mapped: it has no device axis, before, after and in a checkpoint alike. That
-    trusts ``step`` to leave every device with the same state, which its ``pmean`` does.
+    What it returns is not mapped, nor is the state: it has no device axis, before, after and in a
+    checkpoint alike. That trusts ``step`` to leave every device with the same, which its ``pmean``
+    and ``psum`` do.
 
     Args:
-        state: a state (or variables) of the shapes to compile for.
-        batch_size: global; a multiple of the number of devices.
-        returns_state: True for a step of training, which returns ``(state, sums)`` and reuses the
-            given state's memory; False for one of evaluation, which returns ``sums`` and whose
-            batch has a mask. ``sums`` get a leading device axis.
+        state, batch: of the shapes to compile for; each array of the batch has an axis of this
+            process's devices in front.
+        donate_state: whether the new state takes the memory of the one given.
+        shared: arrays that every device has whole already, by :func:`replicate`.
+
+    Returns:
+        A function of a state and a batch.
     """
-    share = (len(devices), batch_size // len(devices))
-    batch = {
-        "image": jax.ShapeDtypeStruct((*share, *image_shape), np.uint8),
-        "label": jax.ShapeDtypeStruct(share, np.int32),
-    }
-    if not returns_state:
-        batch["mask"] = jax.ShapeDtypeStruct(share, np.float32)
     mapped = jax.pmap(
         step,
         axis_name=AXIS_NAME,
-        in_axes=(None, 0),
-        out_axes=(None, 0) if returns_state else 0,
-        donate_argnums=(0,) if returns_state else (),
+        in_axes=(None, 0, *(None for _ in shared)),
+        out_axes=None,
+        donate_argnums=(0,) if donate_state else (),
         devices=devices,
     )
-    compiled = compile_lowered(mapped.lower(state, batch), devices[0].platform)
-    if len(devices) == 1 or devices[0].platform != "cpu":
-        return compiled
+    compiled = compile_lowered(mapped.lower(state, batch, *shared), devices[0].platform)
     # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
-    return lambda *arguments: jax.block_until_ready(compiled(*arguments))
+    one_at_a_time = len(devices) > 1 and devices[0].platform == "cpu"
+
+    def call(state: Any, batch: dict[str, NDArray[Any]]) -> Any:
+        result = compiled(_place(state, devices), _place(batch, devices, AXIS_NAME), *shared)
+        return jax.block_until_ready(result) if one_at_a_time else result
+
+    return call
 
 
 def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
@@ -100,6 +137,25 @@ def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Co
         return lowered.compile()  # another jaxlib: without the option, only slower
 
 
-def sum_over_devices(sums: dict[str, jax.Array]) -> dict[str, float]:
-    """Per-device sums ``[D]`` to floats; waits for the step that makes them."""
+def replicate(x: NDArray[Any], devices: Sequence[jax.Device]) -> jax.Array:
+    """``x`` whole on each of ``devices``."""
+    placed: jax.Array = _place(x, devices)
+    return placed
+
+
+def _place(tree: Any, devices: Sequence[jax.Device], *axes: str) -> Any:
+    """The arrays of ``tree`` on ``devices``, whole or along ``axes``; what is there, as it is."""
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS_NAME,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array):
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(place, tree)
+
+
+def to_floats(sums: dict[str, jax.Array]) -> dict[str, float]:
+    """Sums of one step, or ``[n]`` of n, as the host counts; waits for the steps that make them."""
     return {name: float(np.sum(np.asarray(x), dtype=np.float64)) for name, x in sums.items()}

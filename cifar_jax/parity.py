@@ -23,7 +23,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.layout import Array, Variables
 from cifar_jax.models import ConvNet, ResNet9
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import compile_step, shard, sum_over_devices
+from cifar_jax.parallel import compile_step, shard, to_floats
 from cifar_jax.train_step import TrainState, normalize, train_step
 
 Model = ConvNet | ResNet9
@@ -171,16 +171,14 @@ def train_in_lockstep(
     ahead: deque[tuple[Array, NDArray[np.int32]]] = deque()
     their_losses = torch_reference.train(pair.twin, config, iter(ahead.popleft, None), total_steps)
     for images, labels in batches:
+        batch = shard({"image": images, "label": labels}, devices)
         if step is None:
-            shape = images.shape[1:]
-            step = compile_step(
-                unbound_step, state, len(images), shape, devices, returns_state=True
-            )
-        state, sums = step(state, shard({"image": images, "label": labels}, devices))
+            step = compile_step(unbound_step, state, batch, devices, donate_state=True)
+        state, sums = step(state, batch)
         x = np.asarray(normalized(images)).astype(floating)
         ahead.append((layout.nhwc_to_nchw(x), labels))
         their_loss = next(their_losses)
-        total = sum_over_devices(sums)
+        total = to_floats(sums)
         yield state, total["loss"] / total["count"], their_loss
 
 

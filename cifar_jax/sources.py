@@ -10,6 +10,7 @@ import pickle
 import tarfile
 import threading
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ from cifar_jax.dataset import (
     stratified_choice,
 )
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import probe_shape
+from cifar_jax.listing import folders_and_files, list_images
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 # How long to wait for that host before the network counts as absent; tfds would retry for minutes.
 _DOWNLOAD_TIMEOUT_SECONDS = 4
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-# Mean and std of a split too large for memory are those of so many of its images.
+# Mean and std of a split too large for memory are those of so many of its images, or fewer if they
+# are large.
 _STATISTICS_SAMPLE = 10_000
+_STATISTICS_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +111,15 @@ def load_dataset(
     val_fraction: float = 0.1,
     max_train_examples: int | None = None,
     cache_mb: int = 2048,
+    decode: Callable[[Split], Split] | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Load ``source``; the arguments are the fields of ``TrainConfig`` of the same names.
+    """Load ``source``; the other arguments are the fields of ``TrainConfig`` of the same names.
 
     The test split of a folder stays undecoded: its files are read when it is scored.
+
+    Args:
+        decode: from files to pixels; None is TensorFlow's.
 
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
@@ -135,15 +143,19 @@ def load_dataset(
 
     sample = train
     if isinstance(train.images, ImageFiles):
-        from cifar_jax.input_pipeline import decode
+        if decode is None:
+            from cifar_jax import input_pipeline
 
+            decode = input_pipeline.decode
         megabytes = (len(train) + len(val)) * np.prod(train.image_shape) / 2**20
         if megabytes <= cache_mb:
             train, val = decode(train), decode(val)
             sample = train
         else:
             rng = np.random.default_rng(seed)
-            sample = decode(train.take(stratified_choice(train.labels, _STATISTICS_SAMPLE, rng)))
+            fitting = _STATISTICS_BYTES // int(np.prod(train.image_shape))
+            count = max(1, min(_STATISTICS_SAMPLE, fitting))
+            sample = decode(train.take(stratified_choice(train.labels, count, rng)))
     mean, std = channel_statistics(sample.pixels)
     return Dataset(
         found.name,
@@ -185,7 +197,7 @@ def _load(
     check_source(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path, path.resolve().name, image_size, val_fraction, seed)
+        return _folder(path, path.resolve().name, data_dir, image_size, val_fraction, seed)
     return _archive(path, data_dir, image_size, val_fraction, seed)
 
 
@@ -251,7 +263,7 @@ def _archive(
     if any(name.startswith(("cifar-10-batches-py", "cifar-10-batches-bin")) for name in names):
         return _official_archive(path)
     folder = archive.extract_once(path, data_dir / "extracted")
-    return _folder(folder, path.name, image_size, val_fraction, seed)
+    return _folder(folder, path.name, data_dir, image_size, val_fraction, seed)
 
 
 def _official_archive(path: Path) -> Source:
@@ -336,15 +348,13 @@ def _unpickle(content: bytes) -> dict[str, Any]:
 
 
 def _folder(
-    root: Path, name: str, image_size: int | None, val_fraction: float, seed: int
+    root: Path, name: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
 ) -> Source:
     """A folder in the layout of torchvision's ImageFolder, with splits or flat.
 
     ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
     validation split. A flat folder gives a stratified ``val_fraction`` for the test.
     """
-    from cifar_jax.input_pipeline import probe_shape
-
     root = _unwrap(root)
     present = [split for split in ("train", "val", "test") if (root / split).is_dir()]
     if present and ("train" not in present or len(present) == 1):
@@ -354,16 +364,17 @@ def _folder(
             fix="put class folders into train/ and test/, or class folders alone into the root",
         )
     roots = {split: root / split for split in present} or {"all": root}
-    scans = {split: _scan(folder) for split, folder in roots.items()}
-    first, *others = scans
-    class_names = scans[first].class_names
+    kept_in = data_dir / "listings"
+    listings = {split: list_images(folder, kept_in) for split, folder in roots.items()}
+    first, *others = listings
+    class_names = listings[first].class_names
     for other in others:
-        _check_same_classes(roots[first], class_names, roots[other], scans[other].class_names)
+        _check_same_classes(roots[first], class_names, roots[other], listings[other].class_names)
 
-    shape = probe_shape(scans[first].one_of_each_class(), image_size)
+    shape = probe_shape(listings[first].one_of_each_class(), image_size)
     splits = {
-        split: Split(ImageFiles(scan.paths, shape, image_size is not None), scan.labels)
-        for split, scan in scans.items()
+        split: Split(ImageFiles(listing.paths, shape, image_size is not None), listing.labels)
+        for split, listing in listings.items()
     }
     if "all" in splits:
         train, test = split_off(splits["all"], val_fraction, np.random.default_rng([seed, 1]))
@@ -371,79 +382,21 @@ def _folder(
     else:
         train, test = splits["train"], splits.get("test") or splits["val"]
         val = splits["val"] if len(splits) == 3 else None
-    digest = hashlib.sha256(b"".join(scans[split].listing for split in sorted(scans))).hexdigest()
+    sizes = b"".join(listings[split].sizes for split in sorted(listings))
+    digest = hashlib.sha256(sizes).hexdigest()
     return Source(name, digest, class_names, train, test, val)
 
 
 def _unwrap(root: Path) -> Path:
     """Through folders that hold one folder and nothing else, as archives often do."""
     while True:
-        folders, files = _list(root)
+        folders, files = folders_and_files(root)
         if len(folders) != 1 or folders[0].name in ("train", "val", "test"):
             return root
-        inner_folders, _ = _list(Path(folders[0].path))
+        inner_folders, _ = folders_and_files(Path(folders[0].path))
         if files or not inner_folders:
             return root
         root = Path(folders[0].path)
-
-
-def _list(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
-    """The folders and files that count, sorted by name: hidden ones and macOS's own do not."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    entries = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
-    return [e for e in entries if e.is_dir()], [e for e in entries if not e.is_dir()]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scan:
-    class_names: tuple[str, ...]
-    paths: NDArray[np.bytes_]
-    labels: NDArray[np.int32]
-    listing: bytes  # of class, relative path and size, a line a file
-
-    def one_of_each_class(self) -> NDArray[np.bytes_]:
-        _, first = np.unique(self.labels, return_index=True)
-        return self.paths[first]
-
-
-def _scan(root: Path) -> _Scan:
-    """The image files of each class folder below ``root``, sorted."""
-    folders, _ = _list(root)
-    if len(folders) < 2:
-        raise CifarJaxError(
-            ExitCode.DATA,
-            f"{root} holds {len(folders)} class folder(s), where at least two are needed",
-            fix=f"put the images of each class into a folder of its own, such as {root}/frog/1.png",
-        )
-    paths: list[bytes] = []
-    labels: list[int] = []
-    listing: list[bytes] = []
-    for label, folder in enumerate(folders):
-        n_before = len(paths)
-        unvisited = [Path(folder.path)]
-        while unvisited:
-            inner_folders, files = _list(unvisited.pop())
-            # Links to folders are not followed inside a class: they can lead round in a circle.
-            unvisited += [Path(f.path) for f in reversed(inner_folders) if not f.is_symlink()]
-            for file in files:
-                if file.name.lower().endswith(IMAGE_SUFFIXES):
-                    path = os.fsencode(file.path)
-                    paths.append(path)
-                    relative = path[len(os.fsencode(root)) :]
-                    listing.append(b"%s %d\n" % (relative, file.stat().st_size))
-        if len(paths) == n_before:
-            raise CifarJaxError(
-                ExitCode.DATA,
-                f"the class folder {folder.path} holds no {' or '.join(IMAGE_SUFFIXES)} image",
-                fix="put images there, or delete the folder",
-            )
-        labels += [label] * (len(paths) - n_before)
-    return _Scan(
-        tuple(folder.name for folder in folders),
-        np.array(paths),
-        np.array(labels, np.int32),
-        b"".join(listing),
-    )
 
 
 def _check_same_classes(

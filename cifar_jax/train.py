@@ -69,10 +69,18 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
     from cifar_jax.sources import check_source
 
     check_source(config.data)
-    print(f"cifar_jax {__version__}: starting JAX and TensorFlow ...", flush=True)
+    if config.deterministic:
+        # Read once, when JAX starts its devices. It also turns the search for the fastest kernel
+        # off, which can end with another one each time.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    started = "JAX" if config.input == "device" else "JAX and TensorFlow"
+    print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
+    from cifar_jax.distributed import joined
     from cifar_jax.loop import train_and_test
 
-    return train_and_test(config, workdir)
+    with joined(config, workdir):
+        return train_and_test(config, workdir)
 
 
 def _check_writable(workdir: Path) -> None:
@@ -110,6 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.get("resume") and workdir is None:
         raise CifarJaxError(
             ExitCode.USAGE, "--resume without --workdir", fix="say which run: --workdir runs/..."
+        )
+    if given.get("coordinator") and workdir is None:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            "--coordinator without --workdir",
+            fix="give all processes the same one, in a place that all of them can read and write",
         )
     # What is not said again on --resume stays as it was.
     base = _saved_config(Path(workdir)) if given.get("resume") else None

@@ -85,20 +85,18 @@ def train_step(
         batch: ``image`` uint8 ``[B, H, W, C]`` and ``label`` int32 ``[B]``.
         mean, std: of each channel, in units of 0..1.
         accumulate: micro-batches whose gradients are averaged; it divides B.
-        axis_name: the pmap axis over which gradients are averaged; None on a single device.
+        axis_name: the pmap axis over which gradients and batch statistics are averaged and sums
+            taken; None on a single device.
 
     Returns:
-        The next state, and over this share the sums ``loss`` (plain cross-entropy, without
+        The next state, and over the whole batch the sums ``loss`` (plain cross-entropy, without
         smoothing), ``correct`` and ``count``.
     """
-    n = batch["label"].shape[0]
     device = lax.axis_index(axis_name) if axis_name else 0
     augment_key, dropout_key = jax.random.split(
         jax.random.fold_in(jax.random.key(seed), state.step)
     )
-    positions = device * n + jnp.arange(n)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(augment_key, positions)
-    batch = {**batch, "image": jax.vmap(augment)(keys, batch["image"])}
+    batch = {**batch, "image": augment_batch(augment_key, batch["image"], augment, device)}
     dropout_key = jax.random.fold_in(dropout_key, device)
 
     def loss_fn(
@@ -133,13 +131,14 @@ def train_step(
             micro_step,
             start,
             (jnp.arange(accumulate), micro_batches),
-            # A CPU's convolutions are 13 times slower in an XLA loop; unrolled, no memory is saved.
-            unroll=jax.default_backend() == "cpu",
         )
         grads = jax.tree.map(lambda g: g / accumulate, grads)
         sums = jax.tree.map(lambda s: s.sum(axis=0), stacked_sums)
     if axis_name:
-        grads = lax.pmean(grads, axis_name)
+        # Statistics taken on each device alone differ; their running averages are linear in them,
+        # so averaging at every step is averaging once, before they are used.
+        grads, batch_stats = lax.pmean((grads, batch_stats), axis_name)
+        sums = lax.psum(sums, axis_name)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     next_state = TrainState(
         step=state.step + 1,
@@ -150,6 +149,18 @@ def train_step(
     return next_state, sums
 
 
+def augment_batch(
+    key: jax.Array, images: jax.Array, augment: Augmentation, device: jax.Array | int
+) -> jax.Array:
+    """One device's share of a batch, uint8 ``[B, H, W, C]``, as the network sees it.
+
+    The key of an image is its place in the whole batch, on whichever device it is.
+    """
+    positions = device * len(images) + jnp.arange(len(images))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+    return jax.vmap(augment)(keys, images)
+
+
 def eval_step(
     variables: Variables,
     batch: Batch,
@@ -157,14 +168,17 @@ def eval_step(
     model: nn.Module,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    axis_name: str | None = None,
 ) -> Sums:
     """Sums over the images whose ``mask`` is 1; the keys are those of :func:`train_step`.
 
     Args:
         batch: ``image`` uint8 ``[B, H, W, C]``, ``label`` int32 ``[B]``, ``mask`` float32 ``[B]``.
+        axis_name: the pmap axis over which the sums are taken; None on a single device.
     """
     logits = model.apply(variables, normalize(batch["image"], mean, std), train=False)
-    return classification_sums(logits, batch["label"], batch["mask"])
+    sums = classification_sums(logits, batch["label"], batch["mask"])
+    return lax.psum(sums, axis_name) if axis_name else sums
 
 
 def classification_sums(logits: jax.Array, label: jax.Array, mask: jax.Array | None = None) -> Sums:

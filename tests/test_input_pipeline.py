@@ -10,7 +10,8 @@ from PIL import Image
 
 from cifar_jax.dataset import ImageFiles, Split, epoch_order
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.input_pipeline import decode, eval_batches, probe_shape, train_batches
+from cifar_jax.images import probe_shape
+from cifar_jax.input_pipeline import decode, eval_batches, train_batches
 from cifar_jax.sources import load_dataset
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import write_images
 
-from cifar_jax import loop
+from cifar_jax import host_input
 from cifar_jax.checkpoint import restore, saved_steps
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
@@ -41,19 +42,17 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def signal_at_step(k: int, *signals: int) -> Iterator[None]:
     """Send real signals to this process while the run prepares its ``k``-th step."""
-    calls = 0
-    shard = loop.shard
+    train_batches = host_input.train_batches
 
-    def counting_shard(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == k:
-            for each in signals:
-                signal.raise_signal(each)  # to this thread: two of os.kill can become one
-        return shard(*args)
+    def counted(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for n, batch in enumerate(train_batches(*args, **kwargs), start=1):
+            if n == k:
+                for each in signals:
+                    signal.raise_signal(each)  # to this thread: two of os.kill can become one
+            yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "shard", counting_shard)
+        patch.setattr(host_input, "train_batches", counted)
         yield
 
 
@@ -107,10 +106,12 @@ def test_a_resumed_run_arrives_at_the_same_bits(
     """Stopped at the start, inside an epoch, at an epoch's end and inside the second epoch."""
     with (
         signal_at_step(stop_in_step, signal.SIGTERM),
-        pytest.raises(Stopped, match=f"stopped by SIGTERM: step {stop_in_step} is saved") as stop,
+        pytest.raises(Stopped, match=r"stopped by SIGTERM: step \d+ is saved in") as stop,
     ):
         train_and_evaluate(config, tmp_path)
     assert stop.value.exit_code == 143
+    (stopped_at,) = re.findall(r"step (\d+) is saved", str(stop.value))
+    assert stop_in_step <= int(stopped_at) <= stop_in_step + 3, "the steps in flight, and one"
     assert not (tmp_path / "report.json").exists()
 
     report = train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path)

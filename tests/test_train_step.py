@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,16 +15,17 @@ import pytest
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Split
-from cifar_jax.evaluation import make_evaluate
+from cifar_jax.host_input import make_evaluate
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
     AXIS_NAME,
     CPU_COMPILER_OPTIONS,
     compile_step,
+    empty_batch,
     select_devices,
     shard,
-    sum_over_devices,
+    to_floats,
 )
 from cifar_jax.train_step import (
     TrainState,
@@ -72,11 +74,11 @@ def run_steps(config: TrainConfig, devices: int, n_steps: int) -> tuple[list[flo
     """The loss of each step and the state after the last, under pmap over ``devices``."""
     step, state = make_step(config, AXIS_NAME)
     used = select_devices(devices)
-    compiled = compile_step(step, state, 16, SHAPE, used, returns_state=True)
+    compiled = compile_step(step, state, empty_batch(16, SHAPE, used), used, donate_state=True)
     losses = []
     for batch in make_batches(n_steps, 16):
         state, sums = compiled(state, shard(batch, used))
-        total = sum_over_devices(sums)
+        total = to_floats(sums)
         losses.append(total["loss"] / total["count"])
     return losses, jax.device_get(state)
 
@@ -198,19 +200,90 @@ def test_micro_batches_do_not_change_the_step() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_micro_batches_save_memory() -> None:
+    """By XLA's own count of what a step needs beside its arguments and results."""
+
+    def megabytes(accumulate: int) -> float:
+        step, state = make_step(dataclasses.replace(SMALL, accumulate=accumulate), None)
+        batch = make_batches(1, 256)[0]
+        compiled = jax.jit(step).lower(state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    whole, quarters = megabytes(1), megabytes(4)
+    assert quarters < whole / 2
+
+
+def test_unsynchronised_statistics_are_averaged_over_the_devices() -> None:
+    config = dataclasses.replace(SMALL, batch_norm=True, flip=False, crop=0)
+    (batch,) = make_batches(1, 16)
+    alone, state = make_step(config, None)
+    halves = [{name: x[i : i + 8] for name, x in batch.items()} for i in (0, 8)]
+    of_halves = [jax.jit(alone)(state, half)[0].batch_stats for half in halves]
+    devices = select_devices(2)
+
+    def of_both(axis_of_model: str | None) -> Any:
+        model = create_model(config, 10, axis_of_model)
+        step, _ = make_step(config, AXIS_NAME)
+        step = functools.partial(step, model=model)
+        compiled = compile_step(step, state, shard(batch, devices), devices, donate_state=False)
+        return jax.device_get(compiled(state, shard(batch, devices))[0].batch_stats)
+
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *of_halves)
+    apart, together = of_both(None), of_both(AXIS_NAME)
+    for expected, found in zip(jax.tree.leaves(mean), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    # Of the same inputs, the variance of all is more than the mean of the halves' own.
+    first = "BatchNorm_0"
+    assert (together[first]["var"] > apart[first]["var"]).all()
+
+
+def test_bfloat16_is_for_activations_alone() -> None:
+    config = dataclasses.replace(SMALL, batch_norm=True, dropout=0.5)
+    model = create_model(config, 10, None, dtype=jnp.bfloat16)
+    tx = make_optimizer(config, make_schedule(config, 100))
+    state = create_train_state(model, tx, SHAPE, 0)
+    (batch,) = make_batches(1, 16)
+    images = normalize(batch["image"], MEAN, STD)
+    logits, captured = model.apply(
+        state.variables, images, capture_intermediates=True, mutable=["intermediates"]
+    )
+    kinds = {
+        name: value["__call__"][0].dtype
+        for name, value in captured["intermediates"].items()
+        if name.startswith(("Conv", "BatchNorm", "Dense"))
+    }
+    assert kinds.pop("Dense_1") == logits.dtype == jnp.float32
+    assert set(kinds.values()) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.variables)} == {jnp.dtype(jnp.float32)}
+
+    step, _ = make_step(config, None)
+    after, sums = jax.jit(functools.partial(step, model=model))(state, batch)
+    _, expected = jax.jit(step)(state, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.variables)} == {jnp.dtype(jnp.float32)}
+    assert sums["loss"].dtype == jnp.float32
+    assert float(sums["loss"]) != float(expected["loss"])
+    assert float(sums["loss"]) == pytest.approx(float(expected["loss"]), rel=2e-2)
+
+
 def test_each_step_and_each_device_drops_units_of_its_own() -> None:
     """The same image everywhere: different losses can only come from different masks."""
     config = TrainConfig(
         model="mlp", hidden=(64,), dropout=0.5, flip=False, crop=0, learning_rate=1e-9
     )
-    step, state = make_step(config, AXIS_NAME)
-    devices = select_devices(4)
-    compiled = compile_step(step, state, 4, SHAPE, devices, returns_state=True)
     (batch,) = make_batches(1, 1)
-    same = {name: np.repeat(x, 4, axis=0) for name, x in batch.items()}
-    state, first = compiled(state, shard(same, devices))
-    state, second = compiled(state, shard(same, devices))
-    assert len({*first["loss"].tolist(), *second["loss"].tolist()}) == 8
+    losses = []
+    for n in (1, 2, 3, 4):
+        step, state = make_step(config, AXIS_NAME)
+        devices = select_devices(n)
+        same = {name: np.repeat(x, n, axis=0) for name, x in batch.items()}
+        compiled = compile_step(step, state, shard(same, devices), devices, donate_state=True)
+        for _ in range(2):
+            state, sums = compiled(state, shard(same, devices))
+            losses.append(float(sums["loss"]))
+    of_each_device = np.diff(losses[::2], prepend=0)  # the n-th adds its own to those before
+    first_steps, second_steps = losses[::2], losses[1::2]
+    assert len(set(np.round(of_each_device, 4))) == 4
+    assert all(abs(a - b) > 1e-3 for a, b in zip(first_steps, second_steps, strict=True))
 
 
 def test_augmentation_changes_from_step_to_step() -> None:

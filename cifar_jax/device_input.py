@@ -1,0 +1,229 @@
+"""Steps whose images lie on the device: many steps a dispatch, no TensorFlow, no host in between.
+
+Every device holds all decoded images as uint8, and a step is told which of them make its batch. The
+order is the one of tf.data's batches, so that the step sees the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+
+from cifar_jax import images
+from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.metrics import RunningSums
+from cifar_jax.parallel import (
+    AXIS_NAME,
+    Advance,
+    Evaluate,
+    compile_step,
+    of_this_process,
+    replicate,
+    rows_of_this_process,
+    to_floats,
+)
+from cifar_jax.train_step import Sums, TrainState, Variables, eval_step
+
+# What training needs beside the images: state, activations. A tenth is a guess on the safe side.
+_SHARE_FOR_IMAGES = 0.9
+
+# Where a step takes a tenth of a second, a progress bar and a Ctrl-C want an answer in between.
+_MOST_STEPS_ON_A_CPU = 32
+
+
+def decode(split: Split) -> Split:
+    """The same split, decoded, with the pixels that tf.data's batches have."""
+    assert isinstance(split.images, ImageFiles)
+    if split.images.resize:  # Pillow rounds otherwise than TensorFlow when it resizes
+        from cifar_jax.input_pipeline import decode as decode_by_tensorflow
+
+        return decode_by_tensorflow(split)
+    return images.decode(split)
+
+
+def room_mb(devices: Sequence[jax.Device]) -> int:
+    """Megabytes of images that each device can take."""
+    own = of_this_process(devices)
+    stats = own[0].memory_stats()
+    if stats is not None:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    else:  # on a CPU, where the devices share the host's memory with the decoded images themselves
+        free = _available_bytes() // (len(own) + 1)
+    return int(_SHARE_FOR_IMAGES * free) >> 20
+
+
+def check_fits(split: Split, room_mb: int) -> None:
+    """Raise ``CifarJaxError`` (environment) where a split was left undecoded: it is too large."""
+    if isinstance(split.images, ImageFiles):
+        needed = len(split) * int(np.prod(split.image_shape)) >> 20
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--input device: {len(split):,} images of {'x'.join(map(str, split.image_shape))} "
+            f"take {needed:,} MB decoded, and a device has room for {room_mb:,} MB",
+            fix="use --input tf.data, which streams them, or a smaller --image-size",
+        )
+
+
+def make_advance(
+    step: Callable[..., Any],
+    state: TrainState,
+    split: Split,
+    config: TrainConfig,
+    devices: Sequence[jax.Device],
+    first_step: int,
+) -> Advance:
+    """Put ``split`` on the devices, and compile ``step`` for as many steps as a dispatch takes."""
+    del first_step  # each call says where it is
+    held = _place(split, devices)
+    batch_size, n_devices = config.batch_size, len(of_this_process(devices))
+    steps_per_epoch = len(split) // batch_size
+    rows = rows_of_this_process(batch_size, devices)
+    many_steps = _scan(step)
+    order_of = functools.lru_cache(maxsize=1)(
+        functools.partial(epoch_order, len(split), config.seed)
+    )
+
+    def batches(at_step: int, n: int, signal: int) -> dict[str, NDArray[np.int32]]:
+        epoch, done = divmod(at_step, steps_per_epoch)
+        order = order_of(epoch)[done * batch_size : (done + n) * batch_size]
+        index = order.reshape(n, batch_size)[:, rows].astype(np.int32)
+        return {
+            "index": _by_device(index, n_devices),
+            "signal": np.full((n_devices, n), signal, np.int32),
+        }
+
+    @functools.cache
+    def compiled(n: int) -> Callable[..., Any]:
+        return compile_step(
+            many_steps, state, batches(0, n, 0), devices, donate_state=True, shared=held
+        )
+
+    at_once = _steps_at_once(
+        math.gcd(steps_per_epoch, config.checkpoint_every), devices[0].platform
+    )
+    compiled(at_once)
+
+    def advance(
+        state: TrainState, at_step: int, before_step: int, signal: int
+    ) -> tuple[TrainState, Sums, int]:
+        # Another number only where the run was stopped by a program of another kind of input.
+        n = min(at_once - at_step % steps_per_epoch % at_once, before_step - at_step)
+        state, sums = compiled(n)(state, batches(at_step, n, signal))
+        return state, sums, n
+
+    return advance
+
+
+def make_evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    variables: Variables,
+    devices: Sequence[jax.Device],
+    batch_size: int,
+) -> Evaluate:
+    """As :func:`cifar_jax.host_input.make_evaluate`, with the images on the devices."""
+    batch_size = -(-batch_size // len(devices)) * len(devices)
+    rows = rows_of_this_process(batch_size, devices)
+    n_devices = len(of_this_process(devices))
+    bound_step = functools.partial(
+        eval_step, model=model, mean=dataset.mean, std=dataset.std, axis_name=AXIS_NAME
+    )
+    many_steps = _scan(lambda variables, batch: (variables, bound_step(variables, batch)))
+
+    def evaluation_of(split: Split) -> Callable[[Variables], RunningSums]:
+        if isinstance(split.images, ImageFiles):
+            split = decode(split)
+        n = -(-len(split) // batch_size)
+        index = np.arange(n * batch_size).reshape(n, batch_size)[:, rows]
+        mask = index < len(split)
+        batch = {
+            "index": _by_device(np.where(mask, index, 0).astype(np.int32), n_devices),
+            "mask": _by_device(mask.astype(np.float32), n_devices),
+        }
+        at_once = _steps_at_once(n, devices[0].platform)
+        dispatches = [
+            {name: x[:, start : start + at_once] for name, x in batch.items()}
+            for start in range(0, n, at_once)
+        ]
+        compiled = compile_step(
+            lambda *arguments: many_steps(*arguments)[1],
+            variables,
+            dispatches[0],
+            devices,
+            donate_state=False,
+            shared=_place(split, devices),
+        )
+
+        def evaluate(variables: Variables) -> RunningSums:
+            total = RunningSums()
+            for dispatch in dispatches:
+                total.add(to_floats(compiled(variables, dispatch)))
+            return total
+
+        return evaluate
+
+    validate = evaluation_of(dataset.val)
+
+    def evaluate(variables: Variables, split: Split) -> RunningSums:
+        return validate(variables) if split is dataset.val else evaluation_of(split)(variables)
+
+    return evaluate
+
+
+def _steps_at_once(steps: int, platform: str) -> int:
+    """As many steps a dispatch as may be, of ``steps``: all, or on a CPU a divisor of them."""
+    if platform != "cpu":
+        return steps
+    return max(n for n in range(1, min(steps, _MOST_STEPS_ON_A_CPU) + 1) if steps % n == 0)
+
+
+def _place(split: Split, devices: Sequence[jax.Device]) -> tuple[jax.Array, jax.Array]:
+    return replicate(split.pixels, devices), replicate(split.labels, devices)
+
+
+def _by_device(rows: NDArray[Any], n_devices: int) -> NDArray[Any]:
+    """``[n, B]`` -> ``[D, n, B/D]``: each device's share of each of n batches."""
+    return np.moveaxis(rows.reshape(len(rows), n_devices, -1), 1, 0)
+
+
+def _scan(step: Callable[..., Any]) -> Callable[..., Any]:
+    """From ``step(carry, batch)`` to one of many, whose batch has ``index`` instead of images.
+
+    Each array of the batch has the steps as its first axis, and so have the sums. One step is not
+    made a loop.
+    """
+
+    def many_steps(
+        carry: Any, batch: dict[str, jax.Array], pixels: jax.Array, labels: jax.Array
+    ) -> tuple[Any, Sums]:
+        def one_step(carry: Any, batch: dict[str, jax.Array]) -> tuple[Any, Sums]:
+            index = batch["index"]
+            rest = {name: x for name, x in batch.items() if name != "index"}
+            return step(carry, {**rest, "image": pixels[index], "label": labels[index]})
+
+        if len(batch["index"]) > 1:
+            return lax.scan(one_step, carry, batch)
+        carry, sums = one_step(carry, {name: x[0] for name, x in batch.items()})
+        return carry, {name: x[None] for name, x in sums.items()}
+
+    return many_steps
+
+
+def _available_bytes() -> int:
+    """Of the host's memory, as Linux tells it; elsewhere, more than anyone has."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 50

@@ -1,0 +1,252 @@
+"""Several processes as one run: they meet, agree, and leave together. ``jax.distributed`` does it.
+
+JAX ends every process when one is gone, by an abort with a trace of C++ and no word of what to do.
+So a process of several keeps the runtime's own messages in a file, and a helper that outlives it
+says the word.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+# How long a process may be silent before the others take it for dead; and how long they wait for
+# each other at the start and at the end.
+_HEARTBEAT_SECONDS = 30
+_MEETING_SECONDS = 60
+_PARTING_SECONDS = 5
+
+
+@contextlib.contextmanager
+def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
+    """Take part in the run of several processes that ``config`` names, if it names one.
+
+    Inside, only the first process prints.
+
+    Raises:
+        CifarJaxError: environment; the others cannot be found, or one of them is lost.
+    """
+    if config.coordinator is None:
+        yield
+        return
+    name = socket.gethostname() if config.process_id is None else config.process_id
+    log = workdir / f"process-{name}.log"
+    workdir.mkdir(parents=True, exist_ok=True)
+    with _last_word(workdir, log):
+        _keep_runtime_messages(log)
+        _meet(config)
+        try:
+            with contextlib.ExitStack() as stack:
+                if not is_first():
+                    silence = stack.enter_context(open(os.devnull, "w"))
+                    stack.enter_context(contextlib.redirect_stdout(silence))
+                yield
+        except BaseException as error:
+            # At exit JAX would wait for processes that may be waiting for this one.
+            if not _is_of_a_lost_peer(error):
+                atexit.register(_part, getattr(error, "exit_code", ExitCode.BUG), _PARTING_SECONDS)
+                raise
+            atexit.register(_part, ExitCode.ENVIRONMENT, 0)
+            raise CifarJaxError(
+                ExitCode.ENVIRONMENT,
+                f"process {jax.process_index()} lost another one: "
+                + (str(error).splitlines() or [""])[0][:200],
+                fix=_how_to_go_on(workdir),
+            ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes: the only one, or number 0."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+    """Go on when every process has come to the same place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def check_agreement(facts: Mapping[str, str]) -> None:
+    """See that all processes start from the same.
+
+    Args:
+        facts: what must be equal, by the name that an error calls it.
+
+    Raises:
+        CifarJaxError: usage; names the processes that differ from the first, and in what.
+    """
+    if jax.process_count() == 1:
+        return
+    for name, fact in facts.items():
+        first, *others = _gather(fact)
+        for process, other in enumerate(others, start=1):
+            if other != first:
+                raise CifarJaxError(
+                    ExitCode.USAGE,
+                    f"process {process} differs from process 0 in its {name}: "
+                    + _difference(other, first),
+                    fix="start all processes with the same command, code and data",
+                )
+
+
+def agreed_signal(received: int | None) -> int | None:
+    """The signal that came to any of the processes; all of them must ask at the same place."""
+    if jax.process_count() == 1:
+        return received
+    return int(multihost_utils.process_allgather(np.array(received or 0)).max()) or None
+
+
+def code_digest() -> str:
+    """SHA-256 over the package's own source files."""
+    sha256 = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        sha256.update(path.read_bytes())
+    return sha256.hexdigest()
+
+
+def _gather(text: str) -> list[str]:
+    """The ``text`` of every process."""
+    mine = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(mine)))
+    padded = np.pad(mine, (0, int(lengths.max()) - len(mine)))
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _difference(ours: str, theirs: str) -> str:
+    """The lines of one that the other has not: ``learning_rate 0.1 instead of 0.01``."""
+    left, right = ours.splitlines(), theirs.splitlines()
+    pairs = [
+        f"{a.strip().rstrip(',')} instead of {b.strip().rstrip(',')}"
+        for a, b in zip(left, right, strict=False)
+        if a != b
+    ]
+    return "; ".join(pairs)[:300] or "more or fewer lines"
+
+
+def _meet(config: TrainConfig) -> None:
+    """Join the others, before JAX starts."""
+    timing: dict[str, Any] = {
+        "initialization_timeout": _MEETING_SECONDS,
+        "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": _MEETING_SECONDS,
+    }
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        if config.coordinator == "auto":
+            jax.distributed.initialize(**timing)
+        else:
+            if config.process_id:  # the first one is the coordinator
+                _wait_for_coordinator(str(config.coordinator))
+            jax.distributed.initialize(
+                config.coordinator,
+                config.num_processes,
+                config.process_id,
+                cluster_detection_method="deactivate",
+                **timing,
+            )
+    except (ValueError, RuntimeError) as error:
+        fix = "check that --coordinator is an address of process 0 with a free port"
+        if config.coordinator == "auto":
+            fix = (
+                "under SLURM start it with srun, under Open MPI with mpirun; or give --coordinator "
+                "HOST:PORT --num-processes N --process-id I"
+            )
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--coordinator {config.coordinator}: the processes cannot meet: {error}",
+            fix=fix,
+        ) from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # JAX's own would note it, and no one would ask
+
+
+def _wait_for_coordinator(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    give_up = time.monotonic() + _MEETING_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > give_up:
+                raise CifarJaxError(
+                    ExitCode.ENVIRONMENT,
+                    f"--coordinator {address}: no process 0 there after {_MEETING_SECONDS} s "
+                    f"({error})",
+                    fix="start process 0 on that host, and see that the port can be reached",
+                ) from error
+            time.sleep(0.2)
+
+
+def _part(exit_code: int, patience_seconds: int) -> None:
+    """Leave: with the others, if they come too while patience lasts, or else alone."""
+    parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    parting.start()
+    parting.join(patience_seconds)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed. Gloo's errors come as ``ValueError``, others as JAX's own."""
+    known = isinstance(error, ValueError | jax.errors.JaxRuntimeError)
+    return known and any(
+        word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "coordination service")
+    )
+
+
+def _how_to_go_on(workdir: Path) -> str:
+    return (
+        "see what the others say; then start all of them again, with --resume "
+        f"--workdir {workdir}, from the last checkpoint"
+    )
+
+
+def _keep_runtime_messages(log: Path) -> None:
+    """From here on, C++ writes to ``log`` what it would to stdout and stderr; Python does not."""
+    with log.open("ab") as file:
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            getattr(sys, name).flush()
+            kept = os.fdopen(os.dup(descriptor), "w", buffering=1, errors="backslashreplace")
+            setattr(sys, name, kept)
+            os.dup2(file.fileno(), descriptor)
+
+
+@contextlib.contextmanager
+def _last_word(workdir: Path, log: Path) -> Iterator[None]:
+    """Have it said what to do if this process is aborted inside."""
+    message = (
+        "cifar_jax: error: this process was ended because another one is gone, or was killed "
+        f"itself (the runtime's own words are in {log}). Fix: {_how_to_go_on(workdir)}."
+    )
+    script = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+    # In a session of its own: a Ctrl-C is meant for the run, which says what it does then.
+    with subprocess.Popen(
+        [sys.executable, "-ISc", script, message], stdin=subprocess.PIPE, start_new_session=True
+    ) as speaker:
+        assert speaker.stdin is not None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                speaker.stdin.write(b"all is said")
+                speaker.stdin.flush()

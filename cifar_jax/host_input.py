@@ -1,0 +1,98 @@
+"""Steps whose images come from the host: tf.data decodes and batches while the step before runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import Dataset, Split
+from cifar_jax.input_pipeline import eval_batches, train_batches
+from cifar_jax.metrics import RunningSums
+from cifar_jax.parallel import (
+    AXIS_NAME,
+    Advance,
+    Evaluate,
+    compile_step,
+    empty_batch,
+    of_this_process,
+    rows_of_this_process,
+    shard,
+    to_floats,
+)
+from cifar_jax.train_step import Sums, TrainState, Variables, eval_step
+
+
+def make_advance(
+    step: Callable[..., Any],
+    state: TrainState,
+    split: Split,
+    config: TrainConfig,
+    devices: Sequence[jax.Device],
+    first_step: int,
+) -> Advance:
+    """Compile ``step``, and start reading ``split`` from ``first_step`` on: a step at a time."""
+    n_devices = len(of_this_process(devices))
+    empty = empty_batch(config.batch_size, split.image_shape, devices)
+    empty["signal"] = np.zeros(n_devices, np.int32)
+    compiled = compile_step(step, state, empty, devices, donate_state=True)
+    batches = train_batches(
+        split,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+        first_step=first_step,
+        rows=rows_of_this_process(config.batch_size, devices),
+    )
+
+    def advance(
+        state: TrainState, at_step: int, before_step: int, signal: int
+    ) -> tuple[TrainState, Sums, int]:
+        del at_step, before_step  # one step, and it is the next one
+        batch = shard(next(batches), devices)
+        batch["signal"] = np.full(n_devices, signal, np.int32)
+        state, sums = compiled(state, batch)
+        return state, sums, 1
+
+    return advance
+
+
+def make_evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    variables: Variables,
+    devices: Sequence[jax.Device],
+    batch_size: int,
+) -> Evaluate:
+    """Compile ``evaluate(variables, split)`` for images of ``dataset`` and a network's variables.
+
+    Every image counts once, at any batch size and number of devices.
+
+    Args:
+        batch_size: images a step, over all devices; rounded up to a multiple of their number.
+    """
+    batch_size = -(-batch_size // len(devices)) * len(devices)
+    empty = empty_batch(batch_size, dataset.image_shape, devices)
+    step = compile_step(
+        functools.partial(
+            eval_step, model=model, mean=dataset.mean, std=dataset.std, axis_name=AXIS_NAME
+        ),
+        variables,
+        {**empty, "mask": np.zeros(empty["label"].shape, np.float32)},
+        devices,
+        donate_state=False,
+    )
+    rows = rows_of_this_process(batch_size, devices)
+
+    def evaluate(variables: Variables, split: Split) -> RunningSums:
+        total = RunningSums()
+        for batch in eval_batches(split, batch_size=batch_size, rows=rows):
+            total.add(to_floats(step(variables, shard(batch, devices))))
+        return total
+
+    return evaluate

@@ -1,0 +1,136 @@
+r"""A run on two processes loses one, is stopped, and goes on elsewhere: is it the same run?
+
+    python experiments/processes.py                        # about two minutes
+    python experiments/processes.py --output mine.json
+
+Each process has two devices of its own (parts of the CPU), and they meet on this machine. The run
+is stopped by a SIGTERM to one of them; goes on; loses one to SIGKILL; goes on with three devices in
+one process, to its end. Another run, of the same options and nothing of this, stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cifar_jax import cli
+from cifar_jax.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+# 48 images a step share evenly over 1, 2, 3 and 4 devices. A convex loss, and no maximum of nearly
+# equal numbers that rounding could decide: what differs after all these steps is not rounding.
+RUN = "--data shapes --max-train-examples 1920 --epochs 6 --batch-size 48 --model linear"
+RUN += " --input device --checkpoint-every 10 --optimizer sgd --learning-rate 0.01"
+RUN += " --schedule constant"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "experiments" / "results" / "processes.json"
+    )
+    output: Path = parser.parse_args().output
+    with tempfile.TemporaryDirectory() as folder:
+        found = {**disturbed(Path(folder) / "disturbed"), **alone(Path(folder) / "alone")}
+    pairs = zip(found["losses"], found["undisturbed_losses"], strict=True)
+    found["largest_difference"] = max(abs(a - b) / b for a, b in pairs)
+    write_atomically(output, json.dumps(found, indent=1) + "\n")
+    print(f"largest relative difference of a loss: {found['largest_difference']:.1e}; in {output}")
+
+
+def disturbed(workdir: Path) -> dict[str, Any]:
+    """The run with its accidents."""
+    print("two processes of two devices; SIGTERM to the second ...", flush=True)
+    processes = start_two(workdir)
+    wait_for_rows(workdir, 1, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    stopped = [finish(process) for process in processes]
+    print("the same again; SIGKILL to the second ...", flush=True)
+    processes = start_two(workdir, "--resume")
+    wait_for_rows(workdir, 3, processes)
+    killed_at = time.monotonic()
+    processes[1].kill()
+    survivor = finish(processes[0])
+    seconds = time.monotonic() - killed_at
+    finish(processes[1])
+    print("on three devices, to the end ...", flush=True)
+    last = finish(start(workdir, 3, "--devices", "3", "--resume"))
+    return {
+        "stopped": stopped,
+        "survivor": survivor,
+        "survivor_seconds": round(seconds, 1),
+        "last": last,
+        "losses": losses(workdir),
+    }
+
+
+def alone(workdir: Path) -> dict[str, Any]:
+    """The run on one device, undisturbed."""
+    print("on one device, undisturbed ...", flush=True)
+    finish(start(workdir, 1))
+    return {"undisturbed_losses": losses(workdir)}
+
+
+def start_two(workdir: Path, *options: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    common = ["--coordinator", address, "--num-processes", "2", "--devices", "2", *options]
+    return [start(workdir, 2, *common, "--process-id", str(i)) for i in range(2)]
+
+
+def start(workdir: Path, devices: int, *options: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, "-m", "cifar_jax.train", *RUN.split(), *options]
+    return subprocess.Popen(
+        [*command, "--workdir", str(workdir)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_rows(workdir: Path, rows: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Until so many epochs are in the run's history, and some steps of the next are done."""
+    history = workdir / "metrics.jsonl"
+    while not history.exists() or len(history.read_text().splitlines()) < rows:
+        for process in processes:
+            if process.poll() is not None:
+                raise SystemExit(f"a process ended early:\n{finish(process)['said']}")
+        time.sleep(0.01)
+    time.sleep(0.2)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """How a process ended, and the last line it said."""
+    said, _ = process.communicate(timeout=300)
+    lines = [line for line in said.splitlines() if line.strip()]
+    return {"exit": process.returncode, "said": lines[-1] if lines else ""}
+
+
+def losses(workdir: Path) -> list[float]:
+    """Of training and validation, epoch by epoch, and of the test."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((workdir / "report.json").read_text())
+    both = [loss for row in rows for loss in (row["train_loss"], row["val_loss"])]
+    return [*both, report["test_loss"]]
+
+
+if __name__ == "__main__":
+    cli.run(main)

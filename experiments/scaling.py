@@ -1,0 +1,378 @@
+r"""What do more devices give, and what do micro-batches and bfloat16 cost?
+
+    python experiments/scaling.py                       # minutes; on whatever devices there are
+    python experiments/scaling.py --devices 4           # four parts of a CPU
+
+Times the training step of the default network on 1, 2, 4, ... devices, with the batch kept and with
+each device's share kept; counts what the devices exchange; and predicts from both how larger
+machines would do. Then one device with the batch in 1, 2, 4, 8 micro-batches: its time, and the
+memory that XLA counts for it. Writes a JSON, a picture, and scaling.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from cifar_jax import cli
+from cifar_jax.augment import make_augmentation
+from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import ImageShape
+from cifar_jax.files import write_atomically
+from cifar_jax.models import create_model
+from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.parallel import (
+    AXIS_NAME,
+    compile_lowered,
+    compile_step,
+    empty_batch,
+    replicate,
+    select_devices,
+)
+from cifar_jax.train_step import create_train_state, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE: ImageShape = (32, 32, 3)
+BATCH = 512
+MICRO_BATCHES = (1, 2, 4, 8)
+ROUNDS = 7
+# Bytes a second and seconds a message, of one device to the next: typical, not measured here.
+NETWORKS = {
+    "NVLink in one machine": (300e9, 5e-6),
+    "100 Gbit/s between machines": (10e9, 20e-6),
+    "10 Gbit/s between machines": (1e9, 50e-6),
+}
+PREDICTED_DEVICES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--devices", type=int, help="split the CPU into so many devices")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "experiments" / "results" / "scaling.json"
+    )
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.devices:
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+
+    exchanged = exchanged_bytes()
+    devices = measure_devices()
+    found = {
+        "environment": environment(),
+        "network": "cnn",
+        "devices": devices,
+        "exchanged_bytes": exchanged,
+        "predicted": predict(exchanged),
+        "micro_batches": measure_micro_batches(),
+        "bfloat16": measure_bfloat16(),
+    }
+    write_atomically(output, json.dumps(found, indent=1) + "\n")
+    draw(found).savefig(output.with_suffix(".png"), dpi=110)
+    write_atomically(output.with_suffix(".md"), page(found, output))
+    print(f"in {output}, {output.with_suffix('.png').name} and {output.with_suffix('.md').name}")
+
+
+# --- what is timed --------------------------------------------------------------------------------
+
+
+def make_step(
+    accumulate: int = 1, dtype: Any = None, axis_name: str | None = None
+) -> tuple[Callable[..., Any], Any]:
+    """The step of the default network, and its first state."""
+    config = TrainConfig(schedule="constant")
+    model = create_model(config, 10, axis_name, dtype)
+    tx = make_optimizer(config, make_schedule(config, 1000))
+    step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        augment=make_augmentation(config, (0.5, 0.5, 0.5)),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        seed=0,
+        accumulate=accumulate,
+        axis_name=axis_name,
+    )
+    return step, jax.device_get(create_train_state(model, tx, SHAPE, 0))
+
+
+def make_program(
+    batch_size: int, n_devices: int, accumulate: int = 1, dtype: Any = None
+) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+    """That step compiled for so many devices, the state on them, and a batch."""
+    step, state = make_step(accumulate, dtype, AXIS_NAME)
+    devices = select_devices(n_devices)
+    rng = np.random.default_rng(0)
+    batch = {
+        name: rng.integers(0, 10, x.shape).astype(x.dtype)
+        for name, x in empty_batch(batch_size, SHAPE, devices).items()
+    }
+    compiled = compile_step(step, state, batch, devices, donate_state=False)
+    return compiled, jax.tree.map(lambda x: replicate(x, devices), state), batch
+
+
+def milliseconds(programs: dict[Any, tuple[Callable[..., Any], Any, Any]]) -> dict[Any, Any]:
+    """The median and the spread of each program's time, all timed in turn, round after round."""
+    times: dict[Any, list[float]] = {name: [] for name in programs}
+    for round_ in range(ROUNDS + 1):
+        for name, (step, state, batch) in programs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(step(state, batch))
+            if round_:  # the first warms up
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return {
+        name: {
+            "ms_median": statistics.median(each),
+            "ms_min": min(each),
+            "ms_max": max(each),
+        }
+        for name, each in times.items()
+    }
+
+
+def measure_devices() -> list[dict[str, Any]]:
+    """The step on 1, 2, 4, ... devices: ``batch kept`` and ``share kept``."""
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= jax.local_device_count()]
+    rows = []
+    for kept, batch_of in (("batch", lambda n: BATCH), ("share", lambda n: BATCH // 4 * n)):
+        print(f"on {counts} devices, {kept} kept ...", flush=True)
+        times = milliseconds({n: make_program(batch_of(n), n) for n in counts})
+        for n in counts:
+            speed = batch_of(n) / times[n]["ms_median"] * 1e3
+            rows.append(
+                {
+                    "kept": kept,
+                    "devices": n,
+                    "batch_size": batch_of(n),
+                    **times[n],
+                    "images_per_second": speed,
+                }
+            )
+    return rows
+
+
+def measure_micro_batches() -> list[dict[str, Any]]:
+    """One device, one batch, in K micro-batches: time, memory, and how far the loss is off."""
+    print(f"in {MICRO_BATCHES} micro-batches ...", flush=True)
+    programs = {k: make_program(BATCH, 1, accumulate=k) for k in MICRO_BATCHES}
+    times = milliseconds(programs)
+    losses = {
+        k: float(step(state, batch)[1]["loss"]) for k, (step, state, batch) in programs.items()
+    }
+    return [
+        {
+            "micro_batches": k,
+            **times[k],
+            "temporary_mb": temporary_mb(k),
+            "loss_difference": abs(losses[k] - losses[1]) / losses[1],
+        }
+        for k in MICRO_BATCHES
+    ]
+
+
+def temporary_mb(accumulate: int) -> float:
+    """What XLA allocates for a step beside its arguments and results."""
+    step, state = make_step(accumulate)
+    batch = {
+        "image": jax.ShapeDtypeStruct((BATCH, *SHAPE), np.uint8),
+        "label": jax.ShapeDtypeStruct((BATCH,), np.int32),
+    }
+    compiled = compile_lowered(jax.jit(step).lower(state, batch), jax.default_backend())
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def measure_bfloat16() -> dict[str, Any]:
+    """The step with float32 and with bfloat16 activations."""
+    print("with bfloat16 activations ...", flush=True)
+    return milliseconds(
+        {
+            "float32": make_program(BATCH, 1),
+            "bfloat16": make_program(BATCH, 1, dtype=jnp.bfloat16),
+        }
+    )
+
+
+# --- what follows from it -------------------------------------------------------------------------
+
+
+def exchanged_bytes() -> int:
+    """What a step averages over the devices: gradients and statistics of batch norm, and sums."""
+    _, state = make_step()
+    averaged = jax.tree.leaves((state.params, state.batch_stats))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in averaged) + 3 * 4
+
+
+def sent_bytes(exchanged: int, devices: int) -> float:
+    """What each device sends in a ring all-reduce: 2 (D-1)/D of the data.
+
+    Patarasuk and Yuan (2009), "Bandwidth optimal all-reduce algorithms for
+    clusters of workstations", doi:10.1016/j.jpdc.2008.09.002.
+    """
+    return 2 * (devices - 1) / devices * exchanged
+
+
+def predict(exchanged: int) -> list[dict[str, Any]]:
+    """``t(D) = a + b B/D + 2 (D-1)/D bytes/bandwidth + 2 (D-1) latency``, at the default batch.
+
+    a and b are fitted to this device's time at batches of 32 to 512.
+    """
+    print("batches of 32 to 512 on one device ...", flush=True)
+    sizes = [32, 64, 128, 256, 512]
+    times = milliseconds({size: make_program(size, 1) for size in sizes})
+    slope, start = np.polyfit(sizes, [times[size]["ms_median"] for size in sizes], 1)
+    start = max(float(start), 0.0)
+    rows = []
+    for network, (bandwidth, latency) in NETWORKS.items():
+        for devices in PREDICTED_DEVICES:
+            exchange = sent_bytes(exchanged, devices) / bandwidth + 2 * (devices - 1) * latency
+            ms = start + slope * BATCH / devices + 1e3 * exchange
+            rows.append(
+                {
+                    "network": network,
+                    "devices": devices,
+                    "fixed_ms": start,
+                    "ms_an_image": float(slope),
+                    "exchange_ms": 1e3 * exchange,
+                    "images_per_second": BATCH / ms * 1e3,
+                    "efficiency": (start + slope * BATCH) / (devices * ms),
+                }
+            )
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores",
+        "devices": f"{jax.local_device_count()} {jax.devices()[0].device_kind}",
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+    }
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    measured, predicted = figure.subplots(1, 2)
+    for kept, marker in (("batch", "o-"), ("share", "s--")):
+        rows = [row for row in found["devices"] if row["kept"] == kept]
+        measured.plot(
+            [row["devices"] for row in rows],
+            [row["images_per_second"] for row in rows],
+            marker,
+            label=f"{kept} kept",
+        )
+    measured.set(
+        title=f"measured: {found['environment']['devices']}, {found['environment']['machine']}",
+        xlabel="devices",
+        ylabel="images a second",
+    )
+    measured.set_ylim(bottom=0)
+    measured.legend()
+    for network in NETWORKS:
+        rows = [row for row in found["predicted"] if row["network"] == network]
+        predicted.plot(
+            [row["devices"] for row in rows],
+            [100 * row["efficiency"] for row in rows],
+            "o-",
+            label=network,
+        )
+    predicted.set_xscale("log", base=2)
+    predicted.set(
+        title=f"predicted, batch of {BATCH} kept", xlabel="devices", ylabel="efficiency / %"
+    )
+    predicted.set_ylim(0, 105)
+    predicted.legend(fontsize="small")
+    return figure
+
+
+def page(found: dict[str, Any], output: Path) -> str:
+    """The results in words, as Markdown."""
+    about = found["environment"]
+    first = found["predicted"][0]
+    lines = [
+        "# What more devices give",
+        "",
+        f"Written by `python experiments/scaling.py`; {about['devices']}, {about['machine']}, jax "
+        f"{about['versions']['jax']}, {about['date']}. The default network, images of "
+        f"{'x'.join(map(str, SHAPE))}, medians of {ROUNDS} rounds in turn.",
+        "",
+        f"![scaling]({output.with_suffix('.png').name})",
+        "",
+        "## Measured",
+        "",
+        "| kept | devices | batch | ms a step (fastest to slowest) | images a second |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["devices"]:
+        lines.append(
+            f"| {row['kept']} | {row['devices']} | {row['batch_size']} | {row['ms_median']:.0f} "
+            f"({row['ms_min']:.0f} to {row['ms_max']:.0f}) | {row['images_per_second']:,.0f} |"
+        )
+    lines += [
+        "",
+        "Parts of one CPU share its cores: their times show what sharing costs, not a gain.",
+        "",
+        "## Exchanged and predicted",
+        "",
+        f"A step averages {found['exchanged_bytes'] / 1e6:.2f} MB over the devices; in a ring each "
+        "of D devices sends 2 (D-1)/D of that. With a step of "
+        f"{first['fixed_ms']:.1f} ms + {first['ms_an_image']:.3f} ms an image, fitted here, and "
+        "t(D) = fixed + image B/D + 2 (D-1)/D bytes/bandwidth + 2 (D-1) latency:",
+        "",
+        "| network (assumed: bytes/s, s a message) | "
+        + " | ".join(f"{n} devices" for n in PREDICTED_DEVICES)
+        + " |",
+        "|---" * (len(PREDICTED_DEVICES) + 1) + "|",
+    ]
+    for network, (bandwidth, latency) in NETWORKS.items():
+        cells = [
+            f"{100 * row['efficiency']:.0f} %"
+            for row in found["predicted"]
+            if row["network"] == network
+        ]
+        lines.append(f"| {network} ({bandwidth:.0e}, {latency:.0e}) | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Efficiency is the speed-up over D. A device that is F times faster than this one has F "
+        "times less time to hide the same exchange in: there it stops paying F times earlier.",
+        "",
+        "## Micro-batches (`--accumulate`)",
+        "",
+        f"| micro-batches of {BATCH} images | XLA's temporaries | ms a step | loss off by |",
+        "|---|---|---|---|",
+    ]
+    for row in found["micro_batches"]:
+        lines.append(
+            f"| {row['micro_batches']} | {row['temporary_mb']:.0f} MB | {row['ms_median']:.0f} "
+            f"({row['ms_min']:.0f} to {row['ms_max']:.0f}) | {row['loss_difference']:.0e} |"
+        )
+    times = found["bfloat16"]
+    lines += [
+        "",
+        "## Activations in bfloat16 (`--dtype bfloat16`)",
+        "",
+        f"A step of {BATCH} images takes {times['float32']['ms_median']:.0f} ms with float32 and "
+        f"{times['bfloat16']['ms_median']:.0f} ms with bfloat16.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,203 @@
+"""Several real processes on this machine, as one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar_jax import distributed
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.train import train_and_evaluate
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ("--model", "linear", "--batch-size", "16", "--epochs", "2", "--input", "device")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return int(s.getsockname()[1])
+
+
+def start(process_id: int, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    import os
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "cifar_jax.train", *RUN, *options],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(
+    workdir: Path, *options: str, of_second: tuple[str, ...] = ()
+) -> list[subprocess.Popen[str]]:
+    address = f"localhost:{free_port()}"
+    return [
+        start(
+            i,
+            {},
+            *("--workdir", str(workdir), "--coordinator", address),
+            *("--num-processes", "2", "--process-id", str(i)),
+            *options,
+            *(of_second if i else ()),
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    said = [process.communicate(timeout=120) for process in processes]
+    return [(p.returncode, *both) for p, both in zip(processes, said, strict=True)]
+
+
+@pytest.mark.timeout(400)
+def test_stopped_killed_and_resumed_elsewhere_it_is_the_same_run(tmp_path: Path) -> None:
+    output = tmp_path / "processes.json"
+    script = [sys.executable, str(ROOT / "experiments" / "processes.py"), "--output", str(output)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(output.read_text())
+    first, second = found["stopped"]
+    assert (first["exit"], second["exit"]) == (143, 143)
+    assert first["said"] == second["said"], "both stop at the same step"
+    assert "is saved in" in first["said"]
+    assert found["survivor"]["exit"] in (ExitCode.ENVIRONMENT, -6)  # JAX may abort it first
+    assert "--resume --workdir" in found["survivor"]["said"]
+    assert found["survivor_seconds"] < distributed._HEARTBEAT_SECONDS
+    assert found["last"]["exit"] == 0
+    assert found["losses"] == pytest.approx(found["undisturbed_losses"], rel=1e-5)
+
+
+def test_only_the_first_process_speaks_and_writes(image_folder: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    first, second = finish(start_two(workdir, "--data", str(image_folder)))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert "test on images" in first[1]
+    assert second[1].splitlines() == [line for line in first[1].splitlines() if "starting" in line]
+    assert first[2] == second[2] == ""
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["processes"] == report["devices"] == 2
+    config = TrainConfig(
+        data=str(image_folder), model="linear", batch_size=16, epochs=2, input="device"
+    )
+    alone = train_and_evaluate(config, tmp_path / "alone")
+    assert report["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-5)
+    assert report["test_correct"] == alone["test_correct"]
+    saved = json.loads((workdir / "config.json").read_text())
+    assert not {"coordinator", "num_processes", "process_id"} & set(saved)
+
+
+@pytest.mark.parametrize(
+    ("of_second", "named"),
+    [
+        (("--learning-rate", "0.1"), "process 1 differs from process 0 in its options.*0.1"),
+        (("--data", "shapes"), "process 1 differs from process 0 in its data: shapes"),
+    ],
+)
+def test_a_process_that_differs_is_named(
+    of_second: tuple[str, ...], named: str, image_folder: Path, tmp_path: Path
+) -> None:
+    import re
+
+    options = ("--data", str(image_folder), "--max-train-examples", "40")
+    for code, _, error in finish(start_two(tmp_path / "run", *options, of_second=of_second)):
+        assert code == ExitCode.USAGE, error
+        assert re.search(named, error)
+        assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_one_that_fails_alone_says_why_and_the_others_do_not_wait(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    of_second = ("--data", str(tmp_path / "empty"))
+    first, second = finish(
+        start_two(tmp_path / "run", "--data", str(image_folder), of_second=of_second)
+    )
+    assert second[0] == ExitCode.DATA
+    assert "empty" in second[2]
+    assert first[0] in (ExitCode.ENVIRONMENT, -6)
+    assert "another one" in first[2]
+    assert "--resume" in first[2]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "per_process"),
+    [
+        (
+            {"OMPI_MCA_orte_hnp_uri": "{job}.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2"},
+            {"OMPI_COMM_WORLD_RANK": "{i}", "OMPI_COMM_WORLD_LOCAL_RANK": "{i}"},
+        ),
+        (
+            {
+                "SLURM_JOB_ID": "{job}",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_TASKS": "2",
+            },
+            {"SLURM_PROCID": "{i}", "SLURM_LOCALID": "{i}"},
+        ),
+    ],
+)
+def test_clusters_are_detected(
+    cluster: dict[str, str], per_process: dict[str, str], image_folder: Path, tmp_path: Path
+) -> None:
+    job = str(free_port())  # the clusters' port follows from the number of the job
+    options = ("--data", str(image_folder), "--workdir", str(tmp_path / "run"))
+    processes = []
+    for i in range(2):
+        variables = {**cluster, **per_process}
+        environment = {name: value.format(i=i, job=job) for name, value in variables.items()}
+        processes.append(start(i, environment, *options, "--coordinator", "auto"))
+    for code, _, error in finish(processes):
+        assert code == 0, error
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["processes"] == 2
+
+
+def test_no_cluster_is_said(tmp_path: Path) -> None:
+    (found,) = finish([start(0, {}, "--workdir", str(tmp_path / "run"), "--coordinator", "auto")])
+    assert found[0] == ExitCode.ENVIRONMENT
+    assert "--coordinator auto: the processes cannot meet" in found[2]
+    assert "srun" in found[2]
+    assert found[2].count("\n") == 1
+
+
+def test_a_coordinator_that_does_not_answer_is_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed, "_MEETING_SECONDS", 0.3)
+    with pytest.raises(CifarJaxError, match=r"no process 0 there after 0.3 s") as caught:
+        distributed._wait_for_coordinator(f"localhost:{free_port()}")
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coordinator": "here"}, "--coordinator here is not HOST:PORT"),
+        ({"coordinator": "here:0"}, "is not HOST:PORT"),
+        ({"coordinator": "here:80"}, "without --num-processes and --process-id"),
+        ({"coordinator": "h:80", "num_processes": 2, "process_id": 2}, "from 0 to 1"),
+        ({"num_processes": 2}, "without the address of a --coordinator"),
+        ({"coordinator": "auto", "process_id": 0}, "without the address of a --coordinator"),
+        (
+            {"coordinator": "h:80", "num_processes": 3, "process_id": 0, "devices": 2},
+            "128 does not divide over 6 device.*126 or 132",
+        ),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CifarJaxError, match=message):
+        dataclasses.replace(TrainConfig(), **options)
