@@ -64,13 +64,13 @@ def room_mb(devices: Sequence[jax.Device]) -> int:
 
 
 def check_fits(split: Split, room_mb: int) -> None:
-    """Raise ``CifarJaxError`` (environment) where a split was left undecoded: it is too large."""
-    if isinstance(split.images, ImageFiles):
-        needed = len(split) * int(np.prod(split.image_shape)) >> 20
+    """Raise ``CifarJaxError`` (environment) unless the decoded images go into ``room_mb``."""
+    megabytes = len(split) * np.prod(split.image_shape) / 2**20
+    if megabytes > room_mb:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
             f"--input device: {len(split):,} images of {'x'.join(map(str, split.image_shape))} "
-            f"take {needed:,} MB decoded, and a device has room for {room_mb:,} MB",
+            f"take {megabytes:,.2f} MB decoded, and a device has room for {room_mb:,} MB",
             fix="use --input tf.data, which streams them, or a smaller --image-size",
         )
 
@@ -109,15 +109,13 @@ def make_advance(
             many_steps, state, batches(0, n, 0), devices, donate_state=True, shared=held
         )
 
-    at_once = _steps_at_once(
-        math.gcd(steps_per_epoch, config.checkpoint_every), devices[0].platform
-    )
-    compiled(at_once)
+    at_once = _steps_at_once(devices[0].platform, steps_per_epoch, config.checkpoint_every)
+    compiled(min(at_once, config.checkpoint_every or at_once))
 
     def advance(
         state: TrainState, at_step: int, before_step: int, signal: int
     ) -> tuple[TrainState, Sums, int]:
-        # Another number only where the run was stopped by a program of another kind of input.
+        # Seldom another number: each takes a program of its own.
         n = min(at_once - at_step % steps_per_epoch % at_once, before_step - at_step)
         state, sums = compiled(n)(state, batches(at_step, n, signal))
         return state, sums, n
@@ -151,7 +149,7 @@ def make_evaluate(
             "index": _by_device(np.where(mask, index, 0).astype(np.int32), n_devices),
             "mask": _by_device(mask.astype(np.float32), n_devices),
         }
-        at_once = _steps_at_once(n, devices[0].platform)
+        at_once = _steps_at_once(devices[0].platform, n)
         dispatches = [
             {name: x[:, start : start + at_once] for name, x in batch.items()}
             for start in range(0, n, at_once)
@@ -181,11 +179,16 @@ def make_evaluate(
     return evaluate
 
 
-def _steps_at_once(steps: int, platform: str) -> int:
-    """As many steps a dispatch as may be, of ``steps``: all, or on a CPU a divisor of them."""
+def _steps_at_once(platform: str, steps: int, *stops: int) -> int:
+    """How many of ``steps`` a dispatch takes: all, or on a CPU a number that divides them.
+
+    Args:
+        stops: it divides these too, so that one program does for all.
+    """
     if platform != "cpu":
         return steps
-    return max(n for n in range(1, min(steps, _MOST_STEPS_ON_A_CPU) + 1) if steps % n == 0)
+    common = math.gcd(steps, *stops)
+    return max(n for n in range(1, min(common, _MOST_STEPS_ON_A_CPU) + 1) if common % n == 0)
 
 
 def _place(split: Split, devices: Sequence[jax.Device]) -> tuple[jax.Array, jax.Array]:

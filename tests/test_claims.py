@@ -61,6 +61,16 @@ def test_every_claim_gives_a_number_and_a_verdict(quick: dict[int, dict[str, Any
         assert claim.judge(claim.refuted_by).verdict in (HOLDS, CAVEAT, FAILS), question
 
 
+def test_no_verdict_could_only_come_out_as_it_did() -> None:
+    """Of the committed results: other numbers would have given another verdict."""
+    content = json.loads((EXPERIMENTS / "results" / "claims.json").read_text())
+    for row in content["claims"]:
+        claim = BY_QUESTION[row["question"]]
+        assert set(claim.refuted_by) == set(row["value"]), row["question"]
+        assert claim.judge(row["value"]).verdict == row["verdict"], row["question"]
+        assert claim.judge(claim.refuted_by).verdict != row["verdict"], row["question"]
+
+
 def _has_number(value: Any) -> bool:
     if isinstance(value, dict | list):
         return any(map(_has_number, value.values() if isinstance(value, dict) else value))

@@ -68,9 +68,10 @@ def test_the_batches_are_tf_datas(devices: int, first_step: int, last_step: int)
 
 
 def test_an_epoch_is_one_dispatch_but_on_a_cpu() -> None:
-    assert device_input._steps_at_once(351, "gpu") == 351
-    assert device_input._steps_at_once(351, "cpu") == 27
-    assert device_input._steps_at_once(353, "cpu") == 1
+    assert device_input._steps_at_once("gpu", 351, 100) == 351
+    assert device_input._steps_at_once("cpu", 351, 0) == 27
+    assert device_input._steps_at_once("cpu", 350, 100) == 25
+    assert device_input._steps_at_once("cpu", 353) == 1
 
 
 @pytest.mark.parametrize("devices", [1, 3])
@@ -147,7 +148,7 @@ def test_what_does_not_fit_is_refused_with_figures(
 ) -> None:
     monkeypatch.setattr(device_input, "room_mb", lambda devices: 0)
     config = TrainConfig(data=str(image_folder), input="device")
-    with pytest.raises(CifarJaxError, match=r"81 images of 8x8x3 take 0 MB.*room for 0 MB") as e:
+    with pytest.raises(CifarJaxError, match=r"81 images of 8x8x3 take 0.01 MB.*room for 0 MB") as e:
         train_and_evaluate(config, tmp_path / "run")
     assert e.value.exit_code == ExitCode.ENVIRONMENT
     monkeypatch.undo()

@@ -279,6 +279,18 @@ def start(image_folder: Path, workdir: Path, *options: str) -> subprocess.Popen[
     )
 
 
+def test_deterministic_sets_what_a_gpu_needs_and_records_it(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    options = ("--deterministic", "--epochs", "1", "--input", "device", "--model", "linear")
+    command = [sys.executable, "-m", "cifar_jax.train", "--data", str(image_folder), *options]
+    command += ["--batch-size", "16", "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "--xla_gpu_deterministic_ops=true" in report["xla_flags"].split()
+
+
 def wait_for_a_step_after(step: int, workdir: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not any(saved > step for saved in saved_steps(workdir / "checkpoints")):

@@ -52,8 +52,9 @@ class Claim:
         measure: the experiment. Its docstring says how the claim is tested, what would refute it,
             and what it costs.
         judge: the verdict from the numbers alone, pure: other numbers, another verdict.
-        refuted_by: numbers that refute the claim, or qualify it where nothing can refute it; the
-            tests give them to ``judge``.
+        refuted_by: numbers that refute the claim, or qualify it where nothing can refute it, or
+            bear it out where the measured ones refute it: the tests give them to ``judge``, and
+            see another verdict.
     """
 
     question: int

@@ -669,9 +669,13 @@ CLAIMS = [
         judge=judge_channels,
         refuted_by={
             "layers": _FIVE[1:],
-            **{
-                kind: {"explained_by_class": [_at(5)] * 4, "channels_of_one_class": [_at(0)] * 4}
-                for kind in ("trained", "untrained")
+            "trained": {
+                "explained_by_class": [_at(5), _at(10), _at(20), _at(40)],
+                "channels_of_one_class": [_at(0), _at(20), _at(60), _at(80)],
+            },
+            "untrained": {
+                "explained_by_class": [_at(5)] * 4,
+                "channels_of_one_class": [_at(0)] * 4,
             },
         },
     ),

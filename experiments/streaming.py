@@ -1,0 +1,123 @@
+r"""Data larger than memory: does training's memory stay flat as the folder grows tenfold?
+
+    python experiments/streaming.py                              # about ten minutes, 1.5 GB of disk
+    python experiments/streaming.py --images 1000 5000           # smaller folders
+
+Makes folders of small JPEGs, trains a linear network for one epoch on each, streaming
+(--cache-mb 0), and notes the peak of memory, the time to the first step, and images a second; then
+starts on the largest once more, whose listing is kept by then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cifar_jax import cli
+from cifar_jax.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES, SIDE, PICTURES = 10, 64, 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, nargs="+", default=[30_000, 300_000])
+    parser.add_argument(
+        "--folder", type=Path, help="where the images are made, and deleted [a temporary folder]"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "experiments" / "results" / "streaming.json"
+    )
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        folder = Path(temporary)
+        for count in arguments.images:
+            print(f"{count:,} images ...", flush=True)
+            size = make_images(folder / "images", count)
+            rows.append({"images": count, "folder_mb": size >> 20, **train(folder, "first")})
+            print(f"  {rows[-1]}", flush=True)
+        rows.append({"images": count, "folder_mb": size >> 20, **train(folder, "again", stop=True)})
+        print(f"  with the listing kept: {rows[-1]}", flush=True)
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores",
+        "image": f"{SIDE}x{SIDE} JPEG",
+        "rows": rows,
+    }
+    write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
+    print(f"in {arguments.output}")
+
+
+def make_images(root: Path, count: int) -> int:
+    """``count`` files in ``CLASSES`` folders, of some hundred different pictures; their bytes."""
+    shutil.rmtree(root, ignore_errors=True)
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(PICTURES):
+        small = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
+        pictures.append(file.getvalue())
+    size = 0
+    for i in range(count):
+        folder = root / f"class{i % CLASSES}"
+        if i < CLASSES:
+            folder.mkdir(parents=True)
+        content = pictures[i % PICTURES]
+        (folder / f"{i:07d}.jpg").write_bytes(content)
+        size += len(content)
+    return size
+
+
+def train(folder: Path, name: str, *, stop: bool = False) -> dict[str, Any]:
+    """Train on ``folder/images``, or stop when training begins: seconds and peak memory."""
+    workdir = folder / name
+    shutil.rmtree(workdir, ignore_errors=True)
+    command = [sys.executable, "-m", "cifar_jax.train", "--data", str(folder / "images")]
+    command += ["--data-dir", str(folder / "data"), "--cache-mb", "0", "--model", "linear"]
+    command += ["--epochs", "1", "--batch-size", "500", "--workdir", str(workdir)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    first_step = None
+    for line in process.stdout:
+        if line.lstrip().startswith("epoch "):  # the table's head: the first step comes next
+            first_step = time.perf_counter() - started
+            if stop:
+                process.send_signal(signal.SIGTERM)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 143) or first_step is None:
+        raise SystemExit(f"training ended with {process.returncode}")
+    found: dict[str, Any] = {
+        "to_first_step_seconds": round(first_step, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_mb": usage.ru_maxrss >> 10,
+        "listing_kept": stop,
+    }
+    if not stop:
+        report = json.loads((workdir / "report.json").read_text())
+        found["images_per_second"] = round(report["images_per_second"])
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main)
