@@ -112,27 +112,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     """
     devices = select_devices(config.devices)
     check_batch_divides(config, len(devices))
-    if config.input == "device":
-        from cifar_jax import device_input as images
-
-        decode, cache_mb = images.decode, images.room_mb(devices)
-    else:
-        from cifar_jax import host_input as images  # type: ignore[no-redef]
-        from cifar_jax.input_pipeline import decode
-
-        cache_mb = config.cache_mb
-    dataset = load_dataset(
-        config.data,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        val_fraction=config.val_fraction,
-        max_train_examples=config.max_train_examples,
-        cache_mb=cache_mb,
-        decode=decode,
-        seed=config.seed,
-    )
-    if config.input == "device":
-        images.check_fits(dataset.train, cache_mb)
+    dataset = _load(config, devices)
     if dataset.notice:
         _print_banner(dataset.notice)
     if config.batch_size > len(dataset.train):
@@ -167,21 +147,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     )
 
     progress = _start_or_resume(config, workdir / "checkpoints", state, dataset)
-    settings = to_json(config)
-    where = ("data", "data_dir")  # may be another place on another machine
-    check_agreement(
-        {
-            "options": json.dumps({n: v for n, v in settings.items() if n not in where}, indent=2),
-            "code": code_digest(),
-            "packages": json.dumps(_versions(), indent=2),
-            "data": f"{dataset.name} {dataset.digest}",
-            "checkpoint": f"step {progress.step}",
-        }
-    )
-    if is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
-        write_atomically(workdir / "config.json", json.dumps(settings, indent=2) + "\n")
+    _agree(config, workdir, dataset, progress)
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
     bound_step = functools.partial(
@@ -196,6 +162,10 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         accumulate=config.accumulate,
         axis_name=AXIS_NAME,
     )
+    if config.input == "device":
+        from cifar_jax import device_input as images
+    else:
+        from cifar_jax import host_input as images  # type: ignore[no-redef]
     run = Run(
         config,
         workdir,
@@ -218,6 +188,57 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
             title = f"{config.model} on {dataset.name}"
             save_curves(progress.history, title, workdir / "plots" / "curves.png")
     return _test_and_report(run, progress, n_params)
+
+
+def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
+    """The data, decoded as ``config.input`` wants it."""
+    if config.input == "device":
+        from cifar_jax.device_input import check_fits, decode, room_mb
+
+        cache_mb = room_mb(devices)
+    else:
+        from cifar_jax.input_pipeline import decode
+
+        cache_mb = config.cache_mb
+    dataset = load_dataset(
+        config.data,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        val_fraction=config.val_fraction,
+        max_train_examples=config.max_train_examples,
+        cache_mb=cache_mb,
+        decode=decode,
+        seed=config.seed,
+    )
+    if config.input == "device":
+        check_fits(dataset.train, cache_mb)
+    return dataset
+
+
+def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progress) -> None:
+    """See that all processes are about to do the same, and have the first begin the workdir."""
+    settings = to_json(config)
+    where = ("data", "data_dir")  # may be another place on another machine
+    check_agreement(
+        {
+            "options": json.dumps({n: v for n, v in settings.items() if n not in where}, indent=2),
+            "code": code_digest(),
+            "packages": json.dumps(_versions(), indent=2),
+            "data": f"{dataset.name} {dataset.digest}",
+            "checkpoint": f"step {progress.step}",
+        }
+    )
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
+        write_atomically(workdir / "config.json", json.dumps(settings, indent=2) + "\n")
+    wait_for_all("begun")
+    if not (workdir / "config.json").exists():
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--workdir {workdir} is not the folder that process 0 writes to",
+            fix="give a --workdir on a disk that all processes share",
+        )
 
 
 def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:

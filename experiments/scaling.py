@@ -350,7 +350,9 @@ def page(found: dict[str, Any], output: Path) -> str:
         lines.append(f"| {network} ({bandwidth:.0e}, {latency:.0e}) | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Efficiency is the speed-up over D. A device that is F times faster than this one has F "
+        "Efficiency is the speed-up over D; under 50 %, half of the devices wait. With images this "
+        f"small that is where a device's share of the {BATCH} images takes no longer than the step "
+        "does without any. A device that is F times faster than this one has F "
         "times less time to hide the same exchange in: there it stops paying F times earlier.",
         "",
         "## Micro-batches (`--accumulate`)",

@@ -118,6 +118,19 @@ def test_a_process_that_differs_is_named(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_workdir_that_is_not_shared_is_noticed_before_training(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    of_second = ("--workdir", str(tmp_path / "elsewhere"))
+    first, second = finish(
+        start_two(tmp_path / "run", "--data", str(image_folder), of_second=of_second)
+    )
+    assert second[0] == ExitCode.ENVIRONMENT
+    assert "is not the folder that process 0 writes to" in second[2]
+    assert first[0] in (ExitCode.ENVIRONMENT, -6)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_one_that_fails_alone_says_why_and_the_others_do_not_wait(
     image_folder: Path, tmp_path: Path
 ) -> None:
