@@ -86,12 +86,13 @@ def _walk(root: Path, changed_at: dict[bytes, int]) -> Listing:
             f"{root} holds {len(folders)} class folder(s), where at least two are needed",
             fix=f"put the images of each class into a folder of its own, such as {root}/frog/1.png",
         )
-    paths: list[bytes] = []
-    labels: list[int] = []
-    lines: list[bytes] = []
+    # A class at a time into arrays: Python's own objects take a kilobyte an image.
+    paths_of_classes: list[NDArray[np.bytes_]] = []
+    sizes_of_classes: list[bytes] = []
     bar = tqdm(desc=f"listing {root}", unit=" images", delay=1, leave=False, disable=None)
-    for label, folder in enumerate(folders):
-        n_before = len(paths)
+    for folder in folders:
+        paths: list[bytes] = []
+        lines: list[bytes] = []
         unvisited = [Path(folder.path)]
         while unvisited:
             visited = unvisited.pop()
@@ -106,19 +107,20 @@ def _walk(root: Path, changed_at: dict[bytes, int]) -> Listing:
                     relative = path[len(os.fsencode(root)) :]
                     lines.append(b"%s %d\n" % (relative, file.stat().st_size))
                     bar.update()
-        if len(paths) == n_before:
+        if not paths:
             raise CifarJaxError(
                 ExitCode.DATA,
                 f"the class folder {folder.path} holds no {' or '.join(IMAGE_SUFFIXES)} image",
                 fix="put images there, or delete the folder",
             )
-        labels += [label] * (len(paths) - n_before)
+        paths_of_classes.append(np.array(paths))
+        sizes_of_classes.append(b"".join(lines))
     bar.close()
     return Listing(
         tuple(folder.name for folder in folders),
-        np.array(paths),
-        np.array(labels, np.int32),
-        b"".join(lines),
+        np.concatenate(paths_of_classes),
+        np.repeat(np.arange(len(folders), dtype=np.int32), [len(p) for p in paths_of_classes]),
+        b"".join(sizes_of_classes),
     )
 
 

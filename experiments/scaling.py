@@ -283,6 +283,7 @@ def draw(found: dict[str, Any]) -> Figure:
         xlabel="devices",
         ylabel="images a second",
     )
+    measured.set_xticks(sorted({row["devices"] for row in found["devices"]}))
     measured.set_ylim(bottom=0)
     measured.legend()
     for network in NETWORKS:
@@ -297,6 +298,7 @@ def draw(found: dict[str, Any]) -> Figure:
     predicted.set(
         title=f"predicted, batch of {BATCH} kept", xlabel="devices", ylabel="efficiency / %"
     )
+    predicted.set_xticks(PREDICTED_DEVICES, map(str, PREDICTED_DEVICES))
     predicted.set_ylim(0, 105)
     predicted.legend(fontsize="small")
     return figure
