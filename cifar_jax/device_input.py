@@ -35,7 +35,7 @@ from cifar_jax.parallel import (
 )
 from cifar_jax.train_step import Sums, TrainState, Variables, eval_step
 
-# What training needs beside the images: state, activations. A tenth is a guess on the safe side.
+# The rest is for the state and the activations: a guess.
 _SHARE_FOR_IMAGES = 0.9
 
 # Where a step takes a tenth of a second, a progress bar and a Ctrl-C want an answer in between.
@@ -63,13 +63,14 @@ def room_mb(devices: Sequence[jax.Device]) -> int:
     return int(_SHARE_FOR_IMAGES * free) >> 20
 
 
-def check_fits(split: Split, room_mb: int) -> None:
-    """Raise ``CifarJaxError`` (environment) unless the decoded images go into ``room_mb``."""
-    megabytes = len(split) * np.prod(split.image_shape) / 2**20
+def check_fits(dataset: Dataset, room_mb: float) -> None:
+    """Raise ``CifarJaxError`` (environment) unless what trains and validates fits, decoded."""
+    count, shape = len(dataset.train) + len(dataset.val), dataset.image_shape
+    megabytes = count * np.prod(shape) / 2**20
     if megabytes > room_mb:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
-            f"--input device: {len(split):,} images of {'x'.join(map(str, split.image_shape))} "
+            f"--input device: {count:,} images of {'x'.join(map(str, shape))} "
             f"take {megabytes:,.2f} MB decoded, and a device has room for {room_mb:,} MB",
             fix="use --input tf.data, which streams them, or a smaller --image-size",
         )

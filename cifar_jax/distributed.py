@@ -85,17 +85,17 @@ def wait_for_all(where: str) -> None:
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
-    """See that all processes start from the same.
+    """See that all processes start from the same, and with the same code.
 
     Args:
-        facts: what must be equal, by the name that an error calls it.
+        facts: what must be equal besides, by the name that an error calls it.
 
     Raises:
         CifarJaxError: usage; names the processes that differ from the first, and in what.
     """
     if jax.process_count() == 1:
         return
-    for name, fact in facts.items():
+    for name, fact in {**facts, "code": _code_digest()}.items():
         first, *others = _gather(fact)
         for process, other in enumerate(others, start=1):
             if other != first:
@@ -114,7 +114,7 @@ def agreed_signal(received: int | None) -> int | None:
     return int(multihost_utils.process_allgather(np.array(received or 0)).max()) or None
 
 
-def code_digest() -> str:
+def _code_digest() -> str:
     """SHA-256 over the package's own source files."""
     sha256 = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):

@@ -30,7 +30,6 @@ from cifar_jax.dataset import Dataset
 from cifar_jax.distributed import (
     agreed_signal,
     check_agreement,
-    code_digest,
     is_first,
     wait_for_all,
 )
@@ -211,7 +210,7 @@ def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
         seed=config.seed,
     )
     if config.input == "device":
-        check_fits(dataset.train, cache_mb)
+        check_fits(dataset, cache_mb)
     return dataset
 
 
@@ -222,7 +221,6 @@ def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progr
     check_agreement(
         {
             "options": json.dumps({n: v for n, v in settings.items() if n not in where}, indent=2),
-            "code": code_digest(),
             "packages": json.dumps(_versions(), indent=2),
             "data": f"{dataset.name} {dataset.digest}",
             "checkpoint": f"step {progress.step}",
@@ -293,7 +291,7 @@ def _train(run: Run, progress: Progress) -> None:
     """Carry ``progress`` to the end of the last epoch, saving on the way.
 
     Raises:
-        Stopped: a signal came; the run is saved at the step it came in.
+        Stopped: a signal came; the run is saved, a few steps after.
     """
     config = run.config
     _write_history(run, progress)

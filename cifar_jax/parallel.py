@@ -118,8 +118,10 @@ def compile_step(
     # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
     one_at_a_time = len(devices) > 1 and devices[0].platform == "cpu"
 
+    whole, divided = _sharding(devices), _sharding(devices, AXIS_NAME)
+
     def call(state: Any, batch: dict[str, NDArray[Any]]) -> Any:
-        result = compiled(_place(state, devices), _place(batch, devices, AXIS_NAME), *shared)
+        result = compiled(_place(state, whole), _place(batch, divided), *shared)
         return jax.block_until_ready(result) if one_at_a_time else result
 
     return call
@@ -139,14 +141,18 @@ def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Co
 
 def replicate(x: NDArray[Any], devices: Sequence[jax.Device]) -> jax.Array:
     """``x`` whole on each of ``devices``."""
-    placed: jax.Array = _place(x, devices)
+    placed: jax.Array = _place(x, _sharding(devices))
     return placed
 
 
-def _place(tree: Any, devices: Sequence[jax.Device], *axes: str) -> Any:
-    """The arrays of ``tree`` on ``devices``, whole or along ``axes``; what is there, as it is."""
+def _sharding(devices: Sequence[jax.Device], *axes: str) -> jax.sharding.Sharding:
+    """Over ``devices``, divided along ``axes`` or whole on each."""
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS_NAME,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+
+def _place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The arrays of ``tree`` on the devices; what is there already, as it is."""
 
     def place(x: Any) -> jax.Array:
         if isinstance(x, jax.Array):

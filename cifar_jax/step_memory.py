@@ -62,6 +62,7 @@ def step_memory(
         mean=mean,
         std=std,
         seed=0,
+        accumulate=config.accumulate,
     )
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     analysis = compile_lowered(lowered, jax.default_backend()).memory_analysis()

@@ -37,12 +37,12 @@ from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
     AXIS_NAME,
-    compile_lowered,
     compile_step,
     empty_batch,
     replicate,
     select_devices,
 )
+from cifar_jax.step_memory import step_memory
 from cifar_jax.train_step import create_train_state, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +172,7 @@ def measure_devices() -> list[dict[str, Any]]:
 def measure_micro_batches() -> list[dict[str, Any]]:
     """One device, one batch, in K micro-batches: time, memory, and how far the loss is off."""
     print(f"in {MICRO_BATCHES} micro-batches ...", flush=True)
+    model = create_model(TrainConfig(), 10, None)
     programs = {k: make_program(BATCH, 1, accumulate=k) for k in MICRO_BATCHES}
     times = milliseconds(programs)
     losses = {
@@ -181,22 +182,14 @@ def measure_micro_batches() -> list[dict[str, Any]]:
         {
             "micro_batches": k,
             **times[k],
-            "temporary_mb": temporary_mb(k),
+            "temporary_mb": step_memory(
+                TrainConfig(accumulate=k), model, SHAPE, BATCH
+            ).xla_temporaries
+            / 2**20,
             "loss_difference": abs(losses[k] - losses[1]) / losses[1],
         }
         for k in MICRO_BATCHES
     ]
-
-
-def temporary_mb(accumulate: int) -> float:
-    """What XLA allocates for a step beside its arguments and results."""
-    step, state = make_step(accumulate)
-    batch = {
-        "image": jax.ShapeDtypeStruct((BATCH, *SHAPE), np.uint8),
-        "label": jax.ShapeDtypeStruct((BATCH,), np.int32),
-    }
-    compiled = compile_lowered(jax.jit(step).lower(state, batch), jax.default_backend())
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def measure_bfloat16() -> dict[str, Any]:

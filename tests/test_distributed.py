@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,8 +30,6 @@ def free_port() -> int:
 
 
 def start(process_id: int, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
-    import os
-
     return subprocess.Popen(
         [sys.executable, "-m", "cifar_jax.train", *RUN, *options],
         env={**os.environ, **environment},
@@ -108,8 +108,6 @@ def test_only_the_first_process_speaks_and_writes(image_folder: Path, tmp_path: 
 def test_a_process_that_differs_is_named(
     of_second: tuple[str, ...], named: str, image_folder: Path, tmp_path: Path
 ) -> None:
-    import re
-
     options = ("--data", str(image_folder), "--max-train-examples", "40")
     for code, _, error in finish(start_two(tmp_path / "run", *options, of_second=of_second)):
         assert code == ExitCode.USAGE, error
