@@ -13,9 +13,7 @@ networks are kept under runs/claims, so that claims share them; delete that fold
 from __future__ import annotations
 
 import argparse
-import ast
 import datetime
-import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -33,6 +31,7 @@ from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source
 from claims import CLAIMS
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Values
+from claims.code import code_of
 from claims.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +79,7 @@ def main() -> None:
     )
     for claim in chosen:
         known = results.get(claim.question)
-        state = {"code": code_of(claim), "data": study.dataset.digest, "quick": study.quick}
+        state = {"code": code_of(claim.measure), "data": study.dataset.digest, "quick": study.quick}
         if not arguments.only and known and state.items() <= known.items():
             known |= judged(claim, known["value"])
             continue
@@ -134,31 +133,6 @@ def judged(claim: Claim, values: Values) -> dict[str, Any]:
         "source": f"{Path(inspect.getfile(claim.measure)).relative_to(ROOT)}"
         f"#L{inspect.getsourcelines(claim.measure)[1]}",
     }
-
-
-def code_of(claim: Claim) -> str:
-    """What tells this code of a measurement from another: its module, and what all modules share.
-
-    Without what changes no number: comments, docstrings, judges, and the measurements of others.
-    """
-    digest = hashlib.sha256()
-    for thing in (claim.measure, Claim, Study):
-        tree = ast.parse(Path(inspect.getfile(thing)).read_text())
-        tree.body = [node for node in tree.body if not _is_elsewhere(node, claim)]
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
-            if documented and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        digest.update(ast.unparse(tree).encode())
-    return digest.hexdigest()[:16]
-
-
-def _is_elsewhere(node: ast.stmt, claim: Claim) -> bool:
-    """Whether ``node`` is a judge, the list of claims, or how another claim is measured."""
-    if isinstance(node, ast.FunctionDef):
-        judge, other = node.name.startswith("judge_"), node.name.startswith("measure_")
-        return judge or (other and node.name != claim.measure.__name__)
-    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CLAIMS"
 
 
 def read_results(path: Path) -> dict[int, dict[str, Any]]:

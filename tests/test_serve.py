@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 
 from cifar_jax import shapes, trained
@@ -28,6 +30,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import read_image
 from cifar_jax.inference import make_logits, softmax
+from cifar_jax.serve import app
 from cifar_jax.serve.__main__ import main
 from cifar_jax.serve.app import MAX_BYTES, _stretched, find_samples, make_predict
 from cifar_jax.trained import TrainedNetwork
@@ -465,6 +468,46 @@ def test_a_late_answer_is_not_shown(browser: Any, url: str, tmp_path: Path) -> N
         page.wait_for_timeout(300)
         assert page.locator("#original-caption").inner_text() == "1.jpg"
         assert page.locator("#error").is_hidden()
+
+
+def test_its_end_does_not_wait_and_reports_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer that takes longer than the server's end is given up, without a traceback."""
+    asked, waited_enough = threading.Event(), threading.Event()
+
+    def slow_samples(network: TrainedNetwork) -> list[Any]:
+        asked.set()
+        waited_enough.wait(30)
+        return []
+
+    monkeypatch.setattr(app, "find_samples", slow_samples)
+    config = uvicorn.Config(
+        app.make_app(linear(("a", "b")), ["*"]),
+        port=0,
+        lifespan="off",
+        log_config=None,
+        timeout_graceful_shutdown=0,
+    )
+    server = uvicorn.Server(config)
+    serving = threading.Thread(target=server.run)
+    serving.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    answers: list[Any] = []
+    client = threading.Thread(
+        target=lambda: answers.append(ask(f"http://localhost:{port}/samples"))
+    )
+    client.start()
+    assert asked.wait(30)
+    server.should_exit = True
+    serving.join(1)
+    waited_enough.set()
+    serving.join()
+    client.join()
+    assert answers[0][0] == 503
+    assert [record.exc_info for record in caplog.records if record.levelname == "ERROR"] == [None]
 
 
 def test_names_are_text_and_ctrl_c_ends_it(browser: Any, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cifar_jax import shapes
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -79,7 +80,7 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
             return refuse(415, "the body is no image. Fix: give Content-Type: image/jpeg, say.")
         try:
             content = await _body(request)
-        except (ClientDisconnect, asyncio.CancelledError):  # the latter at the server's end
+        except ClientDisconnect:
             return Response()  # which nobody reads
         if content is None:
             return refuse(413, f"{name} has over {MAX_BYTES >> 20} MiB. Fix: make it smaller.")
@@ -98,8 +99,23 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
             Route("/samples", on_samples),
             Route("/predict", on_predict, methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+        middleware=[
+            Middleware(_answer_when_cancelled),
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+        ],
     )
+
+
+def _answer_when_cancelled(app: ASGIApp) -> ASGIApp:
+    """At the server's end, what is still under way is cancelled: that is no error to report."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            await JSONResponse({"error": "the server was stopped"}, 503)(scope, receive, send)
+
+    return answer
 
 
 def _content_security_policy(html: str) -> str:

@@ -735,13 +735,16 @@ def _workers_figure(study: Study, values: Values) -> str:
         counts = [count for count in rates if count != "0"]
         axes.plot([int(c) for c in counts], [rates[c] for c in counts], "o-", label=label)
     axes.axhline(
-        values["dataloader_images_a_second"]["0"], color="grey", linestyle=":", label="no workers"
+        values["dataloader_images_a_second"]["0"],
+        color="grey",
+        linestyle=":",
+        label="DataLoader, no workers",
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axes.set_ylim(bottom=0)
     axes.set(xlabel=f"workers ({values['cores']} cores)", ylabel="128x128 JPEGs decoded (1/s)")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return study.save_figure(figure, "q30_workers.png")
 
 
