@@ -212,7 +212,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> st
         code = os.path.relpath(ROOT / row["source"], folder)
         links = [f"[code]({code})"]
         if row["figure"]:
-            links.append(f"[figure]({os.path.relpath(output.parent / row['figure'], folder)})")
+            links.append(f"[figure](#question-{row['question']})")
         cells = (
             str(row["question"]),
             row["claim"],
@@ -222,6 +222,11 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> st
             f"{', '.join(links)}<br>`{row['command']}`",
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for row in rows:
+        if row["figure"]:
+            figure = os.path.relpath(output.parent / row["figure"], folder)
+            lines += ["", f"### Question {row['question']}", "", row["claim"]]
+            lines += ["", f"![question {row['question']}]({figure})"]
     return "\n".join(lines) + "\n"
 
 

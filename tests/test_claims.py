@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -77,15 +78,28 @@ def _has_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def test_wrong_use_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "other.json").write_text("[]")
-    for arguments, message in (
-        (["--only", "77", "--output", tmp_path / "x.json"], "--only 77"),
-        (["--quick"], "--quick would overwrite"),
-        (["--quick", "--output", tmp_path / "other.json"], "holds no claims"),
-        (["--data", tmp_path / "none", "--output", tmp_path / "x.json"], "does not exist"),
-    ):
-        found = run(*arguments)
-        assert found.returncode != 0
-        assert message in found.stderr
-        assert found.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--only 77 --output x.json", "--only 77"),
+        ("--quick", "--quick would overwrite"),
+        ("--quick --output other.json", "holds no claims"),
+        ("--data none --output x.json", "does not exist"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    options: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["claims.py", *options.split()])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXPERIMENTS / "claims.py"), run_name="__main__")
+    assert ended.value.code != 0
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -14,10 +14,11 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
+from cifar_jax.dataset import ImageShape
 from cifar_jax.models import flatten
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.pooling import max_pool
-from cifar_jax.train_step import create_train_state, normalize
+from cifar_jax.train_step import initial_train_state, normalize
 from claims.accuracy import SMALL, tutorial_config
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
 from claims.spread import difference, percent, spread_of_shares
@@ -101,7 +102,15 @@ def _images(study: Study, count: int) -> tuple[jax.Array, jax.Array]:
 
 def _initial(study: Study, model: nn.Module, seed: int) -> Any:
     """The parameters that a run of that seed begins with."""
-    return create_train_state(model, optax.identity(), study.dataset.image_shape, seed).params
+    return _initializer(model, study.dataset.image_shape)(seed)
+
+
+@functools.cache
+def _initializer(model: nn.Module, image_shape: ImageShape) -> Callable[[int], Any]:
+    """Compiled once a network, not once a seed."""
+    return jax.jit(
+        lambda seed: initial_train_state(model, optax.identity(), image_shape, seed).params
+    )
 
 
 def _compiled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
