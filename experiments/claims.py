@@ -116,6 +116,8 @@ def measure(claim: Claim, study: Study) -> dict[str, Any]:
         "value": measured.values,
         "n": measured.n,
         "seconds": round(seconds, 1),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
         "command": f"python experiments/claims.py --only {claim.question}{options}",
         "figure": measured.figure and f"{study.figures.name}/{measured.figure}",
     }
@@ -161,13 +163,17 @@ def environment(study: Study) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+        "machine": machine(),
         "data": {"name": study.dataset.name, "digest": study.dataset.digest},
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in packages},
         },
     }
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"
 
 
 def processor() -> str:
@@ -191,6 +197,7 @@ def table_path(output: Path) -> Path:
 def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> str:
     """All rows as Markdown."""
     folder = table_path(output).parent
+    machines = ", or ".join(sorted({row["machine"] for row in rows}))
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
     lines = [
         "# What the material claims, measured",
@@ -200,8 +207,9 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> st
         + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
         + ".",
         "",
-        f"{about['data']['name']}; {about['machine']}; jax {about['versions']['jax']}, torch "
-        f"{about['versions']['torch']}, Python {about['versions']['python']}; {about['date']}. "
+        f"{about['data']['name']}; {machines}; jax {about['versions']['jax']}, torch "
+        f"{about['versions']['torch']}, Python {about['versions']['python']}; until "
+        f"{about['date']}. "
         "`cifar10.tar.gz` is a JPEG copy of CIFAR-10. n: independent repetitions (seeds, rounds); "
         "spreads are standard deviations.",
         "",

@@ -33,9 +33,8 @@ def _reach(module: str, name: str, found: dict[str, str]) -> None:
             _reach(node.module, name, found)
             continue
         found[where] = found.get(where, "") + ast.unparse(node)
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Name):
-                _reach(module, inner.id, found)
+        for inner in _names(node):
+            _reach(module, inner, found)
 
 
 @functools.cache
@@ -53,8 +52,15 @@ def _definitions(module: str) -> dict[str, list[ast.stmt]]:
             case ast.ImportFrom(module=str(source)) if source.startswith("claims."):
                 for alias in node.names:
                     definitions[alias.name].append(node)
-            case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
-                for inner in ast.walk(node):
-                    if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                        definitions[inner.id].append(node)
+            case ast.Assign(targets=targets):
+                for target in targets:
+                    for name in _names(target):
+                        definitions[name].append(node)
+            case ast.AnnAssign(target=target) | ast.AugAssign(target=target):
+                for name in _names(target):
+                    definitions[name].append(node)
     return definitions
+
+
+def _names(node: ast.AST) -> list[str]:
+    return [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)]

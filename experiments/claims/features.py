@@ -718,7 +718,7 @@ CLAIMS = [
         measure=measure_filters,
         judge=judge_filters,
         refuted_by={
-            "trained": _at(60),
+            "trained": _at(95),
             "untrained": _at(58),
             "noise_percent": 59.0,
             "weights_shape": [3, 3, 3, 16],
