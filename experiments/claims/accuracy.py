@@ -332,7 +332,7 @@ def measure_loss_and_accuracy(study: Study) -> Measured:
         wrong = probabilities.argmax(axis=1) != val.labels
         return float(probabilities.max(axis=1)[wrong].mean())
 
-    figure = Figure(figsize=(4, 3), layout="constrained")
+    figure = Figure(figsize=(4, 3.6), layout="constrained")
     axes = figure.subplots()
     epochs = range(1, 1 + len(runs[0].history))
     for key, label in (("train_loss", "training"), ("val_loss", "validation")):
@@ -344,7 +344,7 @@ def measure_loss_and_accuracy(study: Study) -> Measured:
     axes.plot([], [], "k--", label="validation accuracy (right)")
     axes.set(xlabel="epoch", ylabel="loss (nats)")
     right.set(ylabel="accuracy (%)", ylim=(0, 100))
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", fontsize="small")
     name = study.save_figure(figure, "q40_loss_and_accuracy.png")
     return Measured(
         {
@@ -578,7 +578,7 @@ def measure_leak(study: Study) -> Measured:
                 "std_points": float(np.std(leaks)),
                 "rounds": rounds,
             }
-    figure = Figure(figsize=(4, 3), layout="constrained")
+    figure = Figure(figsize=(4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.semilogx(_CONFIGURATIONS, simulated, "o-", label="equal coins, 10,000 images")
     right = pools["linear"]
@@ -587,7 +587,7 @@ def measure_leak(study: Study) -> Measured:
         means = [100 * np.mean([_leak(right, k, size, rng) for _ in range(rounds)]) for k in counts]
         axes.plot(counts, means, "s--", label=f"linear classifiers, {size:,} images")
     axes.set(xlabel="configurations to choose from", ylabel="too good by (points)")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", fontsize="small")
     return Measured(values, n=rounds, figure=study.save_figure(figure, "q52_leak.png"))
 
 
