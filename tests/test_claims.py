@@ -15,7 +15,7 @@ import pytest
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
-from claims import CLAIMS
+from claims import CLAIMS, code
 from claims.claim import CAVEAT, FAILS, HOLDS
 
 BY_QUESTION = {claim.question: claim for claim in CLAIMS}
@@ -73,6 +73,19 @@ def test_no_verdict_could_only_come_out_as_it_did() -> None:
         assert set(claim.refuted_by) == set(row["value"]), row["question"]
         assert claim.judge(row["value"]).verdict == row["verdict"], row["question"]
         assert claim.judge(claim.refuted_by).verdict != row["verdict"], row["question"]
+
+
+def test_the_code_of_a_number_is_what_it_comes_from() -> None:
+    """A change of anything else costs no measuring."""
+    for claim in CLAIMS:
+        found: dict[str, str] = {}
+        code._reach(claim.measure.__module__, claim.measure.__name__, found)
+        names = {where.rpartition(".")[2] for where in found}
+        assert {"Measured", "Study", "fit"} <= names, claim.question  # through its annotations
+        assert not {name for name in names if name.startswith("judge_")}, claim.question
+        assert {name for name in names if name.startswith("measure_")} == {claim.measure.__name__}
+        assert "CLAIMS" not in names
+    assert len({code.code_of(claim.measure) for claim in CLAIMS}) == len(CLAIMS)
 
 
 def _has_number(value: Any) -> bool:
