@@ -74,8 +74,7 @@ def test_stopped_killed_and_resumed_elsewhere_it_is_the_same_run(tmp_path: Path)
     assert "is saved in" in first["said"]
     assert found["survivor"]["exit"] in (ExitCode.ENVIRONMENT, -6)  # JAX may abort it first
     assert "--resume --workdir" in found["survivor"]["said"]
-    # Its silence is noticed within the heartbeat; leaving takes a busy machine some seconds more.
-    assert found["survivor_seconds"] < distributed._HEARTBEAT_SECONDS + 10
+    assert found["survivor_seconds"] < distributed._HEARTBEAT_SECONDS
     assert found["last"]["exit"] == 0
     assert found["losses"] == pytest.approx(found["undisturbed_losses"], rel=1e-5)
 

@@ -936,8 +936,7 @@ def _views_figure(study: Study, values: Values) -> str:
     axes.axhline(values["chance_percent"], color="black", linestyle=":", label="chance")
     axes.tick_params(axis="x", labelsize=8)
     axes.set_ylabel("validation accuracy (%)")
-    axes.set_ylim(top=85)  # room for the legend
-    axes.legend(fontsize=8, ncols=3)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     return study.save_figure(figure, "q32_resolution.png")
 
 
