@@ -1,13 +1,14 @@
 """Checkpoints, by Orbax: one folder ``<step>`` each, whole or absent, checked when it is read.
 
-Saving is synchronous: a checkpoint counts as saved when it is on the disk. Orbax writes to a
-temporary folder and renames it, so that a kill at any instant leaves the older ones in place. It
-reads flipped bits without complaint, so a manifest with a digest of every file is written last: a
-folder without one is no checkpoint, and one whose files differ from it is not read.
+Saving is synchronous: a checkpoint counts as saved when it is on the disk. It is written to a
+hidden folder, which is renamed when all is there, so that a kill at any instant leaves the older
+ones in place. Orbax reads flipped bits without complaint, so a manifest with a digest of every file
+is written last: a folder without one is no checkpoint, and one whose files differ is not read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,9 +21,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 
 _MANIFEST = "manifest.json"
+_UNFINISHED = ".unfinished-"  # being written or deleted
+_DAMAGED = ".damaged"
 
 # The newest two, so that one is left if the newest turns out damaged; and the best.
 _NEWEST_KEPT = 2
@@ -73,35 +76,80 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
     Raises:
         CifarJaxError: environment; the disk is full, say. Older checkpoints are as they were.
     """
-    path = folder / str(step)
-    if step in saved_steps(folder):
+    path, unfinished = folder / str(step), folder / f"{_UNFINISHED}{step}"
+    older = saved_steps(folder)
+    if step in older:
         return path  # saved already: a damaged one would have been set aside when it was read
+    state = jax.device_get(state)
     try:
-        shutil.rmtree(path, ignore_errors=True)  # a save that a kill cut short
+        remove_unfinished(folder)
         with _checkpointer() as checkpointer:
             checkpointer.save(
-                path.absolute(),
+                unfinished.absolute(),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(jax.device_get(state)),
-                    metadata=ocp.args.JsonSave(metadata),
+                    state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
                 ),
             )
-        temporary = path / f".{_MANIFEST}.tmp"
-        with temporary.open("w") as file:
-            json.dump(_file_digests(path), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path / _MANIFEST)
+        (unfinished / _MANIFEST).write_text(json.dumps(_file_digests(unfinished), indent=1))
+        _flush(unfinished, *unfinished.rglob("*"))
+        if path.exists():
+            _set_aside(path)  # a folder without a manifest: not ours, or damaged
+        unfinished.rename(path)
+        _flush(folder)
     except (OSError, ValueError) as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"cannot save step {step} to {path}: {error}",
-            fix="make room there; go on with --resume from the checkpoint before",
-        ) from error
-    for old in saved_steps(folder)[:-_NEWEST_KEPT]:
+        with contextlib.suppress(OSError):
+            remove_unfinished(folder)
+        raise _not_saved(folder, step, state, error) from error
+    for old in older[: 1 - _NEWEST_KEPT]:
         if old != best_step:
-            shutil.rmtree(folder / str(old))
+            # Renamed first: what a kill leaves of it must not look like a checkpoint.
+            shutil.rmtree((folder / str(old)).rename(folder / f"{_UNFINISHED}{old}"))
     return path
+
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Delete what saves and deletions that were cut short have left; returns what that was."""
+    left = sorted(folder.glob(f"{_UNFINISHED}*"))
+    for path in left:
+        shutil.rmtree(path)
+    return left
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What is in ``folder`` and neither is a checkpoint nor was one."""
+    own = {str(step) for step in saved_steps(folder)}
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in entries if path.name not in own and path.suffix != _DAMAGED]
+
+
+def _flush(*paths: Path) -> None:
+    """See that a loss of power leaves files, or the names in a folder, on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_suffix(_DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _not_saved(folder: Path, step: int, state: Any, error: Exception) -> CifarJaxError:
+    megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 2**20
+    room = f"it takes some {megabytes:,.1f} MB"
+    with contextlib.suppress(OSError):
+        room += f", and {shutil.disk_usage(folder).free / 2**20:,.1f} MB are free"
+    older = saved_steps(folder)
+    last = f"the last that is saved is step {older[-1]}" if older else "none is saved yet"
+    return CifarJaxError(
+        ExitCode.ENVIRONMENT,
+        f"cannot save step {step} to {folder}: {first_line(error)} ({room}; {last})",
+        fix="make room there, and go on with --resume",
+    )
 
 
 def restore(path: Path, like: Any = None) -> Checkpoint:
@@ -113,27 +161,44 @@ def restore(path: Path, like: Any = None) -> Checkpoint:
     Raises:
         CifarJaxError: checkpoint; damaged, or of another network than ``like``.
     """
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        digests = _file_digests(path)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"its {_MANIFEST} cannot be read: {error}") from error
-    if digests != manifest:
-        changed = sorted(name for name, _ in digests.items() ^ manifest.items())
-        raise _damaged(path, f"{changed[0]} is not the file that was saved")
+    _check_files(path)
     state_args = ocp.args.StandardRestore(like)  # type: ignore[call-arg]
-    try:
-        with _checkpointer() as checkpointer:
-            restored = checkpointer.restore(
-                path.absolute(),
-                args=ocp.args.Composite(state=state_args, metadata=ocp.args.JsonRestore()),
-            )
-    except (ValueError, KeyError, OSError) as error:  # another structure, say
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise _damaged(path, reason) from error
+    restored = _read(path, state=state_args, metadata=ocp.args.JsonRestore())
     if like is not None:
         _check_same_shapes(path, restored.state, like)
     return Checkpoint(path, restored.state, dict(restored.metadata))
+
+
+def restore_metadata(path: Path) -> dict[str, Any]:
+    """Only what was given to :func:`save` beside the state.
+
+    Raises:
+        CifarJaxError: checkpoint; damaged.
+    """
+    _check_files(path)
+    return dict(_read(path, metadata=ocp.args.JsonRestore()).metadata)
+
+
+def _read(path: Path, **items: Any) -> Any:
+    try:
+        with _checkpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
+    except Exception as error:  # of whatever kind Orbax, TensorStore and their formats have
+        raise _damaged(path, first_line(error)) from error
+
+
+def _check_files(path: Path) -> None:
+    """Raise ``CifarJaxError`` (checkpoint) unless the files are those that were saved."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        digests = _file_digests(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, f"its {_MANIFEST} cannot be read: {first_line(error)}") from error
+    if not isinstance(manifest, dict):
+        raise _damaged(path, f"its {_MANIFEST} is no table of files")
+    for name in sorted(digests.keys() | manifest.keys()):
+        if digests.get(name) != manifest.get(name):
+            raise _damaged(path, f"{name} is not the file that was saved")
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -182,9 +247,7 @@ def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[Cif
             rejected[path] = error
             continue
         for damaged in rejected:
-            aside = damaged.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            damaged.rename(aside)
+            _set_aside(damaged)
         return newest, list(rejected.values())
     if rejected:
         raise CifarJaxError(
@@ -198,11 +261,13 @@ def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[Cif
 
 def _file_digests(path: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint, by its path within; without the manifest itself."""
-    files = (file for file in path.rglob("*") if file.is_file() and _MANIFEST not in file.name)
-    return {
-        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-    }
+    digests = {}
+    for file in path.rglob("*"):
+        if file.is_file() and file != path / _MANIFEST:
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            digests[file.relative_to(path).as_posix()] = digest
+    return digests
 
 
 def _damaged(path: Path, reason: str) -> CifarJaxError:

@@ -17,13 +17,17 @@ import math
 import os
 import signal
 import sys
+import tempfile
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cifar_jax import __version__
-from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
+from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
+
+_DEBUG = "--debug"
 
 REQUIRED: Any = dataclasses.MISSING
 
@@ -134,12 +138,27 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
     return text
 
 
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether ``value``, as JSON holds it, may stand for an option annotated with ``hint``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of_type(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, list) and all(is_of_type(item, arguments[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)  # not isinstance: True is an int
+    return type(value) is hint
+
+
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose complaints are one line with a cure."""
 
     def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The options that were given, by field name; raises ``CifarJaxError`` (usage)."""
         namespace, unknown = self.parse_known_args(argv)
+        vars(namespace).pop("debug", None)  # for run() alone
         if unknown:
             name = unknown[0].split("=")[0]
             near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
@@ -164,6 +183,7 @@ def make_parser(config_type: type, *, prog: str, description: str) -> Parser:
         ),
     )
     parser.add_argument("--version", action="version", version=f"cifar_jax {__version__}")
+    parser.add_argument(_DEBUG, action="store_true", help="show where in the code an error arose")
     hints = typing.get_type_hints(config_type)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(config_type):
@@ -222,18 +242,60 @@ def run(main: Callable[[], None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_compilation_cache()
         main()
         sys.stdout.flush()
-    except CifarJaxError as error:
-        print(f"cifar_jax: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Stopped as stop:
-        print(f"cifar_jax: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
     except BrokenPipeError:  # as of `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("cifar_jax: stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except Stopped as stop:
+        print(f"cifar_jax: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if _DEBUG in sys.argv:
+            traceback.print_exc()
+        told = error if isinstance(error, CifarJaxError) else _told(error)
+        print(f"cifar_jax: error: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
     sys.exit(ExitCode.OK)
+
+
+def _told(error: Exception) -> CifarJaxError:
+    """What a person is told of an error that no one foresaw where it arose."""
+    reason = first_line(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
+        return CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"the memory is not enough: {reason}",
+            fix="give a smaller --batch-size, or in training --accumulate 2, 4, ...",
+        )
+    if isinstance(error, OSError):
+        return CifarJaxError(
+            ExitCode.ENVIRONMENT, reason, fix="make room or the rights there, or give another place"
+        )
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="cifar_jax-", suffix=".txt", delete=False, errors="backslashreplace"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    return CifarJaxError(
+        ExitCode.BUG,
+        f"a bug of this program: {type(error).__name__}: {reason}",
+        fix=f"report it, with the traceback in {file.name}",
+    )
+
+
+def _check_compilation_cache() -> None:
+    """Refuse to run programs from a folder where others could put theirs."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder and os.path.isdir(folder):
+        found = os.stat(folder)
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+            raise CifarJaxError(
+                ExitCode.ENVIRONMENT,
+                f"JAX_COMPILATION_CACHE_DIR {folder} can be written by others, whose programs "
+                "would then be run",
+                fix=f"chmod go-w {folder}, or name another folder",
+            )

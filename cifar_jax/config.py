@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from typing import Any, Literal
 
-from cifar_jax.cli import check_bounds, flag, option
+from cifar_jax.cli import check_bounds, flag, is_of_type, option
 from cifar_jax.errors import CifarJaxError, ExitCode
 
 ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9"]
@@ -318,7 +319,15 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
         CifarJaxError: usage; a key that is no option, or a value out of bounds.
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
-    for name in values:
+    hints = typing.get_type_hints(TrainConfig)
+    if not isinstance(values, dict):
+        raise _usage("config.json is no table of options", "use the file that the run wrote")
+    for name, value in values.items():
+        if name in names and not is_of_type(value, hints[name]):
+            raise _usage(
+                f"config.json has {value!r} for {name!r}, which is of another type",
+                "use the file that the run wrote",
+            )
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             raise _usage(

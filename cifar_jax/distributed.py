@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 
 # How long a process may be silent before the others take it for dead; and how long they wait for
 # each other at the start and at the end.
@@ -68,7 +68,7 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
             raise CifarJaxError(
                 ExitCode.ENVIRONMENT,
                 f"process {jax.process_index()} lost another one: "
-                + (str(error).splitlines() or [""])[0][:200],
+                + first_line(error),
                 fix=_how_to_go_on(workdir),
             ) from error
 

@@ -40,3 +40,8 @@ class Stopped(Exception):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
         self.exit_code = 128 + signum
+
+
+def first_line(error: BaseException) -> str:
+    """What to quote of an error that another library raised, which may be pages long."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -184,8 +184,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         _train(run, progress)
     finally:
         if progress.history and is_first():
-            title = f"{config.model} on {dataset.name}"
-            save_curves(progress.history, title, workdir / "plots" / "curves.png")
+            _draw_curves(run, progress)
     return _test_and_report(run, progress, n_params)
 
 
@@ -227,9 +226,8 @@ def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progr
         }
     )
     if is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
-        write_atomically(workdir / "config.json", json.dumps(settings, indent=2) + "\n")
+        _write_config(config, workdir)
     wait_for_all("begun")
     if not (workdir / "config.json").exists():
         raise CifarJaxError(
@@ -237,6 +235,11 @@ def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progr
             f"--workdir {workdir} is not the folder that process 0 writes to",
             fix="give a --workdir on a disk that all processes share",
         )
+
+
+def _write_config(config: TrainConfig, workdir: Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
 
 
 def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,6 +263,8 @@ def _start_or_resume(
     """The progress of the newest checkpoint that can be read, or the start."""
     if not is_first():
         wait_for_all("restored")  # the first one sets damaged checkpoints aside
+    else:
+        _tidy(checkpoints)
     saved, rejected = checkpoint.restore_newest(checkpoints, like=state)
     if is_first():
         wait_for_all("restored")
@@ -285,6 +290,15 @@ def _start_or_resume(
         RunningSums(**saved.metadata["sums"]),
         saved.metadata["seconds"],
     )
+
+
+def _tidy(checkpoints: Path) -> None:
+    """Remove what a kill left half done, and say what else is there."""
+    for path in checkpoint.remove_unfinished(checkpoints):
+        print(f"removed {path}: a save, or a deletion, that was cut short")
+    if strangers := checkpoint.strangers(checkpoints):
+        names = ", ".join(path.name for path in strangers[:5])
+        print(f"warning: ignored in {checkpoints}: {names}, which are no checkpoints")
 
 
 def _train(run: Run, progress: Progress) -> None:
@@ -321,6 +335,15 @@ def _train(run: Run, progress: Progress) -> None:
                 )
 
 
+def _draw_curves(run: Run, progress: Progress) -> None:
+    title = f"{run.config.model} on {run.dataset.name}"
+    path = run.workdir / "plots" / "curves.png"
+    try:
+        save_curves(progress.history, title, path)
+    except OSError as error:  # a full disk, say, of which the run itself has more to tell
+        print(f"warning: cannot draw {path}: {error.strerror}")
+
+
 def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
     """Train to the end of the epoch, or to a step soon after a signal; returns the signal."""
     config = run.config
@@ -336,11 +359,10 @@ def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
             signum = signum or int(np.max(np.asarray(sums.pop("signal"))))
             progress.sums.add(to_floats(sums))
             if not math.isfinite(progress.sums.loss):
-                raise CifarJaxError(
-                    ExitCode.NUMERICS,
+                raise _diverged(
+                    run,
                     f"the training loss is {progress.sums.loss} at step {step - len(in_flight)}, "
                     f"learning rate {run.schedule(step):g}",
-                    fix="start again with a lower --learning-rate, or with --clip-norm 1",
                 )
 
     before, started = progress.seconds, time.perf_counter()
@@ -390,14 +412,23 @@ def _validate(run: Run, progress: Progress) -> None:
     )
     progress.sums, progress.seconds = RunningSums(), 0.0
     if not math.isfinite(val.loss):
-        raise CifarJaxError(
-            ExitCode.NUMERICS,
-            f"the validation loss is {val.loss} after step {progress.step}",
-            fix="start again with a lower --learning-rate, or with --clip-norm 1",
-        )
+        raise _diverged(run, f"the validation loss is {val.loss} after step {progress.step}")
+
+
+def _diverged(run: Run, what: str) -> CifarJaxError:
+    saved = checkpoint.saved_steps(run.checkpoints)
+    return CifarJaxError(
+        ExitCode.NUMERICS,
+        f"{what}; " + (f"step {saved[-1]} is saved" if saved else "nothing is saved yet"),
+        fix="start again with a lower --learning-rate, or with --clip-norm 1",
+    )
 
 
 def _save(run: Run, progress: Progress) -> Path:
+    state = jax.device_get(progress.state)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+        # Not yet in the loss, which is of before the step.
+        raise _diverged(run, f"a parameter is not finite after step {progress.step}")
     metadata = {
         "config": to_json(run.config),
         "data": {"name": run.dataset.name, "digest": run.dataset.digest},
@@ -412,9 +443,10 @@ def _save(run: Run, progress: Progress) -> Path:
     }
     best_step = best_row(progress.history)["step"] if progress.history else 0
     if is_first():
-        checkpoint.save(
-            run.checkpoints, progress.step, progress.state, metadata, best_step=best_step
-        )
+        if not (run.workdir / "config.json").exists():
+            print(f"warning: {run.workdir} was taken away; it is made anew")
+            _write_config(run.config, run.workdir)
+        checkpoint.save(run.checkpoints, progress.step, state, metadata, best_step=best_step)
     wait_for_all(f"saved step {progress.step}")
     _write_history(run, progress)
     return run.checkpoints / str(progress.step)
@@ -424,7 +456,11 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
     """Score the best epoch on the test set, which nothing has seen before, and write the report."""
     config, dataset, history = run.config, run.dataset, progress.history
     best = best_row(history)
-    state = checkpoint.restore(run.checkpoints / str(best["step"]), like=progress.state).state
+    try:
+        state = checkpoint.restore(run.checkpoints / str(best["step"]), like=progress.state).state
+    except CifarJaxError as error:
+        print(f"warning: {error} The last epoch is scored in its place.")
+        best, state = history[-1], progress.state
     test = run.evaluate(state.variables, dataset.test)
     report = {
         "data": {"name": dataset.name, "digest": dataset.digest},
@@ -458,8 +494,8 @@ def _test_and_report(run: Run, progress: Progress, n_params: int) -> dict[str, A
         write_atomically(run.workdir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
         f"test on {dataset.name}: accuracy {100 * test.accuracy:.2f} % ({test.correct:.0f} of "
-        f"{test.count:.0f}), loss {test.mean_loss:.4f}, with epoch {best['epoch']}, the best by "
-        f"validation\n"
+        f"{test.count:.0f}), loss {test.mean_loss:.4f}, with epoch {best['epoch']}"
+        f"{', the best by validation' if best == best_row(history) else ''}\n"
         f"in {run.workdir}: report.json, metrics.jsonl, config.json, plots/curves.png, checkpoints/"
     )
     return report

@@ -6,6 +6,7 @@ and all of them get the same results.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_jax.dataset import ImageShape, Split
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 from cifar_jax.metrics import RunningSums
 from cifar_jax.train_step import Sums, TrainState, Variables
 
@@ -34,9 +35,17 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     """The first ``count`` devices of each process, or all.
 
     Raises:
-        CifarJaxError: environment; there are fewer.
+        CifarJaxError: environment; there are fewer, or none of the kind in ``JAX_PLATFORMS``.
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, bare, of a jax without CUDA
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, of which jax finds no device: "
+            f"{first_line(error)}",
+            fix="install the extra for that device, or unset JAX_PLATFORMS to use what there is",
+        ) from error
     if count == "all":
         return devices
     local = jax.local_device_count()

@@ -16,6 +16,7 @@ from typing import Any
 from cifar_jax import __version__, cli
 from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.lock import locked
 
 DESCRIPTION = """\
 Train a network on CIFAR-10, or on a folder of images of your own, and score it on the test set.
@@ -59,6 +60,13 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             report: dict[str, Any] = json.loads(report_path.read_text())
             print(f"already complete: {report['steps']} steps; see {report_path}")
             return report
+    elif any(workdir.glob("checkpoints/*/manifest.json")):
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"--workdir {workdir} has checkpoints of a run, but not its config.json",
+            fix="put it back: it is the 'config' in checkpoints/<step>/metadata/metadata; or give "
+            "another --workdir",
+        )
 
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise CifarJaxError(
@@ -66,12 +74,27 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             "--tensorboard needs the package tensorboardX",
             fix="pip install tensorboardX, or leave --tensorboard out: metrics.jsonl has the same",
         )
-    _check_writable(workdir)
-    _share_heaps()
-    # Imports as late as can be: a wrong option is answered before NumPy, JAX and TensorFlow start.
-    from cifar_jax.sources import check_source
+    with contextlib.ExitStack() as run:
+        if config.coordinator is None:
+            run.enter_context(locked(workdir))
+        # Imports as late as can be: a wrong option is answered before NumPy, JAX and TensorFlow
+        # start.
+        from cifar_jax.sources import check_source
 
-    check_source(config.data)
+        check_source(config.data)
+        _prepare_runtime(config)
+        from cifar_jax.distributed import is_first, joined
+        from cifar_jax.loop import train_and_test
+
+        run.enter_context(joined(config, workdir))
+        if config.coordinator is not None and is_first():
+            run.enter_context(locked(workdir))
+        return train_and_test(config, workdir)
+
+
+def _prepare_runtime(config: TrainConfig) -> None:
+    """What must be set before JAX and TensorFlow start."""
+    _share_heaps()
     if config.deterministic:
         # Read once, when JAX starts its devices. It also turns the search for the fastest kernel
         # off, which can end with another one each time.
@@ -79,11 +102,6 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     started = "JAX" if config.input == "device" else "JAX and TensorFlow"
     print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
-    from cifar_jax.distributed import joined
-    from cifar_jax.loop import train_and_test
-
-    with joined(config, workdir):
-        return train_and_test(config, workdir)
 
 
 def _share_heaps() -> None:
@@ -95,16 +113,6 @@ def _share_heaps() -> None:
     m_arena_max = -8  # of mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(m_arena_max, 2)
-
-
-def _check_writable(workdir: Path) -> None:
-    ancestor = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"--workdir {workdir} cannot be made: {ancestor} is no folder that can be written",
-            fix="give another --workdir",
-        )
 
 
 def _saved_config(workdir: Path) -> TrainConfig | None:
@@ -141,6 +149,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     # What is not said again on --resume stays as it was.
     base = _saved_config(Path(workdir)) if given.get("resume") else None
+    if base is None and set(given) == {"resume"}:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--resume: there is no run in --workdir {workdir}",
+            fix="give the folder of a run; or, to begin one there, its options too",
+        )
     preset = PRESETS[given.get("preset", "default")]
     config = dataclasses.replace(base or preset, **given)
     train_and_evaluate(config, workdir or _new_workdir(config))

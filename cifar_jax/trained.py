@@ -13,12 +13,13 @@ import numpy as np
 from cifar_jax import checkpoint
 from cifar_jax.config import TrainConfig, from_json, to_json
 from cifar_jax.dataset import ImageShape
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.images import MAX_PIXELS
 from cifar_jax.layout import StateDict, Variables, to_torch
 from cifar_jax.metrics import RunningSums, best_row
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.train_step import TrainState
+from cifar_jax.train_step import TrainState, initial_train_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,26 +63,39 @@ def load(path: Path) -> TrainedNetwork:
         CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read.
     """
     step = _step_folder(path)
-    saved = checkpoint.restore(step)
+    metadata = checkpoint.restore_metadata(step)
     try:
-        height, width, channels = saved.metadata["image_shape"]
-        return TrainedNetwork(
-            config=from_json(saved.metadata["config"]),
-            class_names=tuple(saved.metadata["class_names"]),
-            image_shape=(height, width, channels),
-            mean=tuple(saved.metadata["mean"]),
-            std=tuple(saved.metadata["std"]),
-            variables={
-                "params": jax.device_get(saved.state["params"]),
-                "batch_stats": jax.device_get(saved.state.get("batch_stats") or {}),
-            },
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        config = from_json(metadata["config"])
+        class_names = tuple(map(str, metadata["class_names"]))
+        height, width, channels = map(int, metadata["image_shape"])
+        mean, std = (tuple(map(float, metadata[name])) for name in ("mean", "std"))
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"mean and std of {len(mean)} and {len(std)} of {channels} channels")
+        if channels not in (1, 3) or not 0 < height * width <= MAX_PIXELS:
+            raise ValueError(f"image_shape {height}x{width}x{channels}")
+        # The shapes to read are those of the network, whatever amount of memory a file may claim.
+        like = _shapes(config, len(class_names), (height, width, channels))
+    except (KeyError, TypeError, ValueError, OverflowError, CifarJaxError) as error:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
-            f"the checkpoint {step} holds no network of this program: {error!r}",
+            f"the checkpoint {step} holds no network of this program: "
+            f"{type(error).__name__} {first_line(error)}",
             fix="use the version of cifar_jax that wrote it",
         ) from error
+    state = jax.device_get(checkpoint.restore(step, like).state)
+    return TrainedNetwork(
+        config, class_names, (height, width, channels), mean, std, dict(state.variables)
+    )
+
+
+def _shapes(config: TrainConfig, num_classes: int, image_shape: ImageShape) -> TrainState:
+    """The training state of such a network, of shapes instead of arrays."""
+    model = create_model(config, num_classes, None)
+    tx = make_optimizer(config, make_schedule(config, 1))
+    shapes: TrainState = jax.eval_shape(
+        lambda: initial_train_state(model, tx, image_shape, config.seed)
+    )
+    return shapes
 
 
 def workdir_of(path: Path) -> Path:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +55,7 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     assert saved_steps(tmp_path) == [20, 40, 50]
 
 
+@pytest.mark.fault("A20", "A21")
 def test_steps_are_ordered_as_numbers_and_strangers_ignored(tmp_path: Path) -> None:
     save_steps(tmp_path, 9, 10)
     (tmp_path / "11").mkdir()  # empty: no checkpoint
@@ -94,6 +99,7 @@ def damage_the_manifest(step: Path) -> None:
     (step / "manifest.json").write_text("{")
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, drop_the_metadata, damage_the_manifest])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage: Any) -> None:
     save_steps(tmp_path, 10, 20)
@@ -110,6 +116,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage
     assert (tmp_path / "20.damaged").is_dir()
 
 
+@pytest.mark.fault("A7")
 def test_no_bit_of_any_file_can_flip_unnoticed(tmp_path: Path) -> None:
     save_steps(tmp_path, 10)
     for file in [f for f in (tmp_path / "10").rglob("*") if f.is_file() and f.stat().st_size]:
@@ -121,6 +128,7 @@ def test_no_bit_of_any_file_can_flip_unnoticed(tmp_path: Path) -> None:
     restore(tmp_path / "10", make_state(0))
 
 
+@pytest.mark.fault("A2")
 def test_a_save_that_was_cut_short_before_its_manifest_is_none(tmp_path: Path) -> None:
     save_steps(tmp_path, 10, 20)
     (tmp_path / "20" / "manifest.json").unlink()
@@ -132,6 +140,83 @@ def test_a_save_that_was_cut_short_before_its_manifest_is_none(tmp_path: Path) -
     assert_equal(restore(tmp_path / "20", make_state(0)).state, make_state(20))
 
 
+# Saves step 20 beside step 10, and on the way meets with an accident.
+SAVE = """if True:
+    import os, resource, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from test_checkpoint import save_steps
+    from cifar_jax import checkpoint
+    folder = Path(sys.argv[2])
+    save_steps(folder, 5, 10)
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+    def after(function):
+        return lambda *args, **kwargs: (function(*args, **kwargs), die())
+    exec(sys.argv[3])
+    save_steps(folder, 20)
+"""
+
+
+def save_with(accident: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SAVE, str(Path(__file__).parent), str(folder), accident]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.fault("A2")
+@pytest.mark.parametrize(
+    ("accident", "newest"),
+    [
+        ("checkpoint._file_digests = die", 10),
+        ("checkpoint._flush = die", 10),
+        ("checkpoint._flush = after(checkpoint._flush)", 10),
+        ("Path.rename = after(Path.rename)", 20),
+        ("checkpoint.shutil.rmtree = die", 20),
+    ],
+)
+def test_a_kill_in_any_part_of_a_save_leaves_whole_checkpoints(
+    tmp_path: Path, accident: str, newest: int
+) -> None:
+    done = save_with(accident, tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found, rejected = restore_newest(tmp_path, make_state(0))
+    assert rejected == []
+    assert found is not None
+    assert_equal(found.state, make_state(newest))
+    save_steps(tmp_path, 20, 30)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["20", "30"], "nothing is left"
+
+
+@pytest.mark.fault("A6")
+def test_a_full_disk_leaves_the_older_checkpoints_and_says_what_is_needed(tmp_path: Path) -> None:
+    full = """if True:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        from cifar_jax import cli
+        cli.run(lambda: save_steps(folder, 20))
+    """
+    done = save_with(full, tmp_path)
+    assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
+    assert re.search(
+        rf"cannot save step 20 to {tmp_path}: .* \(it takes some [\d.]+ MB, and [\d,.]+ MB are "
+        r"free; the last that is saved is step 10\). Fix: make room",
+        done.stderr,
+    )
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "5"]
+    assert_equal(restore(tmp_path / "10", make_state(0)).state, make_state(10))
+
+
+@pytest.mark.fault("A20")
+def test_a_folder_of_someone_else_in_the_way_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "20").mkdir()
+    (tmp_path / "20" / "thesis.txt").write_text("years of work")
+    save_steps(tmp_path, 20)
+    assert (tmp_path / "20.damaged" / "thesis.txt").exists()
+    assert saved_steps(tmp_path) == [20]
+
+
+@pytest.mark.fault("A8")
 def test_if_all_are_damaged_nothing_starts_from_scratch(tmp_path: Path) -> None:
     save_steps(tmp_path, 10, 20)
     for step in (10, 20):
@@ -142,6 +227,7 @@ def test_if_all_are_damaged_nothing_starts_from_scratch(tmp_path: Path) -> None:
     assert saved_steps(tmp_path) == [10, 20], "the files are left as they are"
 
 
+@pytest.mark.fault("A9")
 def test_another_network_is_refused(tmp_path: Path) -> None:
     save_steps(tmp_path, 10)
     with pytest.raises(CifarJaxError, match=r"kernel.* is float32\[3\] there, float32\[4\]"):

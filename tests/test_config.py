@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,7 @@ def parse(*argv: str) -> TrainConfig:
     return dataclasses.replace(PRESETS[given.get("preset", "default")], **given)
 
 
+@pytest.mark.fault("B8", "B11")
 @pytest.mark.parametrize(
     ("argv", "what", "fix"),
     [
@@ -77,6 +80,7 @@ def test_the_config_survives_json() -> None:
         from_json({"epoch": 3})
 
 
+@pytest.mark.fault("A9", "A12")
 def test_resume_may_change_where_a_run_is_but_not_what_it_computes() -> None:
     saved = TrainConfig()
     check_resumable(dataclasses.replace(saved, devices=2, data="elsewhere", resume=True), saved)
@@ -89,6 +93,7 @@ def test_resume_may_change_where_a_run_is_but_not_what_it_computes() -> None:
     check_resumable(dataclasses.replace(constant, **longer), constant)
 
 
+@pytest.mark.fault("B11")
 def test_help_and_errors_import_nothing_slow() -> None:
     program = """if True:
         import sys
@@ -127,3 +132,45 @@ def test_the_package_lists_its_commands() -> None:
         [sys.executable, "-m", "cifar_jax"], capture_output=True, text=True, check=True, timeout=60
     )
     assert "python -m cifar_jax.train " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("1 / 0", ExitCode.BUG, "a bug of this program: ZeroDivisionError: division by zero"),
+        ("open('/no/such')", ExitCode.ENVIRONMENT, "No such file or directory: '/no/such'"),
+        ("bytearray(2**62)", ExitCode.ENVIRONMENT, "the memory is not enough"),
+    ],
+)
+def test_errors_that_no_one_foresaw_are_one_line_too(error: str, code: ExitCode, said: str) -> None:
+    program = f"from cifar_jax import cli\ndef main():\n    {error}\ncli.run(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    if code == ExitCode.BUG:
+        file = Path(done.stderr.split("traceback in ")[1].removesuffix(".\n"))
+        assert "ZeroDivisionError" in file.read_text()
+        file.unlink()
+    command = [sys.executable, "-c", program, "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" in done.stderr
+    for file in re.findall(r"/\S*cifar_jax-\S*[.]txt", done.stderr):
+        Path(file).unlink()
+
+
+@pytest.mark.fault("D20")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epochs": "many"}, {"epochs": True}, {"epochs": 1.5}, {"epochs": None}, {"widths": 3},
+        {"widths": [[1]]}, {"model": 3}, {"model": "vgg"}, {"flip": 1}, {"devices": "some"},
+        {"data": ["a"]}, {"learning_rate": "0.1"}, {"epochs": 0}, {"learning_rate": float("nan")},
+        [], "epochs",
+    ],
+)  # fmt: skip
+def test_a_config_file_of_other_types_is_refused(values: typing.Any) -> None:
+    with pytest.raises(CifarJaxError) as caught:
+        from_json(values)
+    assert caught.value.exit_code == ExitCode.USAGE

@@ -74,6 +74,7 @@ def test_an_epoch_is_one_dispatch_but_on_a_cpu() -> None:
     assert device_input._steps_at_once("cpu", 353) == 1
 
 
+@pytest.mark.fault("B10")
 @pytest.mark.parametrize("devices", [1, 3])
 def test_evaluation_counts_every_image_once(devices: int) -> None:
     model = create_model(TrainConfig(model="linear"), 10, None)

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
     return [(p.returncode, *both) for p, both in zip(processes, said, strict=True)]
 
 
+@pytest.mark.fault("A11", "B1", "B5")
 @pytest.mark.timeout(400)
 def test_stopped_killed_and_resumed_elsewhere_it_is_the_same_run(tmp_path: Path) -> None:
     output = tmp_path / "processes.json"
@@ -98,6 +100,7 @@ def test_only_the_first_process_speaks_and_writes(image_folder: Path, tmp_path: 
     assert not {"coordinator", "num_processes", "process_id"} & set(saved)
 
 
+@pytest.mark.fault("B4")
 @pytest.mark.parametrize(
     ("of_second", "named"),
     [
@@ -129,6 +132,7 @@ def test_a_workdir_that_is_not_shared_is_noticed_before_training(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.fault("B1")
 def test_one_that_fails_alone_says_why_and_the_others_do_not_wait(
     image_folder: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +146,23 @@ def test_one_that_fails_alone_says_why_and_the_others_do_not_wait(
     assert first[0] in (ExitCode.ENVIRONMENT, -6)
     assert "another one" in first[2]
     assert "--resume" in first[2]
+
+
+@pytest.mark.fault("B2")
+def test_when_the_first_process_dies_the_others_say_how_to_go_on(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    processes = start_two(workdir, "--data", str(image_folder), "--epochs", "100000")
+    while not (workdir / "metrics.jsonl").exists():
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.1)
+    processes[0].kill()
+    killed_at = time.monotonic()
+    _, second = finish(processes)
+    assert time.monotonic() - killed_at < distributed._HEARTBEAT_SECONDS
+    assert second[0] in (ExitCode.ENVIRONMENT, -6)
+    assert f"--resume --workdir {workdir}" in second[2]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +198,7 @@ def test_clusters_are_detected(
     assert json.loads((tmp_path / "run" / "report.json").read_text())["processes"] == 2
 
 
+@pytest.mark.fault("B3")
 def test_no_cluster_is_said(tmp_path: Path) -> None:
     (found,) = finish([start(0, {}, "--workdir", str(tmp_path / "run"), "--coordinator", "auto")])
     assert found[0] == ExitCode.ENVIRONMENT
@@ -185,6 +207,7 @@ def test_no_cluster_is_said(tmp_path: Path) -> None:
     assert found[2].count("\n") == 1
 
 
+@pytest.mark.fault("B3")
 def test_a_coordinator_that_does_not_answer_is_not_waited_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

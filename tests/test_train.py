@@ -7,14 +7,17 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from conftest import write_images
 
@@ -40,20 +43,25 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def signal_at_step(k: int, *signals: int) -> Iterator[None]:
-    """Send real signals to this process while the run prepares its ``k``-th step."""
+def at_step(k: int, accident: Callable[[], Any]) -> Iterator[None]:
+    """Let ``accident`` happen while the run prepares its ``k``-th step."""
     train_batches = host_input.train_batches
 
     def counted(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for n, batch in enumerate(train_batches(*args, **kwargs), start=1):
             if n == k:
-                for each in signals:
-                    signal.raise_signal(each)  # to this thread: two of os.kill can become one
+                accident()
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_input, "train_batches", counted)
         yield
+
+
+def signal_at_step(k: int, *signals: int) -> contextlib.AbstractContextManager[None]:
+    """Send real signals to this process while the run prepares its ``k``-th step."""
+    # To this thread: two of os.kill can become one.
+    return at_step(k, lambda: [signal.raise_signal(each) for each in signals])
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +76,7 @@ def reference(
     return train_and_evaluate(config, workdir), workdir
 
 
+@pytest.mark.fault("C24")
 def test_the_workdir_holds_what_it_should(reference: tuple[dict[str, Any], Path]) -> None:
     report, workdir = reference
     assert json.loads((workdir / "report.json").read_text()) == report
@@ -99,6 +108,7 @@ def test_the_workdir_holds_what_it_should(reference: tuple[dict[str, Any], Path]
     assert len(metadata["mean"]) == len(metadata["std"]) == 3
 
 
+@pytest.mark.fault("A3")
 @pytest.mark.parametrize("stop_in_step", [1, 3, 5, 8])
 def test_a_resumed_run_arrives_at_the_same_bits(
     reference: tuple[dict[str, Any], Path], config: TrainConfig, tmp_path: Path, stop_in_step: int
@@ -133,6 +143,7 @@ def test_the_seed_decides_the_run(
     assert other["params_sha256"] != reference[0]["params_sha256"]
 
 
+@pytest.mark.fault("A5")
 def test_ctrl_c_twice_does_not_wait_for_a_save(config: TrainConfig, tmp_path: Path) -> None:
     with (
         signal_at_step(3, signal.SIGINT, signal.SIGINT),
@@ -154,6 +165,7 @@ def test_a_signal_that_is_ignored_stays_ignored(config: TrainConfig, tmp_path: P
     assert report["epochs"] == config.epochs
 
 
+@pytest.mark.fault("A15", "A16")
 def test_another_run_is_not_overwritten(
     reference: tuple[dict[str, Any], Path], config: TrainConfig
 ) -> None:
@@ -170,6 +182,7 @@ def test_another_run_is_not_overwritten(
     assert {f: f.stat().st_mtime_ns for f in workdir.rglob("*")} == before
 
 
+@pytest.mark.fault("A10")
 def test_other_data_are_refused_on_resume(config: TrainConfig, tmp_path: Path) -> None:
     write_images(tmp_path / "other", {"bird": 30, "cat": 30, "frog": 31})
     with signal_at_step(2, signal.SIGTERM), pytest.raises(Stopped):
@@ -193,14 +206,27 @@ def test_a_constant_rate_allows_more_epochs(config: TrainConfig, tmp_path: Path)
     assert more["params_sha256"] == at_once["params_sha256"]
 
 
-def test_a_diverging_run_says_where_and_what_to_do(config: TrainConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(config, optimizer="sgd", schedule="constant", learning_rate=1e30)
-    with pytest.raises(CifarJaxError, match=r"loss is (nan|inf) .*step.*Fix: .*--learn") as caught:
+@pytest.mark.fault("A13")
+@pytest.mark.parametrize("source", ["tf.data", "device"])
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_a_diverging_run_says_where_and_what_to_do(
+    config: TrainConfig, tmp_path: Path, source: Any, checkpoint_every: int
+) -> None:
+    config = dataclasses.replace(
+        config, optimizer="sgd", schedule="constant", learning_rate=1e30, input=source,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    with pytest.raises(
+        CifarJaxError, match=r"(loss is|not finite).*step .*saved.*Fix: .*--learn"
+    ) as caught:
         train_and_evaluate(config, tmp_path)
     assert caught.value.exit_code == ExitCode.NUMERICS
-    assert saved_steps(tmp_path / "checkpoints") == []
+    for step in saved_steps(tmp_path / "checkpoints"):
+        leaves = jax.tree.leaves(restore(tmp_path / "checkpoints" / str(step)).state)
+        assert all(np.isfinite(leaf).all() for leaf in leaves), step
 
 
+@pytest.mark.fault("B8", "B9")
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -218,9 +244,10 @@ def test_what_only_shows_with_data_or_devices_is_said_too(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("A18")
 def test_a_workdir_that_cannot_be_made_is_said_at_once(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CifarJaxError, match="file is no folder that can be written") as caught:
+    with pytest.raises(CifarJaxError, match="run cannot be written: Not a directory") as caught:
         train_and_evaluate(config, tmp_path / "file" / "run")
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
 
@@ -254,6 +281,7 @@ def test_what_follows_from_a_history() -> None:
     assert epochs_without_progress([]) == 0
 
 
+@pytest.mark.fault("A11")
 def test_greyscale_on_four_devices_resumes_on_one(tmp_path: Path) -> None:
     write_images(tmp_path / "grey", {"a": 60, "b": 60}, mode="L", size=9)
     config = TrainConfig(
@@ -266,6 +294,78 @@ def test_greyscale_on_four_devices_resumes_on_one(tmp_path: Path) -> None:
     resumed = dataclasses.replace(config, devices=1, resume=True)
     report = train_and_evaluate(resumed, tmp_path / "four")
     assert math.isclose(report["test_loss"], whole["test_loss"], rel_tol=1e-4)
+
+
+@pytest.mark.fault("A19")
+def test_a_workdir_that_is_taken_away_is_made_anew(
+    reference: tuple[dict[str, Any], Path],
+    config: TrainConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workdir = tmp_path / "run"
+    with at_step(8, lambda: shutil.rmtree(workdir)):
+        report = train_and_evaluate(config, workdir)
+    assert "was taken away; it is made anew" in capsys.readouterr().out
+    assert report["params_sha256"] == reference[0]["params_sha256"]
+    assert len(read_rows(workdir)) == 3
+    again = train_and_evaluate(dataclasses.replace(config, resume=True), workdir)
+    assert again == report
+
+
+def as_it_was_before_its_test(run: Path, workdir: Path) -> None:
+    shutil.copytree(run, workdir)
+    (workdir / "report.json").unlink()
+
+
+@pytest.mark.fault("A7")
+def test_if_the_best_checkpoint_is_lost_the_last_is_scored(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a rate that changes nothing, the first epoch stays the best."""
+    config = dataclasses.replace(config, learning_rate=1e-12, schedule="constant", dropout=0)
+    train_and_evaluate(config, tmp_path / "whole")
+    as_it_was_before_its_test(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "5" / "manifest.json").write_text("[]")
+    report = train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path / "run")
+    assert report["best_step"] == 15
+    out = capsys.readouterr().out
+    assert "checkpoints/5 cannot be used" in out
+    assert "The last epoch is scored in its place" in out
+
+
+@pytest.mark.fault("A2", "A20")
+def test_what_does_not_belong_among_the_checkpoints_is_named(
+    reference: tuple[dict[str, Any], Path],
+    config: TrainConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    as_it_was_before_its_test(reference[1], tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "99").mkdir()
+    (checkpoints / ".unfinished-16" / "state").mkdir(parents=True)
+    report = train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path / "run")
+    assert report["params_sha256"] == reference[0]["params_sha256"]
+    out = capsys.readouterr().out
+    assert f"warning: ignored in {checkpoints}: 99, which are no checkpoints" in out
+    assert f"removed {checkpoints / '.unfinished-16'}: a save" in out
+    assert (checkpoints / "99").exists()
+    assert not (checkpoints / ".unfinished-16").exists()
+
+
+@pytest.mark.fault("A8")
+def test_checkpoints_without_their_config_are_not_trained_over(
+    reference: tuple[dict[str, Any], Path], config: TrainConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(reference[1], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    for resume in (False, True):
+        with pytest.raises(CifarJaxError, match=r"has checkpoints of a run, but not") as caught:
+            train_and_evaluate(dataclasses.replace(config, resume=resume), tmp_path / "run")
+        assert caught.value.exit_code == ExitCode.CHECKPOINT
+    with pytest.raises(CifarJaxError, match=r"--resume: there is no run in --workdir"):
+        main(["--resume", "--workdir", str(tmp_path / "none")])
 
 
 def start(image_folder: Path, workdir: Path, *options: str) -> subprocess.Popen[str]:
@@ -299,6 +399,7 @@ def wait_for_a_step_after(step: int, workdir: Path, process: subprocess.Popen[st
         time.sleep(0.01)
 
 
+@pytest.mark.fault("A1", "A22")
 def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path) -> None:
     """Real processes: SIGKILL inside an epoch, SIGTERM after the resume, then to the end."""
     options = ("--epochs", "8", "--checkpoint-every", "2")
@@ -332,6 +433,116 @@ def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path)
     assert reports[0]["params_sha256"] == reports[1]["params_sha256"]
     assert reports[0]["test_loss"] == reports[1]["test_loss"]
     assert reports[0]["steps"] == 8 * STEPS_PER_EPOCH
+
+
+# In a process of its own, `cifar_jax.train` with a function that first meets with an accident.
+LAUNCH = """if True:
+    import importlib, os, signal, sys
+    name, accident, *sys.argv[1:] = sys.argv[1:]
+    module_name, _, function_name = name.rpartition(".")
+    module = importlib.import_module(module_name)
+    function = getattr(module, function_name)
+    def with_accident(*args, **kwargs):
+        setattr(module, function_name, function)
+        exec(accident)
+        return function(*args, **kwargs)
+    setattr(module, function_name, with_accident)
+    from cifar_jax import cli, train
+    cli.run(train.main)
+"""
+
+
+def launch(
+    image_folder: Path, workdir: Path, function: str, accident: str, *options: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-c", LAUNCH, function, accident, "--workdir", str(workdir)),
+            *("--data", str(image_folder), "--model", "linear", "--input", "device"),
+            *("--batch-size", "16", "--epochs", "2", *options),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.fault("A4", "A5")
+@pytest.mark.parametrize(
+    ("where", "signum", "said"),
+    [
+        ("cifar_jax.loop.load_dataset", signal.SIGTERM, "nothing was under way"),
+        ("cifar_jax.device_input.make_advance", signal.SIGTERM, "nothing was under way"),
+        ("cifar_jax.loop._validate", signal.SIGTERM, "step 5 is saved"),
+        ("cifar_jax.checkpoint.save", signal.SIGINT, "step 5 is saved"),
+        ("cifar_jax.loop._test_and_report", signal.SIGTERM, "nothing was under way"),
+    ],
+)
+def test_a_signal_in_any_phase_ends_the_run_cleanly(
+    image_folder: Path, tmp_path: Path, where: str, signum: int, said: str
+) -> None:
+    accident = f"signal.raise_signal({int(signum)})"
+    done = launch(image_folder, tmp_path / "run", where, accident)
+    assert done.returncode == 128 + signum, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    resumed = launch(image_folder, tmp_path / "run", "os.getcwd", "", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(read_rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.fault("B7")
+def test_what_does_not_fit_into_memory_is_said(image_folder: Path, tmp_path: Path) -> None:
+    """As a GPU says it: of a CPU, Linux promises more memory than there is."""
+    accident = "import jax; raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')"
+    where = "cifar_jax.device_input.make_advance"
+    done = launch(image_folder, tmp_path / "run", where, accident)
+    assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
+    assert "the memory is not enough: RESOURCE_EXHAUSTED: Out of memory" in done.stderr
+    assert "--batch-size" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.fault("B6", "B12", "B13")
+@pytest.mark.parametrize(
+    ("name", "value", "code", "said"),
+    [
+        ("JAX_PLATFORMS", "cuda", ExitCode.ENVIRONMENT, "error: JAX_PLATFORMS=cuda, of which"),
+        ("XLA_FLAGS", "--xla_no_such_flag=1", 1, "Unknown flag in XLA_FLAGS: --xla_no_such"),
+        ("JAX_COMPILATION_CACHE_DIR", "open", ExitCode.ENVIRONMENT, "can be written by others"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_said(
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+    code: int,
+    said: str,
+) -> None:
+    if value == "open":
+        (tmp_path / value).mkdir()
+        (tmp_path / value).chmod(0o777)
+        value = str(tmp_path / value)
+    monkeypatch.setenv(name, value)
+    done = launch(image_folder, tmp_path / "run", "os.getcwd", "")
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.fault("B14")
+def test_tensorflow_is_kept_off_the_accelerators() -> None:
+    program = """if True:
+        import tensorflow as tf
+        calls = []
+        tf.config.set_visible_devices = lambda *args: calls.append(args)
+        from cifar_jax import input_pipeline
+        assert calls == [([], "GPU")], calls
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_names_a_new_workdir_by_itself(

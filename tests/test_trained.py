@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -127,5 +129,44 @@ def test_a_damaged_history_or_checkpoint_is_named(tmp_path: Path) -> None:
         load(tmp_path)
     other = tmp_path / "other"
     checkpoint.save(other / "checkpoints", 1, {"x": np.zeros(1)}, {"a": 1}, best_step=1)
-    with pytest.raises(CifarJaxError, match=r"holds no network .*image_shape"):
+    with pytest.raises(CifarJaxError, match=r"holds no network .*KeyError .config"):
         load(other)
+
+
+def rewrite_metadata(step: Path, change: Any) -> None:
+    """As a stranger could have made it: with a manifest that is right."""
+    file = step / "metadata" / "metadata"
+    metadata = json.loads(file.read_text())
+    change(metadata)
+    file.write_text(json.dumps(metadata))
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["metadata/metadata"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (step / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.fault("D20")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["config"].update(code="import os"),
+        lambda m: m["config"].update(model="vgg"),
+        lambda m: m["config"].update(widths=[10**9]),
+        lambda m: m["config"].update(epochs="many"),
+        lambda m: m.update(config=[]),
+        lambda m: m.update(image_shape=[9, 9]),
+        lambda m: m.update(image_shape=[-9, 9, 1]),
+        lambda m: m.update(image_shape=[10**9, 10**9, 1]),
+        lambda m: m.update(class_names=3),
+        lambda m: m.update(class_names=["ant"] * 100_000),
+        lambda m: m.update(mean=["a"]),
+        lambda m: m.update(mean=[0.1, 0.2]),
+        lambda m: m.pop("std"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, change: Any) -> None:
+    save(make_network(), tmp_path, source="a test")
+    rewrite_metadata(tmp_path / "checkpoints" / "0", change)
+    with pytest.raises(CifarJaxError) as caught:
+        load(tmp_path)
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert "\n" not in str(caught.value)

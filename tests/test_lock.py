@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.lock import locked
+
+HOLD = """if True:
+    import sys, time
+    from pathlib import Path
+    from cifar_jax.lock import locked
+    with locked(Path(sys.argv[1])):
+        print("locked", flush=True)
+        time.sleep(100)
+"""
+COUNT = """if True:
+    import sys
+    from pathlib import Path
+    from cifar_jax.errors import CifarJaxError
+    from cifar_jax.lock import locked
+    counter, left = Path(sys.argv[1]) / "counter", 50
+    while left:
+        try:
+            with locked(counter.parent):
+                counter.write_text(str(int(counter.read_text()) + 1))
+                left -= 1
+        except CifarJaxError:
+            pass
+"""
+
+
+@pytest.mark.fault("A17")
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(workdir)], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "locked\n"
+    started = time.monotonic()
+    second = subprocess.run(
+        [sys.executable, "-m", "cifar_jax.train", "--data", "shapes", "--workdir", str(workdir)],
+        capture_output=True,
+        text=True,
+    )
+    assert time.monotonic() - started < 20, "it does not wait"
+    assert second.returncode == ExitCode.ENVIRONMENT
+    assert f"--workdir {workdir} is locked by process {first.pid} on" in second.stderr
+    assert second.stderr.count("\n") == 1
+    assert second.stdout == "", "before anything slow is started"
+    first.kill()
+    first.communicate()
+    with locked(workdir):
+        (workdir / "config.json").touch()
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+@pytest.mark.fault("A17")
+def test_the_lock_excludes_also_while_it_changes_hands(tmp_path: Path) -> None:
+    (tmp_path / "counter").write_text("0")
+    processes = [subprocess.Popen([sys.executable, "-c", COUNT, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait(timeout=100) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "counter").read_text() == "150"
+
+
+def test_a_folder_in_which_nothing_came_about_is_taken_away_again(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.fault("A18")
+@pytest.mark.parametrize("folder", ["file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CifarJaxError, match=r"--workdir .*run cannot be written: ") as caught,
+        locked(tmp_path / folder),
+    ):
+        pass
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
