@@ -1,9 +1,11 @@
 """``python -m cifar_jax``: the commands there are."""
 
 import cifar_jax
+from cifar_jax import cli
 
 COMMANDS = {
     "summary": "show a network layer by layer, and what training it takes",
+    "check_data": "look through a data set: bad files, images that are there twice",
     "train": "train a network, keep its checkpoints, and score it on the test set",
     "evaluate": "score a trained network: per class, confusion, calibration, its worst mistakes",
     "predict": "say what is on images",
@@ -22,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

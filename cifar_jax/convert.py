@@ -88,7 +88,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 
     Raises:
         CifarJaxError: usage; ``destination`` exists, or ``options`` that contradict the network.
-            Checkpoint; ``source`` holds no network of the zoo. Environment; no torch for a
+            Checkpoint; ``source`` holds no network of the zoo, or NaN. Environment; no torch for a
             ``.pth``, or ``destination`` cannot be written.
     """
     check_is_new(destination, "DESTINATION")
@@ -124,12 +124,13 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
     from cifar_jax import trained
     from cifar_jax.network_metadata import network_of
-    from cifar_jax.state_dicts import read_state_dict
+    from cifar_jax.state_dicts import check_finite, read_state_dict
 
     if source.is_dir():
         network = trained.load(source)
     else:
         state_dict, metadata = read_state_dict(source)
+        check_finite(state_dict, source)
         if "config" not in metadata:
             return _from_tensors(source, state_dict, options)
         network = network_of(source, state_dict, metadata)

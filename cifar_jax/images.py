@@ -2,15 +2,21 @@
 
 A JPEG gives the very pixels that training's decoder gives; what else that decoder does is done
 here too: transparency is dropped, and of 16 bits the upper 8 are kept.
+
+The files of a data set are JPEG and PNG alone. Whichever decoder takes them, :func:`read_checked`
+reads them: what their bytes tell before anything is decoded, it has looked at.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import os
+import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -54,21 +60,22 @@ def read_image(
         raise _refused(name, "is empty")
     if len(content) > MAX_BYTES:
         raise _refused(name, f"has more than {MAX_BYTES >> 20} MB", "make it smaller")
+    if content.startswith((_PNG, _JPEG)):  # as in training: Pillow passes over a wrong checksum
+        try:
+            _header(content)
+        except ValueError as error:
+            raise _refused(name, str(error)) from error
     try:
         with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
             image: Image.Image = Image.open(io.BytesIO(content))
-            if image.width * image.height > MAX_PIXELS:
-                raise _refused(
-                    name,
-                    f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}",
-                    "make it smaller",
-                )
-            image = ImageOps.exif_transpose(image)
+            if image.height * image.width > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.height}x{image.width}")
+            ImageOps.exif_transpose(image, in_place=True)
             return _resized(_eight_bits(image, image_shape[2]), image_shape, fit)
     except UnidentifiedImageError as error:
         raise _refused(name, "is no image of a format that Pillow reads") from error
-    except CifarJaxError:
-        raise
+    except Image.DecompressionBombError as error:
+        raise _refused(name, f"has more than {MAX_PIXELS:,} pixels: {error}") from error
     except Exception as error:  # a damaged file ends in whatever its decoder runs into
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _refused(name, f"is damaged: {reason}") from error
@@ -77,19 +84,18 @@ def read_image(
 def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape:
     """The shape of a data set's images, from a few of them: greyscale only if all of these are.
 
+    Those that cannot be read are passed over here, and come up when all are read.
+
     Raises:
-        CifarJaxError: data; names a file that is no image.
+        CifarJaxError: data; none of them can be read.
     """
-    grey, first = True, (0, 0)
-    for path in map(os.fsdecode, paths):
-        try:
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-                grey = grey and len(image.getbands()) == 1 and image.mode != "P"
-                first = first if any(first) else (image.height, image.width)
-        except OSError as error:
-            raise unusable(path) from error
-    height, width = (image_size, image_size) if image_size is not None else first
-    return height, width, 1 if grey else 3
+    shapes: list[ImageShape] = []
+    for path in paths:
+        with contextlib.suppress(CifarJaxError):
+            shapes.append(_read(path)[1])
+    shapes = shapes or [_read(paths[0])[1]]
+    height, width = (image_size, image_size) if image_size is not None else shapes[0][:2]
+    return height, width, max(channels for _, _, channels in shapes)
 
 
 def decode(split: Split) -> Split:
@@ -100,47 +106,153 @@ def decode(split: Split) -> Split:
     """
     files = split.images
     assert isinstance(files, ImageFiles)
-    paths = [os.fsdecode(path) for path in files.paths]
-
-    def read(path: str) -> NDArray[np.uint8]:
-        try:
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-                pixels = np.asarray(_eight_bits(image, files.shape[2]))
-        except OSError as error:
-            raise unusable(path) from error
-        if pixels.shape[:2] != files.shape[:2]:
-            raise other_size(path, pixels.shape, files.shape)
-        return pixels.reshape(files.shape)
-
     pixels = np.empty((len(files), *files.shape), np.uint8)
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(read, paths)
+    # Not in the threads, which would undo each other's.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        decoded = pool.map(functools.partial(decode_file, files), files.paths)
         for i, image in enumerate(
-            tqdm(decoded, "decoding", len(paths), unit="images", disable=None)
+            tqdm(decoded, "decoding", len(files), unit="images", disable=None)
         ):
             pixels[i] = image
     return Split(pixels, split.labels)
 
 
-def other_size(path: str, shape: tuple[int, ...], first: ImageShape) -> CifarJaxError:
-    (height, width), (h, w) = shape[:2], first[:2]
+def decode_file(files: ImageFiles, path: bytes) -> NDArray[np.uint8]:
+    """The pixels of one of ``files``, uint8 ``[H, W, C]``, not resized.
+
+    Raises:
+        CifarJaxError: data; says what is wrong with it.
+    """
+    return _decoded(path, read_checked(files, path), files.shape[2])
+
+
+def read_checked(files: ImageFiles, path: bytes) -> bytes:
+    """The content of one of ``files``: a JPEG or PNG that is all there, of the right size.
+
+    Of an image in colour among greyscale ones it is a greyscale copy: decoders have greys of their
+    own.
+
+    Raises:
+        CifarJaxError: data; says what else it is.
+    """
+    content, (height, width, channels) = _read(path)
+    h, w, wanted_channels = files.shape
+    if (height, width) != (h, w) and not files.resize:
+        raise unusable(
+            path,
+            f"is {height}x{width}, the first is {h}x{w}",
+            fix=f"give --image-size {h} to resize all images to {h}x{h}",
+        )
+    if channels > wanted_channels:
+        with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
+            return png(_decoded(path, content, wanted_channels))
+    return content
+
+
+def _decoded(path: bytes, content: bytes, channels: int) -> NDArray[np.uint8]:
+    height, width, _ = _header(content)
+    try:
+        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+        if image.size == (width, height):  # else there is a second header
+            return np.asarray(_eight_bits(image, channels)).reshape(height, width, channels)
+    except Exception as error:  # a damaged file ends in whatever its decoder runs into
+        raise undecodable(path) from error
+    raise undecodable(path)
+
+
+def undecodable(path: bytes) -> CifarJaxError:
+    """For a file that :func:`read_checked` let pass, and its decoder does not."""
+    return unusable(path, "is damaged: its pixels cannot be decoded")
+
+
+def unusable(path: bytes, what: str, fix: str | None = None) -> CifarJaxError:
     return CifarJaxError(
         ExitCode.DATA,
-        f"the image {path} is {height}x{width}, the first is {h}x{w}",
-        fix=f"give --image-size {h} to resize all images to {h}x{h}",
+        f"the image {shown(path)} {what}",
+        fix=fix or "put the right file there, or delete it; cifar_jax.check_data names all of them",
     )
 
 
-def unusable(path: str) -> CifarJaxError:
-    """What is the matter with a file of a data set that does not decode."""
-    file = Path(path)
-    if not file.is_file():
-        what, fix = "is not there any more", "put it back"
-    elif file.stat().st_size == 0:
-        what, fix = "is empty", "put the right file there, or delete it"
-    else:
-        what, fix = "is damaged or no JPEG or PNG", "put the right file there, or delete it"
-    return CifarJaxError(ExitCode.DATA, f"the image {path} {what}", fix=fix)
+def _read(path: bytes) -> tuple[bytes, ImageShape]:
+    try:
+        # Without O_NONBLOCK, a pipe that has taken the file's place would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            content = os.read(descriptor, _MOST_FILES)
+            if len(content) == _MOST_FILES:
+                content += os.read(descriptor, min(os.fstat(descriptor).st_size, MAX_BYTES))
+                if len(content) > MAX_BYTES:
+                    raise ValueError(f"has more than {MAX_BYTES >> 20} MB")
+        finally:
+            os.close(descriptor)
+        return content, _header(content)
+    except FileNotFoundError as error:
+        raise unusable(path, "is not there any more", fix="put it back") from error
+    except OSError as error:
+        raise unusable(path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise unusable(path, str(error)) from error
+
+
+_MOST_FILES = 64 * 2**10  # have fewer bytes: they are read in one call
+_PNG, _JPEG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def _header(content: bytes) -> ImageShape:
+    """The shape that a JPEG or PNG claims; 1 channel if it is greyscale, otherwise 3.
+
+    A file of some bytes can claim gigabytes, so this comes before any decoder. And decoders differ
+    in whether they mind that a file ends early, or a wrong checksum: here it is an error.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    try:
+        if content.startswith(_JPEG):
+            shape = _jpeg_header(content)
+        elif content.startswith(_PNG):
+            shape = _png_header(content)
+        else:
+            raise ValueError("is no JPEG or PNG" if content else "is empty")
+    except (IndexError, struct.error) as error:
+        raise ValueError("is cut short") from error
+    height, width, _ = shape
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"has {height}x{width} pixels, more than {MAX_PIXELS:,}")
+    return shape
+
+
+def _jpeg_header(content: bytes) -> ImageShape:
+    at = len(_JPEG)
+    while True:
+        while content[at] != 0xFF:  # to the next marker, as libjpeg goes
+            at += 1
+        while (marker := content[at]) == 0xFF:
+            at += 1
+        at += 1
+        if marker in _JPEG_FRAMES:
+            height, width, channels = struct.unpack_from(">HHB", content, at + 3)
+            if content.rfind(_JPEG_END, at) < 0:
+                raise ValueError("is cut short")
+            return height, width, 1 if channels == 1 else 3
+        if marker:
+            (length,) = struct.unpack_from(">H", content, at)
+            at += length or 2
+
+
+def _png_header(content: bytes) -> ImageShape:
+    at = len(_PNG)
+    width, height, _, colour = struct.unpack_from(">IIBB", content, at + 8)
+    while True:
+        length, name = struct.unpack_from(">I4s", content, at)
+        end = at + 8 + length
+        (checksum,) = struct.unpack_from(">I", content, end)
+        if zlib.crc32(content[at + 4 : end]) != checksum:
+            raise ValueError(f"is damaged: the checksum of its {name!r} is wrong")
+        if name == b"IEND":
+            return height, width, 1 if colour in (0, 4) else 3
+        at = end + 4
 
 
 def image_suffixes() -> frozenset[str]:
@@ -156,7 +268,23 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
         values = np.nan_to_num(np.asarray(image))
         scale = 255 if values.max() <= 1 else 1
         image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
-    return image.convert("L" if channels == 1 else "RGB")
+    elif image.mode == "CMYK":
+        image = _cmyk_to_rgb(image)
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
+    """As TensorFlow does it: Pillow rounds otherwise."""
+    # Pillow takes every JPEG's inks for inverted, as Adobe's are: of others it then has the light.
+    is_light = image.format == "JPEG" and "adobe" not in image.info
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, 64):  # in pieces: 16 bits take much memory
+        piece = image.crop((0, top, image.width, min(top + 64, image.height)))
+        light = np.asarray(piece, np.uint16) if is_light else 255 - np.asarray(piece, np.uint16)
+        pixels = light[..., :3] * light[..., 3:] // 255
+        rgb.paste(Image.fromarray(pixels.astype(np.uint8)), (0, top))
+    return rgb
 
 
 def _resized(image: Image.Image, image_shape: ImageShape, fit: FitName) -> NDArray[np.uint8]:
@@ -182,4 +310,9 @@ def png_uri(pixels: NDArray[np.uint8]) -> str:
 
 
 def _refused(name: str, what: str, fix: str = "give a JPEG, PNG or other image") -> CifarJaxError:
-    return CifarJaxError(ExitCode.DATA, f"{name} {what}", fix=fix)
+    return CifarJaxError(ExitCode.DATA, shown(f"{name} {what}"), fix=fix)
+
+
+def shown(name: str | bytes | Path) -> str:
+    """A name that comes from outside, for a message: escaped where it would not print in a line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))

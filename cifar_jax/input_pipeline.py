@@ -6,8 +6,11 @@ decided by :func:`cifar_jax.dataset.epoch_order`, not by its shuffling.
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable, Iterator
+import traceback
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,23 @@ from tqdm import tqdm
 
 from cifar_jax.dataset import ImageFiles, Split, epoch_order
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.images import other_size, unusable
+from cifar_jax.images import read_checked, undecodable
 
-# Before the import, or TensorFlow prints notes on the processor, and of each error, which reaches
-# Python as an exception, five lines more.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+# TensorFlow reads this when it is imported; otherwise it prints notes on the processor, and of each
+# error, which reaches Python as an exception, five lines more. JAX's own default is 1.
+_level = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if _level == "1" else _level
 import tensorflow as tf
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = _level
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 
 Batch = dict[str, NDArray[Any]]
+
+# The files that were refused before they were decoded, by path.
+Refused = dict[bytes, CifarJaxError]
 
 _PREFETCHED_BATCHES = 4
 _DECODED_AT_ONCE = 500
@@ -95,8 +104,9 @@ def _fetch(indices: tf.data.Dataset, split: Split) -> Iterator[Batch]:
     """The images and labels at each vector of indices."""
     labels = tf.constant(split.labels)
     images = split.images
+    refused: Refused = {}
     if isinstance(images, ImageFiles):
-        paths, decode = tf.constant(images.paths), _decoder(images)
+        paths, decode = tf.constant(images.paths), _decoder(images, refused)
 
         def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
             batch_paths = tf.gather(paths, index)
@@ -108,10 +118,7 @@ def _fetch(indices: tf.data.Dataset, split: Split) -> Iterator[Batch]:
             return {"image": tf.gather(pixels, index), "label": tf.gather(labels, index)}
 
     batches = indices.map(fetch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    try:
-        yield from batches.prefetch(_PREFETCHED_BATCHES).as_numpy_iterator()
-    except tf.errors.OpError as error:
-        raise _explained(error, images) from error
+    return _elements(batches, images, refused)
 
 
 def decode(split: Split) -> Split:
@@ -122,66 +129,102 @@ def decode(split: Split) -> Split:
     """
     assert isinstance(split.images, ImageFiles)
     files = split.images
+    refused: Refused = {}
     pixels = np.empty((len(files), *files.shape), np.uint8)
     batches = (
         tf.data.Dataset.from_tensor_slices(files.paths)
         .batch(_DECODED_AT_ONCE)
-        .map(_decoder(files), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .prefetch(_PREFETCHED_BATCHES)
+        .map(_decoder(files, refused), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     )
     start = 0
-    try:
-        with tqdm(total=len(files), unit="images", desc="decoding", disable=None) as progress:
-            for batch in batches.as_numpy_iterator():
-                pixels[start : start + len(batch)] = batch
-                start += len(batch)
-                progress.update(len(batch))
-    except tf.errors.OpError as error:
-        raise _explained(error, files) from error
+    with tqdm(total=len(files), unit="images", desc="decoding", disable=None) as progress:
+        for batch in _elements(batches, files, refused):
+            pixels[start : start + len(batch)] = batch
+            start += len(batch)
+            progress.update(len(batch))
     return Split(pixels, split.labels)
 
 
-def _read_image(path: tf.Tensor, channels: int) -> tf.Tensor:
-    # Reads PNG too. INTEGER_ACCURATE gives the pixels that Pillow gives; the default does not.
-    return tf.io.decode_jpeg(
-        tf.io.read_file(path), channels=channels, dct_method="INTEGER_ACCURATE"
-    )
-
-
-def _decoder(files: ImageFiles) -> Callable[[tf.Tensor], tf.Tensor]:
+def _decoder(files: ImageFiles, refused: Refused) -> Callable[[tf.Tensor], tf.Tensor]:
     """A function from paths ``[B]`` to images uint8 ``[B, H, W, C]``."""
     height, width, channels = files.shape
 
-    def decode(path: tf.Tensor) -> tf.Tensor:
-        image = _read_image(path, channels)
+    def read(paths: NDArray[np.object_]) -> NDArray[np.object_]:
+        contents = np.empty(len(paths), object)
+        for i, path in enumerate(paths):
+            try:
+                contents[i] = read_checked(files, path)
+            except CifarJaxError as error:
+                refused[path], contents[i] = error, b""  # which ends the pipeline
+        return contents
+
+    def decode(content: tf.Tensor) -> tf.Tensor:
+        image = _decode(content, channels)
         if files.resize:
             # antialias: without it, shrinking skips most of the pixels.
             resized = tf.image.resize(image, (height, width), antialias=True)
             return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8)
-        return tf.ensure_shape(image, files.shape)
+        return image
 
     def decode_batch(paths: tf.Tensor) -> tf.Tensor:
+        contents = tf.numpy_function(read, [paths], tf.string, stateful=False)
         spec = tf.TensorSpec(files.shape, tf.uint8)
-        return tf.map_fn(decode, paths, fn_output_signature=spec)
+        return tf.map_fn(decode, tf.ensure_shape(contents, paths.shape), fn_output_signature=spec)
 
     return decode_batch
 
 
-def _explained(error: tf.errors.OpError, images: ImageFiles | NDArray[np.uint8]) -> Exception:
-    """The error of a pipeline, with the file that TensorFlow does not name.
+def _decode(content: tf.Tensor, channels: int) -> tf.Tensor:
+    # Reads PNG too. INTEGER_ACCURATE gives the pixels that Pillow gives; the default does not.
+    return tf.io.decode_jpeg(content, channels=channels, dct_method="INTEGER_ACCURATE")
 
-    Only when something has failed are the files tried one by one.
-    """
+
+_running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+def _elements(
+    dataset: tf.data.Dataset, images: ImageFiles | NDArray[np.uint8], refused: Refused
+) -> Iterator[Any]:
+    """The elements of ``dataset`` in NumPy, read ahead of."""
+
+    def elements() -> Generator[Any, None, None]:
+        try:
+            yield from dataset.prefetch(_PREFETCHED_BATCHES).as_numpy_iterator()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the pipeline
+            if isinstance(error, tf.errors.OpError):
+                raise _explained(error, images, refused) from error
+            raise
+
+    running = elements()
+    _running.add(running)
+    return running
+
+
+@atexit.register
+def _stop_running() -> None:
+    """End what still reads ahead. Its threads call Python, and would wait for it for ever."""
+    for elements in list(_running):
+        elements.close()
+
+
+def _explained(
+    error: tf.errors.OpError, images: ImageFiles | NDArray[np.uint8], refused: Refused
+) -> Exception:
+    """The error of a pipeline, with the file that TensorFlow does not name."""
     if not isinstance(images, ImageFiles):
         return error
     for path in images.paths:
-        shown = os.fsdecode(path)
+        if path in refused:
+            return refused[path]
+    # A decoder failed: only then are the files tried one by one.
+    for path in tqdm(images.paths, "looking for the damaged file", unit="images", disable=None):
         try:
-            shape = _read_image(path, images.shape[-1]).shape
+            _decode(read_checked(images, path), images.shape[2])
+        except CifarJaxError as found:
+            return found
         except tf.errors.OpError:
-            return unusable(shown)
-        if not images.resize and tuple(shape) != images.shape:
-            return other_size(shown, tuple(shape), images.shape)
+            return undecodable(path)
     return error
 
 
@@ -201,7 +244,7 @@ def read_cifar10(data_dir: Path, *, download: bool) -> tuple[dict[str, Split], t
             name: tfds.as_numpy(builder.as_dataset(split=name, batch_size=-1))
             for name in ("train", "test")
         }
-    except (AssertionError, OSError, ValueError, tfds.download.DownloadError) as error:
+    except Exception as error:  # of tfds, TensorFlow and protobuf: some have no other base
         raise CifarJaxError(
             ExitCode.DATA,
             f"tensorflow-datasets cannot give cifar10 from --data-dir {data_dir}: {error}",

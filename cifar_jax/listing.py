@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
+import stat
 import time
-import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import new_path
+from cifar_jax.images import shown, unusable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -28,17 +32,19 @@ class Listing:
     """The images below a folder, class by class, sorted.
 
     Attributes:
-        class_names: the class folders, in label order.
+        class_names: the class folders, in label order; what does not print is escaped.
         paths: bytes ``[N]``, as the file system spells them.
         labels: int32 ``[N]``.
         sizes: a line a file, of its path within the folder and its bytes; tells data from other
             data.
+        ignored: how many files there are that are no images by their ending, for each ending.
     """
 
     class_names: tuple[str, ...]
     paths: NDArray[np.bytes_]
     labels: NDArray[np.int32]
     sizes: bytes
+    ignored: Counter[str]
 
     def one_of_each_class(self) -> NDArray[np.bytes_]:
         _, first = np.unique(self.labels, return_index=True)
@@ -52,19 +58,38 @@ def list_images(root: Path, kept_in: Path) -> Listing:
     deleted from any of the folders.
 
     Raises:
-        CifarJaxError: data; fewer than two class folders, or one without an image.
+        CifarJaxError: data; fewer than two class folders, one without an image, or an image that
+            cannot be one, such as a pipe.
     """
     name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:20]
-    kept = _read(kept_in / f"{name}.npz")
+    path = kept_in / f"{name}.listing"
+    kept = _read(path)
     if kept is not None:
         return kept
     started = time.perf_counter()
     changed_at: dict[bytes, int] = {}
-    listing = _walk(root, changed_at)
+    with reading(root):
+        listing = _walk(root, changed_at)
     if time.perf_counter() - started > _WORTH_KEEPING_SECONDS:
         with contextlib.suppress(CifarJaxError):  # nothing depends on it
-            _write(kept_in / f"{name}.npz", listing, changed_at)
+            _write(path, listing, changed_at)
     return listing
+
+
+@contextlib.contextmanager
+def reading(root: Path) -> Iterator[None]:
+    """Turn what the file system refuses at or below ``root`` into a ``CifarJaxError`` (data)."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or root
+        dangling = isinstance(error, FileNotFoundError) and os.path.islink(path)
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"cannot read {shown(path)}: "
+            + ("it is a link to nothing" if dangling else f"{error.strerror or error}"),
+            fix="make it readable, or take it away",
+        ) from error
 
 
 def folders_and_files(
@@ -83,72 +108,102 @@ def _walk(root: Path, changed_at: dict[bytes, int]) -> Listing:
     if len(folders) < 2:
         raise CifarJaxError(
             ExitCode.DATA,
-            f"{root} holds {len(folders)} class folder(s), where at least two are needed",
-            fix=f"put the images of each class into a folder of its own, such as {root}/frog/1.png",
+            f"{shown(root)} holds {len(folders)} class folder(s), where at least two are needed",
+            fix="put the images of each class into a folder of its own, such as "
+            f"{shown(root / 'frog' / '1.png')}",
         )
     # A class at a time into arrays: Python's own objects take a kilobyte an image.
     paths_of_classes: list[NDArray[np.bytes_]] = []
     sizes_of_classes: list[bytes] = []
-    bar = tqdm(desc=f"listing {root}", unit=" images", delay=1, leave=False, disable=None)
-    for folder in folders:
-        paths: list[bytes] = []
-        lines: list[bytes] = []
-        unvisited = [Path(folder.path)]
-        while unvisited:
-            visited = unvisited.pop()
-            changed_at[os.fsencode(visited)] = visited.stat().st_mtime_ns
-            inner_folders, files = folders_and_files(visited)
-            # Links to folders are not followed inside a class: they can lead round in a circle.
-            unvisited += [Path(f.path) for f in reversed(inner_folders) if not f.is_symlink()]
-            for file in files:
-                if file.name.lower().endswith(IMAGE_SUFFIXES):
-                    path = os.fsencode(file.path)
-                    paths.append(path)
-                    relative = path[len(os.fsencode(root)) :]
-                    lines.append(b"%s %d\n" % (relative, file.stat().st_size))
-                    bar.update()
-        if not paths:
-            raise CifarJaxError(
-                ExitCode.DATA,
-                f"the class folder {folder.path} holds no {' or '.join(IMAGE_SUFFIXES)} image",
-                fix="put images there, or delete the folder",
-            )
-        paths_of_classes.append(np.array(paths))
-        sizes_of_classes.append(b"".join(lines))
-    bar.close()
+    ignored: Counter[str] = Counter()
+    n_root = len(os.fsencode(root))
+    with tqdm(desc=f"listing {root}", unit=" images", delay=1, leave=False, disable=None) as bar:
+        for folder in folders:
+            paths: list[bytes] = []
+            lines: list[bytes] = []
+            for file in _files_below(Path(folder.path), changed_at):
+                if not file.name.lower().endswith(IMAGE_SUFFIXES):
+                    ignored[shown(os.path.splitext(file.name)[1].lower())] += 1
+                    continue
+                path = os.fsencode(file.path)
+                paths.append(path)
+                lines.append(b"%s %d\n" % (path[n_root:], _size(file)))
+                bar.update()
+            if not paths:
+                raise CifarJaxError(
+                    ExitCode.DATA,
+                    f"the class folder {shown(folder.path)} holds no "
+                    f"{' or '.join(IMAGE_SUFFIXES)} image",
+                    fix="put images there, or delete the folder",
+                )
+            paths_of_classes.append(np.array(paths))
+            sizes_of_classes.append(b"".join(lines))
     return Listing(
-        tuple(folder.name for folder in folders),
+        tuple(shown(folder.name) for folder in folders),
         np.concatenate(paths_of_classes),
         np.repeat(np.arange(len(folders), dtype=np.int32), [len(p) for p in paths_of_classes]),
         b"".join(sizes_of_classes),
+        ignored,
     )
 
 
+def _files_below(folder: Path, changed_at: dict[bytes, int]) -> Iterator[os.DirEntry[str]]:
+    unvisited = [folder]
+    while unvisited:
+        visited = unvisited.pop()
+        changed_at[os.fsencode(visited)] = visited.stat().st_mtime_ns
+        inner_folders, files = folders_and_files(visited)
+        # Links to folders are not followed inside a class: they can lead round in a circle.
+        unvisited += [Path(f.path) for f in reversed(inner_folders) if not f.is_symlink()]
+        yield from files
+
+
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def _size(file: os.DirEntry[str]) -> int:
+    """The bytes of a file, or of what a link leads to."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):  # to open it could take for ever
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
+        raise unusable(os.fsencode(file.path), f"is {kind}, no file", fix="take it away")
+    return found.st_size
+
+
 def _write(path: Path, listing: Listing, changed_at: dict[bytes, int]) -> None:
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        class_names=np.array(listing.class_names),
+        paths=listing.paths,
+        labels=listing.labels,
+        sizes=np.frombuffer(listing.sizes, np.uint8),
+        ignored=np.array(list(listing.ignored.items()), np.str_).reshape(-1, 2),
+        folders=np.array(list(changed_at)),
+        changed_at=np.array(list(changed_at.values())),
+    )
+    content = buffer.getvalue()
     with new_path(path, "the listing") as temporary:
-        np.savez(
-            temporary,
-            class_names=np.array([os.fsencode(name) for name in listing.class_names]),
-            paths=listing.paths,
-            labels=listing.labels,
-            sizes=np.frombuffer(listing.sizes, np.uint8),
-            folders=np.array(list(changed_at)),
-            changed_at=np.array(list(changed_at.values())),
-        )
+        temporary.write_bytes(hashlib.sha256(content).digest() + content)
 
 
 def _read(path: Path) -> Listing | None:
-    """The kept listing, if there is one and no folder has changed since."""
+    """The kept listing, if there is one, undamaged, and no folder has changed since."""
     try:
-        with path.open("rb") as file, np.load(file) as kept:
+        content = path.read_bytes()
+        digest, content = content[:32], content[32:]
+        if hashlib.sha256(content).digest() != digest:
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as kept:
             for folder, changed_at in zip(kept["folders"], kept["changed_at"], strict=True):
                 if os.stat(folder).st_mtime_ns != changed_at:
                     return None
             return Listing(
-                tuple(os.fsdecode(name) for name in kept["class_names"]),
+                tuple(kept["class_names"].tolist()),
                 kept["paths"],
                 kept["labels"],
                 kept["sizes"].tobytes(),
+                Counter({ending: int(count) for ending, count in kept["ignored"].tolist()}),
             )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except OSError:
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,25 @@ def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> T
     """The inverse of :func:`metadata_of`, checked: the file may be anyone's."""
     try:
         config = _checked_config(json.loads(metadata["config"]))
-        class_names = tuple(map(str, json.loads(metadata["class_names"])))
-        height, width, channels = map(int, json.loads(metadata["image_shape"]))
-        mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
-        if min(height, width, channels, len(class_names), *std) <= 0:
-            raise ValueError("sizes and std must be above 0")
+        class_names = tuple(_list(metadata["class_names"]))
+        height, width, channels = map(operator.index, _list(metadata["image_shape"]))
+        mean, std = (tuple(map(float, _list(metadata[name]))) for name in ("mean", "std"))
+        if min(height, width, channels, *std) <= 0 or not all(map(math.isfinite, mean + std)):
+            raise ValueError("sizes and std must be above 0, mean and std finite")
         if not len(mean) == len(std) == channels:
             raise ValueError(f"mean {mean} and std {std} are not of {channels} channel(s)")
-    except (CifarJaxError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if not class_names or len(set(class_names)) < len(class_names):
+            raise ValueError("there must be class names, each another one")
+        "".join(class_names).encode()  # they are text, and not half of a surrogate pair
+    except (
+        CifarJaxError,
+        AttributeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = str(error) if isinstance(error, CifarJaxError) else repr(error)
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
@@ -48,6 +61,13 @@ def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> T
     image_shape = (height, width, channels)
     variables = variables_of(state_dict, config, image_shape, len(class_names), path)
     return TrainedNetwork(config, class_names, image_shape, mean, std, variables)
+
+
+def _list(text: str) -> list[Any]:
+    values = json.loads(text)
+    if not isinstance(values, list):
+        raise ValueError(f"{text:.100} is no list")
+    return values
 
 
 def _checked_config(values: dict[str, Any]) -> TrainConfig:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
 import io
 import os
 import pickle
-import tarfile
 import threading
+import unicodedata
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,8 @@ from cifar_jax.dataset import (
     stratified_choice,
 )
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.images import probe_shape
-from cifar_jax.listing import folders_and_files, list_images
+from cifar_jax.images import probe_shape, shown
+from cifar_jax.listing import folders_and_files, list_images, reading
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 # How long to wait for that host before the network counts as absent; tfds would retry for minutes.
@@ -38,6 +40,12 @@ _DOWNLOAD_TIMEOUT_SECONDS = 4
 # are large.
 _STATISTICS_SAMPLE = 10_000
 _STATISTICS_BYTES = 256 * 2**20
+
+# CIFAR-10's own archives: what they hold, and which of them is read although its files are pickles.
+_PYTHON_ROOT, _BINARY_ROOT = "cifar-10-batches-py", "cifar-10-batches-bin"
+_PYTHON_ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_MOST_RECORDS, _RECORD_BYTES = 10_000, 1 + 3 * 32 * 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +243,7 @@ def _download_obstacle() -> str | None:
         try:
             urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT_SECONDS).close()
             obstacle[0] = None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             obstacle[0] = str(getattr(error, "reason", error)) or type(error).__name__
 
     # In a thread: looking the host's name up has a time limit of its own, which can be long.
@@ -259,37 +267,49 @@ def _cifar10(data_dir: Path) -> Source:
 def _archive(
     path: Path, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
 ) -> Source:
-    names = archive.first_names(path, 3)
-    if any(name.startswith(("cifar-10-batches-py", "cifar-10-batches-bin")) for name in names):
-        return _official_archive(path)
+    roots = {first.parts[0] for first in archive.first_paths(path, 3) if first.parts}
+    for root in (_PYTHON_ROOT, _BINARY_ROOT):
+        if root in roots:
+            return _official_archive(path, root)
     folder = archive.extract_once(path, data_dir / "extracted")
     return _folder(folder, path.name, data_dir, image_size, val_fraction, seed)
 
 
-def _official_archive(path: Path) -> Source:
+def _official_archive(path: Path, root: str) -> Source:
     """The archives of https://www.cs.toronto.edu/~kriz/cifar.html, read without extraction."""
+    is_python = root == _PYTHON_ROOT
+    ending, meta = ("", "batches.meta") if is_python else (".bin", "batches.meta.txt")
+    read = _read_python_batch if is_python else _read_binary_batch
+    batches = [f"{name}{ending}" for name in _BATCHES]
     files: dict[str, bytes] = {}
-    with archive.reading(path), tarfile.open(path, mode="r|gz") as members:
-        for member in members:
-            content = members.extractfile(member)
-            if content is not None:
-                files[Path(member.name).name] = content.read()
+    with archive.TarGz(path) as members:
+        if is_python and (digest := members.sha256()) != _PYTHON_ARCHIVE_SHA256:
+            raise CifarJaxError(
+                ExitCode.DATA,
+                f"{path} is not CIFAR-10's own: it holds pickles, which are programs, and its "
+                f"SHA-256 is {digest[:12]}..., not {_PYTHON_ARCHIVE_SHA256[:12]}...",
+                fix="use the binary version, whose content needs no pickle, or image folders",
+            )
+        for member, is_file in members:
+            if is_file and str(member.parent) == root and member.name in (*batches, meta):
+                files[member.name] = b"".join(members.content())
     try:
-        if "batches.meta" in files:
-            class_names = tuple(_unpickle(files["batches.meta"])["label_names"])
-            read = _read_python_batch
+        if missing := {*batches, meta} - files.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if is_python:
+            class_names = tuple(_unpickle(files[meta])["label_names"])
         else:
-            class_names = tuple(files["batches.meta.txt"].decode().split())
-            read = _read_binary_batch
-        batches = sorted(name for name in files if name.startswith("data_batch"))
-        parts = [read(files[name]) for name in batches]
+            class_names = tuple(files[meta].decode().split())
+        *parts, test_part = [read(files[name]) for name in batches]
         train = Split(
             np.concatenate([images for images, _ in parts]),
             np.concatenate([labels for _, labels in parts]),
         )
-        test_name = next(name for name in files if name.startswith("test_batch"))
-        test = Split(*read(files[test_name]))
-    except (KeyError, ValueError, StopIteration, EOFError, pickle.UnpicklingError) as error:
+        test = Split(*test_part)
+        for split in (train, test):
+            if split.labels.max() >= len(set(class_names)):
+                raise ValueError(f"label {split.labels.max()} has none of the class names")
+    except (KeyError, ValueError, pickle.UnpicklingError) as error:
         raise CifarJaxError(
             ExitCode.DATA,
             f"{path} is laid out like CIFAR-10's own archive, but cannot be read as it: "
@@ -301,7 +321,9 @@ def _official_archive(path: Path) -> Source:
 
 def _read_binary_batch(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Records of a label byte and 3 x 32 x 32 pixel bytes."""
-    records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    if not 0 < len(content) <= _MOST_RECORDS * _RECORD_BYTES:
+        raise ValueError(f"a batch has 1 to {_MOST_RECORDS:,} images of {_RECORD_BYTES:,} bytes")
+    records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
     return _channels_last(records[:, 1:]), records[:, 0].astype(np.int32)
 
 
@@ -355,12 +377,13 @@ def _folder(
     ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
     validation split. A flat folder gives a stratified ``val_fraction`` for the test.
     """
-    root = _unwrap(root)
-    present = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+    with reading(root):
+        root = _unwrap(root)
+        present = [split for split in ("train", "val", "test") if (root / split).is_dir()]
     if present and ("train" not in present or len(present) == 1):
         raise CifarJaxError(
             ExitCode.DATA,
-            f"{root} has {' and '.join(f'{split}/' for split in present)} only",
+            f"{shown(root)} has {' and '.join(f'{split}/' for split in present)} only",
             fix="put class folders into train/ and test/, or class folders alone into the root",
         )
     roots = {split: root / split for split in present} or {"all": root}
@@ -370,6 +393,7 @@ def _folder(
     class_names = listings[first].class_names
     for other in others:
         _check_same_classes(roots[first], class_names, roots[other], listings[other].class_names)
+    _print_remarks(root, class_names, sum((x.ignored for x in listings.values()), Counter()))
 
     shape = probe_shape(listings[first].one_of_each_class(), image_size)
     splits = {
@@ -393,6 +417,8 @@ def _unwrap(root: Path) -> Path:
         folders, files = folders_and_files(root)
         if len(folders) != 1 or folders[0].name in ("train", "val", "test"):
             return root
+        if folders[0].is_symlink():  # can lead round in a circle
+            return root
         inner_folders, _ = folders_and_files(Path(folders[0].path))
         if files or not inner_folders:
             return root
@@ -405,8 +431,36 @@ def _check_same_classes(
     if class_names != other_names:
         missing = sorted(set(class_names) - set(other_names))
         extra = sorted(set(other_names) - set(class_names))
+        alike = set(map(_as_read, missing)) & set(map(_as_read, extra))
+        show = ascii if alike else repr  # else they would be shown as the same
         raise CifarJaxError(
             ExitCode.DATA,
-            f"{other_root} has other classes than {root}: missing {missing}, extra {extra}",
+            f"{shown(other_root)} has other classes than {shown(root)}: "
+            f"missing {show(missing)}, extra {show(extra)}",
             fix="give both the same class folders",
         )
+
+
+def _print_remarks(root: Path, class_names: tuple[str, ...], ignored: Counter[str]) -> None:
+    """Print what is no error, and may be a mistake."""
+    if ignored:
+        counts = [f"{n:,} {ending or 'without ending'}" for ending, n in ignored.most_common(5)]
+        if len(ignored) > len(counts):
+            counts.append("...")
+        print(
+            f"{shown(root)}: ignored {ignored.total():,} file(s) that are no JPEG or PNG: "
+            f"{', '.join(counts)}"
+        )
+    seen: dict[str, str] = {}
+    for name in class_names:
+        other = seen.setdefault(_as_read(name), name)
+        if other != name:
+            print(
+                f"warning: {shown(root)} has the classes {other!a} and {name!a}, which read the "
+                "same; if they are one, put their images into one folder"
+            )
+
+
+def _as_read(name: str) -> str:
+    """The same for names that differ in case alone, or in how Unicode composes their letters."""
+    return unicodedata.normalize("NFKC", name.casefold())

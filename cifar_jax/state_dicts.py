@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import typing
 from collections.abc import Iterator
@@ -39,6 +40,11 @@ _USUAL_DROPOUT = 0.5  # PyTorch's default: the layer's place is in the names, it
 # Differences named of each kind; a network that is quite another one has dozens.
 _NAMED = 5
 
+# What a file of a network stays below, and one that is made to keep us busy does not.
+_MOST_TENSORS = 300
+_LONGEST_NAME = 200
+_LARGEST_HEADER = 2**20  # bytes, of a .safetensors: names, shapes and metadata
+
 
 def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     """The tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file as float32, and its metadata.
@@ -61,6 +67,8 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
         )
     metadata: dict[str, str] = {}
     try:
+        if not path.is_file():  # reading a pipe would wait for its other end
+            raise OSError("it is absent, or no plain file")
         if ending == SAFETENSORS_ENDING:
             tensors, metadata = _read_safetensors(path)
         else:
@@ -68,15 +76,35 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     except OSError as error:
         raise _refuse(f"cannot read {path}: {error}", "give another SOURCE") from error
     tensors = {n: a for n, a in tensors.items() if not n.endswith("num_batches_tracked")}
+    if not tensors:
+        raise _refuse(f"{path} has no tensors", "save the state_dict of a network")
+    longest = max(map(len, tensors))
+    if len(tensors) > _MOST_TENSORS or longest > _LONGEST_NAME:
+        raise _refuse(
+            f"{path} has {len(tensors):,} tensors, with names of up to {longest:,} characters",
+            f"save the state_dict of a network: up to {_MOST_TENSORS} tensors and "
+            f"{_LONGEST_NAME} characters",
+        )
     for name, array in tensors.items():
         if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
             raise _refuse(
                 f"{name} in {path} is {array.dtype}{list(array.shape)}, which no weights are",
                 "leave it out of the file, or convert the network before it is quantized",
             )
-    if not tensors:
-        raise _refuse(f"{path} has no tensors", "save the state_dict of a network")
-    return _own_names({n: a.astype(np.float32, order="C") for n, a in tensors.items()}), metadata
+        with np.errstate(over="ignore"):  # float64 can be infinite as float32
+            tensors[name] = array.astype(np.float32, order="C")
+    return _own_names(tensors), metadata
+
+
+def check_finite(state_dict: StateDict, source: Path) -> None:
+    """Raise ``CifarJaxError`` (checkpoint) if a number of ``source`` is none, or infinite."""
+    for name, array in state_dict.items():
+        if bad := array.size - int(np.isfinite(array).sum()):
+            raise _refuse(
+                f"{name} in {source} has {bad:,} of {array.size:,} numbers that are NaN, infinite "
+                "or too large for float32",
+                "use a file from before the training diverged",
+            )
 
 
 def write_state_dict(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> None:
@@ -124,8 +152,8 @@ def identify(
     if image_shape[0] < 2**halvings:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--image-size {image_size} is too small for {config.model}, which halves the image "
-            f"{halvings} times",
+            f"--image-size {image_shape[0]} is too small for {config.model}, which halves the "
+            f"image {halvings} times",
             fix=f"give {2**halvings} or more",
         )
     return config, image_shape, num_classes
@@ -148,8 +176,16 @@ def variables_of(
     Raises:
         CifarJaxError: checkpoint; tensors are missing, extra or of another shape.
     """
-    layout = _layout(config, image_shape, num_classes)
-    expected = _expected_shapes(config, image_shape, num_classes)
+    try:
+        if len(config.widths) + len(config.hidden) > len(state_dict):
+            raise ValueError("it has more layers than the file has tensors")
+        layout = _layout(config, image_shape, num_classes)
+        expected = _expected_shapes(config, image_shape, num_classes)
+    except (CifarJaxError, OverflowError, ValueError) as error:  # numbers in metadata can be any
+        raise _refuse(
+            f"{source} is said to hold {_describe(config)}, which cannot be: {error}",
+            "use another copy, or save its tensors alone",
+        ) from error
     for layer, following in itertools.pairwise(layout.names.values()):
         if f"{layer}.bias" in state_dict and f"{following}.running_mean" in expected:
             expected[f"{layer}.bias"] = expected[f"{following}.running_mean"]
@@ -286,20 +322,35 @@ def _own_names(tensors: dict[str, Array]) -> dict[str, Array]:
         if len(heads) > 1 or not all("." in rest for rest in rests):
             break  # what is left are the layers, of which a linear model has one
         tensors = rests
-    return {f"network.{n}" if n[:1].isdecimal() else n: array for n, array in tensors.items()}
+    return {
+        f"network.{n}" if n[:1].isdecimal() and f"network.{n}" not in tensors else n: array
+        for n, array in tensors.items()
+    }
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    with path.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(size, _LARGEST_HEADER))
     try:
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"a header of {size:,} bytes, where {_LARGEST_HEADER:,} is the most")
         with safetensors.safe_open(path, "np") as file:
+            json.loads(header, object_pairs_hook=_check_unique)  # safetensors takes the last
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    # Of types that NumPy lacks it says so in one of the other two.
-    except (safetensors.SafetensorError, AttributeError, TypeError) as error:
+    # Of types that NumPy lacks it says so in one of two of these.
+    except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise _refuse(
-            f"{path} is damaged, or no {SAFETENSORS_ENDING} of numbers: {error}",
+            f"{path} is damaged, or no {SAFETENSORS_ENDING} of numbers: {error!s:.200}",
             "use another copy, or save it again as float32",
         ) from error
+
+
+def _check_unique(pairs: list[tuple[str, object]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a name comes twice among {', '.join(names):.100}")
 
 
 def _read_pth(path: Path) -> dict[str, Array]:

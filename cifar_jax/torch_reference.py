@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,11 @@ def read_pth(path: Path) -> StateDict:
         )
     content = path.read_bytes()
     try:
+        if content.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(content)) as records:
+                unpacked = sum(record.file_size for record in records.infolist())
+            if unpacked > len(content):  # torch.save compresses nothing, and torch.load inflates
+                raise ValueError(f"its {len(content):,} bytes unpack to {unpacked:,}")
         with warnings.catch_warnings(action="ignore"):  # on formats that it then refuses
             payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -279,13 +285,23 @@ def read_pth(path: Path) -> StateDict:
         raise _no_state_dict(path, f"holds a {type(payload).__name__}")
     for name, tensor in payload.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise _no_state_dict(path, f"has {name!r}, a {type(tensor).__name__}, in its dict")
+            raise _no_state_dict(path, f"has {name!r:.200}, a {type(tensor).__name__}, in its dict")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise _no_state_dict(path, f"has {name}, which is sparse, quantized or on no device")
-    return {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
-        for name, tensor in payload.items()
-    }
+            raise _no_state_dict(
+                path, f"has {name:.200}, which is sparse, quantized or on no device"
+            )
+    size = sum(tensor.nbytes for tensor in payload.values())
+    if size > len(content):  # views of one number, say, which a copy would write out
+        raise _no_state_dict(path, f"has tensors of {size:,} bytes in {len(content):,}")
+    try:
+        return {
+            name: (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
+            for name, tensor in payload.items()
+        }
+    except (RuntimeError, TypeError) as error:
+        raise _no_state_dict(
+            path, f"has numbers of a type that NumPy lacks: {error!s:.200}"
+        ) from error
 
 
 def write_pth(path: Path, state_dict: StateDict) -> None:

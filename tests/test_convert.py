@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +286,7 @@ def test_memory_order_does_not_matter(tmp_path: Path, kernel: Any, ending: str) 
     assert np.array_equal(found.numpy(), kernel)
 
 
+@pytest.mark.fault("D18")
 def test_missing_extra_and_mis_shaped_tensors_are_listed(tmp_path: Path) -> None:
     tensors = tutorial_state_dict()
     tensors["network.3.bias"] = torch.zeros(7)
@@ -297,6 +302,7 @@ def test_missing_extra_and_mis_shaped_tensors_are_listed(tmp_path: Path) -> None
     ) in str(error)
 
 
+@pytest.mark.fault("D18")
 def test_the_closest_network_is_named_with_at_most_five_differences(tmp_path: Path) -> None:
     tensors = tutorial_state_dict(norm=True)
     torch.save(tensors, tmp_path / "net.pth")
@@ -326,6 +332,7 @@ def test_shapes_that_contradict_each_other_take_no_memory() -> None:
 
 
 @pytest.mark.parametrize("wrapped", ["whole module", "torch.save", "pickle"])
+@pytest.mark.fault("D15")
 def test_a_payload_does_not_run(tmp_path: Path, wrapped: str) -> None:
     path, touched = tmp_path / "net.pth", tmp_path / "touched"
 
@@ -362,6 +369,7 @@ def test_a_payload_does_not_run(tmp_path: Path, wrapped: str) -> None:
         ({}, "has no tensors"),
     ],
 )
+@pytest.mark.fault("D15", "D18")
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, payload: Any, message: str) -> None:
     torch.save(payload, tmp_path / "net.pth")
     error = refusal(tmp_path / "net.pth", tmp_path / "run")
@@ -370,6 +378,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path, payload: Any, message:
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors"])
+@pytest.mark.fault("D15", "D17")
 def test_damaged_files_are_refused(tmp_path: Path, ending: str) -> None:
     whole, path = tmp_path / f"whole{ending}", tmp_path / f"net{ending}"
     write_state_dict(whole, {n: t.numpy() for n, t in tutorial_state_dict().items()}, {})
@@ -381,19 +390,142 @@ def test_damaged_files_are_refused(tmp_path: Path, ending: str) -> None:
         assert str(path) in str(error)
 
 
+@pytest.mark.parametrize("how", ["deflated", "repeated"])
+@pytest.mark.fault("D15")
+def test_a_pth_that_unpacks_to_more_than_it_has_is_refused(tmp_path: Path, how: str) -> None:
+    path, packed = tmp_path / "net.pth", io.BytesIO()
+    torch.save({"network.1.weight": torch.zeros(10, 100_000)}, packed)
+    with zipfile.ZipFile(packed) as entries, zipfile.ZipFile(path, "w") as bomb:
+        for entry in entries.infolist():
+            bomb.writestr(entry.filename, entries.read(entry), zipfile.ZIP_DEFLATED)
+    if how == "repeated":  # a copy of the view would have 4 TB
+        torch.save({"network.1.weight": torch.zeros(1).expand(10**6, 10**6)}, path)
+    else:
+        assert torch.load(path)["network.1.weight"].shape == (10, 100_000), "torch would take it"
+    error = refusal(path, tmp_path / "run")
+    assert error.exit_code == ExitCode.CHECKPOINT
+    assert re.search(r"[\d,]+ bytes unpack to 4,00|of 4,000,000,000,000 bytes in 1,", str(error))
+
+
+@pytest.mark.fault("D15")
+def test_numbers_of_types_that_numpy_lacks_are_refused(tmp_path: Path) -> None:
+    for dtype in (torch.bits8, torch.float4_e2m1fn_x2):
+        tensor = torch.zeros(4, dtype=torch.uint8).view(dtype)
+        torch.save({"network.1.weight": tensor}, tmp_path / "net.pth")
+        error = refusal(tmp_path / "net.pth", tmp_path / "run")
+        assert error.exit_code == ExitCode.CHECKPOINT
+        assert "of a type that NumPy lacks" in str(error)
+
+
+def as_safetensors(header: Any, data: bytes = bytes(8), length: int | None = None) -> bytes:
+    packed = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(packed) if length is None else length).to_bytes(8, "little") + packed + data
+
+
+def entry(start: Any, stop: Any, shape: tuple[int, ...] = (2,), dtype: str = "F32") -> Any:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+TWICE = b'{"a.b": %b, "a.b": %b}' % (
+    json.dumps(entry(0, 8)).encode(),
+    json.dumps(entry(0, 8, (1, 2))).encode(),
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (as_safetensors({}, length=2**63), "a header of 9,223,372,036,854,775,808 bytes"),
+        (as_safetensors({}, length=2**64 - 1), "a header of 18,446,744,073,709,551,615 bytes"),
+        (as_safetensors(b"{}" + b" " * 2**20), "a header of 1,048,578 bytes"),
+        (as_safetensors({"a.b": entry(0, 8)})[:30], "invalid header length"),
+        (b"", "header too small"),
+        (as_safetensors(b"{a}"), "invalid JSON"),
+        (as_safetensors(b"\xff\xfe"), "invalid UTF-8"),
+        (as_safetensors([]), "invalid type: sequence"),
+        (as_safetensors(b"[" * 100_000), "invalid type: sequence"),
+        (as_safetensors(b'{"a.b": ' * 100_000), "missing|invalid|recursion"),
+        (as_safetensors({}, b""), "has no tensors"),
+        (as_safetensors({"a.b": entry(0, 8), "a.c": entry(4, 12)}, bytes(12)), "tensor `a.c`"),
+        (as_safetensors({"a.b": entry(0, 8), "a.c": entry(12, 20)}, bytes(20)), "tensor `a.c`"),
+        (as_safetensors({"a.b": entry(0, 8)}, bytes(7)), "not fully covered"),
+        (as_safetensors({"a.b": entry(0, 8)}, bytes(9)), "not fully covered"),
+        (as_safetensors({"a.b": entry(-8, 0)}), "integer `-8`"),
+        (as_safetensors({"a.b": entry(8, 0)}), "tensor `a.b`"),
+        (as_safetensors({"a.b": entry(0.0, 8.0)}), "floating point"),
+        (as_safetensors({"a.b": entry(0, 8, (2**32, 2**32, 4))}), "overflow"),
+        (as_safetensors({"a.b": entry(0, 8, (10**9,))}), "invalid shape"),
+        (as_safetensors({"a.b": entry(0, 8, dtype="F" * 10**5)}), "unknown variant `FFFF"),
+        (as_safetensors({"a.b": entry(0, 8, (8,), "F8_E4M3")}), "numpy"),
+        (as_safetensors({"a.b": entry(0, 0, (0, 3))}, b""), "a.b in .* is float32\\[0, 3\\]"),
+        (as_safetensors(TWICE), "a name comes twice among a.b, a.b"),
+        (as_safetensors({"__metadata__": {"config": 3}, "a.b": entry(0, 8)}), "integer `3`"),
+        (as_safetensors({"__metadata__": [], "a.b": entry(0, 8)}), "invalid type: sequence"),
+        (as_safetensors({"." * 10**5: entry(0, 8)}), "with names of up to 100,000 characters"),
+        (
+            as_safetensors({f"a.{i}": entry(8 * i, 8 * i + 8) for i in range(301)}, bytes(2408)),
+            "has 301 tensors",
+        ),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "file",
+)
+@pytest.mark.fault("D17")
+def test_malformed_safetensors_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(content)
+    started = time.perf_counter()
+    tracemalloc.start()
+    error = refusal(path, tmp_path / "run")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.perf_counter() - started < 5
+    assert peak < 50 * 2**20
+    assert error.exit_code == ExitCode.CHECKPOINT
+    assert re.search(message, str(error))
+    assert str(path) in str(error)
+    assert len(str(error)) < 600
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.fault("A14")
+def test_weights_that_are_no_finite_numbers_are_refused(
+    tmp_path: Path, ending: str, number: float
+) -> None:
+    path = tmp_path / f"net{ending}"
+    tensors = {n: t.numpy().astype(np.float64) for n, t in tutorial_state_dict().items()}
+    tensors["network.3.bias"][4] = number
+    write_state_dict(path, tensors, {})
+    error = refusal(path, tmp_path / "run")
+    assert error.exit_code == ExitCode.CHECKPOINT
+    assert f"network.3.bias in {path} has 1 of 6 numbers that are NaN, infinite" in str(error)
+
+
+def test_no_tensor_is_lost_to_another_of_its_name(tmp_path: Path) -> None:
+    """A bare Sequential's ``0.weight`` becomes ``network.0.weight``, which is here already."""
+    tensors = {n: t.numpy() for n, t in tutorial_state_dict().items()}
+    write_state_dict(tmp_path / "a.pth", {**tensors, "0.weight": tensors["network.0.weight"]}, {})
+    assert "extra: 0.weight" in str(refusal(tmp_path / "a.pth", tmp_path / "run"))
+
+
 def test_other_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").touch()
+    os.mkfifo(tmp_path / "pipe.pth")  # whose other end nobody opens
+    os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "folder.pth").mkdir()
     for name, code, message in (
         ("net.onnx", ExitCode.USAGE, "does not end in .pth, .pt, .safetensors"),
         ("folder.pth", ExitCode.CHECKPOINT, "is neither a run's workdir nor a checkpoint"),
         ("absent.pth", ExitCode.CHECKPOINT, "does not exist"),
+        ("pipe.pth", ExitCode.CHECKPOINT, "no plain file"),
+        ("pipe.safetensors", ExitCode.CHECKPOINT, "no plain file"),
     ):
         error = refusal(tmp_path / name, tmp_path / "run")
         assert error.exit_code == code
         assert message in str(error)
 
 
+@pytest.mark.fault("D20")
 def test_metadata_that_is_not_ours_is_refused_or_ignored(tmp_path: Path) -> None:
     tensors = {n: t.numpy() for n, t in tutorial_state_dict().items()}
     path = tmp_path / "net.safetensors"
@@ -409,11 +541,23 @@ def test_metadata_that_is_not_ours_is_refused_or_ignored(tmp_path: Path) -> None
         {"config": json.dumps({**config, "model": "vgg"})},
         {"config": json.dumps({**config, "help": True})},
         {"config": json.dumps({**config, "batch_size": "many"})},
+        {"config": "[" * 100_000},
         {"class_names": "3"},
+        {"class_names": '"abcdefghij"'},
+        {"class_names": json.dumps(list(range(10)))},
+        {"class_names": json.dumps(["a"] * 10)},
+        {"class_names": json.dumps([*"abcdefghi", "\ud800"])},
+        {"class_names": "[]"},
         {"image_shape": "[32, 32]"},
         {"image_shape": "[0, 32, 3]"},
+        {"image_shape": "[32.5, 32, 3]"},
+        {"image_shape": "[Infinity, 32, 3]"},
+        {"image_shape": '{"32": 1, "33": 1, "3": 1}'},
         {"mean": "[0.5]"},
+        {"mean": "[NaN, 0, 0]"},
+        {"mean": f"[1{'0' * 400}, 0, 0]"},
         {"std": "[0, 0, 0]"},
+        {"std": "[1, 1, Infinity]"},
         {"std": "null"},
     ):
         write_state_dict(path, tensors, {**good, **changed})
@@ -422,6 +566,17 @@ def test_metadata_that_is_not_ours_is_refused_or_ignored(tmp_path: Path) -> None
         assert "the metadata of" in str(error), changed
     write_state_dict(path, tensors, {**good, "class_names": '["a"]'})
     assert "network.12.bias [10] instead of [1]" in str(refusal(path, tmp_path / "run"))
+    for changed, message in (
+        ({"image_shape": f"[{10**9}, {10**9}, 3]"}, "are not those of cnn"),
+        ({"image_shape": f"[{10**18}, {10**18}, 3]"}, "which cannot be"),
+        ({"image_shape": "[2, 2, 3]"}, "which cannot be: the images are too small"),
+        ({"config": json.dumps({**config, "widths": [10**30]})}, "which cannot be"),
+        ({"config": json.dumps({**config, "hidden": [1] * 5000})}, "more layers than the file has"),
+    ):
+        write_state_dict(path, tensors, {**good, **changed})
+        error = refusal(path, tmp_path / "run")
+        assert error.exit_code == ExitCode.CHECKPOINT
+        assert message in str(error), changed
 
 
 def test_options_that_contradict_the_network_are_refused(tmp_path: Path) -> None:
@@ -493,6 +648,7 @@ def test_a_destination_is_never_overwritten_nor_half_written(
     assert "exists" in str(refusal(source, destination))
 
 
+@pytest.mark.fault("D15")
 def test_torch_is_demanded_only_for_a_pth_and_only_a_safe_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

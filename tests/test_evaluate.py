@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from conftest import write_images
@@ -118,6 +120,8 @@ def test_arrays_of_another_shape_are_refused(trained_run: Path, tmp_path: Path) 
     from cifar_jax.shapes import CLASS_NAMES
 
     other = trained.TrainedNetwork(**{**vars(network), "class_names": CLASS_NAMES})
+    params = other.model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"]
+    other = dataclasses.replace(other, variables={"params": params, "batch_stats": {}})
     trained.save(other, tmp_path / "run", source="a test")
     with pytest.raises(CifarJaxError, match="32x32x3, the network's 8x8x3"):
         evaluate(EvaluateOptions(str(tmp_path / "run"), data="shapes"))

@@ -99,25 +99,29 @@ def test_every_mode_is_read(mode: str, tmp_path: Path) -> None:
 
 
 def test_an_open_file_is_read_too() -> None:
+    np.testing.assert_array_equal(read_image(io.BytesIO(encoded("PNG")), "-", (24, 20, 3)), RGB)
+
+
+def encoded(kind: str) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(RGB).save(buffer, "PNG")
-    buffer.seek(0)
-    np.testing.assert_array_equal(read_image(buffer, "-", (24, 20, 3)), RGB)
+    Image.fromarray(RGB).save(buffer, kind)
+    return buffer.getvalue()
 
 
-def png(tmp_path: Path) -> bytes:
-    return save(tmp_path, Image.fromarray(RGB), "whole.png").read_bytes()
-
-
+@pytest.mark.fault("C1", "C2", "C8", "C10")
 def test_what_is_no_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encoded("PNG")
+    (tmp_path / "whole.png").write_bytes(whole)
     broken = {
         "empty.png": (b"", "is empty"),
         "text.png": (b"no image at all", "is no image"),
-        "cut.png": (png(tmp_path)[:-300], "is damaged"),
+        "cut.png": (whole[:-300], "is cut short"),
+        "flipped.png": (whole[:-20] + bytes(1) + whole[-19:], "is damaged: the checksum"),
+        "cut.gif": (encoded("GIF")[:-300], "is damaged: "),
     }
     for name, (content, what) in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CifarJaxError, match=f"{name} {what}") as caught:
+        with pytest.raises(CifarJaxError, match=f"^{name} {what}") as caught:
             read_image(tmp_path / name, name, (8, 8, 3))
         assert caught.value.exit_code == ExitCode.DATA
     for name in ("missing.png", "null\0byte.png"):
@@ -125,9 +129,14 @@ def test_what_is_no_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             read_image(tmp_path / name, name, (8, 8, 3))
     with pytest.raises(CifarJaxError, match="cannot be read"):
         read_image(tmp_path, "a folder", (8, 8, 3))
+    huge = encoded("PPM").replace(b"20 24", b"60000 60000")
+    with pytest.raises(CifarJaxError, match=r"a\\nb has more than 64,000,000 pixels"):
+        read_image(io.BytesIO(huge), "a\nb", (8, 8, 3))
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    with pytest.raises(CifarJaxError, match="20x24 pixels, more than 100"):
+    with pytest.raises(CifarJaxError, match="24x20 pixels, more than 100"):
         read_image(tmp_path / "whole.png", "whole.png", (8, 8, 3))
+    with pytest.raises(CifarJaxError, match="more than 100 pixels: 24x20"):
+        read_image(io.BytesIO(encoded("BMP")), "bitmap", (8, 8, 3))
     monkeypatch.setattr(images, "MAX_BYTES", 50)
     with pytest.raises(CifarJaxError, match="has more than"):
         read_image(Path("/dev/zero"), "zeros", (8, 8, 3))

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cifar_jax import input_pipeline
 from cifar_jax.dataset import ImageFiles, Split, epoch_order
-from cifar_jax.errors import CifarJaxError
-from cifar_jax.images import probe_shape
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import probe_shape, read_checked, undecodable
 from cifar_jax.input_pipeline import decode, eval_batches, train_batches
-from cifar_jax.sources import load_dataset
+from cifar_jax.sources import load_dataset, load_splits
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +145,97 @@ def test_resizing_averages_what_it_shrinks(tmp_path: Path) -> None:
     assert np.abs(pixels.astype(int) - 127).max() <= 12, "without antialiasing it is all 0 or 255"
 
 
-def test_a_file_that_goes_bad_under_way_is_named(image_folder: Path, tmp_path: Path) -> None:
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def resize(path: Path) -> None:
+    Image.new("RGB", (9, 8)).save(path)
+
+
+def put_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.fault("C19")
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (remove, "is not there any more. Fix: put it back"),
+        (cut, "is cut short"),
+        (resize, "is 8x9, the first is 8x8"),
+        (put_a_pipe, "is empty"),
+    ],
+)
+def test_a_file_that_changes_under_way_is_named(
+    change: Callable[[Path], None], what: str, image_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(image_folder, tmp_path / "data")
     split = load_dataset(str(tmp_path / "data")).test
-    (tmp_path / "data" / "test" / "cat" / "003.png").unlink()
-    with pytest.raises(CifarJaxError, match=r"cat/003.png is not there any more.*put it back"):
-        list(eval_batches(split, batch_size=4))
+    batches = train_batches(split, batch_size=1, seed=0, epochs=100)
+    next(batches)
+    for name in ("003.png", "004.png"):
+        change(tmp_path / "data" / "test" / "cat" / name)
+    with pytest.raises(CifarJaxError, match=f"test/cat/00[34].png {what}") as caught:
+        list(batches)
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+def test_the_first_bad_file_is_named(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is refused before a decoder sees it, or by the decoder."""
+    monkeypatch.setattr(input_pipeline, "_DECODED_AT_ONCE", 2)
+    files = load_splits(str(image_folder)).train.images
+    assert isinstance(files, ImageFiles)
+    bad = {files.paths[i] for i in (9, 11, 30)}
+
+    def refuse(files: ImageFiles, path: bytes) -> bytes:
+        if path in bad:
+            raise undecodable(path)
+        return read_checked(files, path)
+
+    def cut_short(files: ImageFiles, path: bytes) -> bytes:
+        content = read_checked(files, path)
+        return content[:-12] if path in bad else content
+
+    for read in (refuse, cut_short):
+        monkeypatch.setattr(input_pipeline, "read_checked", read)
+        with pytest.raises(CifarJaxError, match="pixels cannot be decoded") as caught:
+            decode(Split(files, np.zeros(len(files), np.int32)))
+        assert os.fsdecode(files.paths[9]) in str(caught.value)
+
+
+def test_a_command_ends_while_images_are_read_ahead(image_folder: Path) -> None:
+    """However its pipelines were left; threads that call Python would wait for it for ever."""
+    script = f"""
+import sys, time
+from cifar_jax import input_pipeline
+from cifar_jax.errors import CifarJaxError
+from cifar_jax.images import undecodable
+from cifar_jax.sources import load_splits
+
+read_checked = input_pipeline.read_checked
+def slowly(files, path):
+    for _ in range(50):
+        time.sleep(0.001)
+    if path == bad:
+        raise undecodable(path)
+    return read_checked(files, path)
+
+input_pipeline.read_checked = slowly
+split, bad = load_splits({str(image_folder)!r}).train, None
+left = input_pipeline.train_batches(split, batch_size=8, seed=0, epochs=100)
+next(left)
+bad = split.images.paths[0]
+try:
+    list(input_pipeline.train_batches(split, batch_size=8, seed=0, epochs=100))
+except CifarJaxError as error:
+    kept = error
+sys.exit(5)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert ended.returncode == 5, ended.stderr

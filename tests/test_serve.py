@@ -205,7 +205,7 @@ def test_what_is_no_image_is_refused(url: str) -> None:
         (b"a plain text", "text/plain", 415, "the body is no image"),
         (b"a plain text", "application/octet-stream", 422, "n.txt is no image of a format"),
         (b"", "image/jpeg", 422, "n.txt is empty"),
-        (noise_file()[:600], "image/jpeg", 422, "n.txt is damaged"),
+        (noise_file()[:600], "image/jpeg", 422, "n.txt is cut short"),
     ):
         answered, answer = ask(f"{url}predict?file=n.txt", body, kind=kind)
         assert answered == status

@@ -1,11 +1,8 @@
-"""Every kind of ``--data``: real files, archives and tfds data, written by the tests."""
+"""Every kind of ``--data`` but archives: real files and tfds data, written by the tests."""
 
 from __future__ import annotations
 
-import io
-import pickle
 import shutil
-import tarfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-from cifar_jax import archive, sources
+from cifar_jax import sources
 from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.sources import load_dataset
@@ -28,27 +25,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
-def tar_gz(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in members.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-            else:
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def tar_gz_of(folder: Path, path: Path) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, arcname=folder.name)
-    return path
-
-
 # ------------------------------------------------------------------------------------- folders
 
 
+@pytest.mark.fault("C24")
 def test_a_folder_with_train_and_test(image_folder: Path) -> None:
     dataset = load_dataset(str(image_folder), val_fraction=0.2)
     assert dataset.class_names == ("bird", "cat", "frog")
@@ -91,18 +71,49 @@ def test_val_is_validation_beside_test_and_the_test_set_without(
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (90, 21, 6)
 
 
-def test_what_is_no_class_or_image_does_not_count(image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("C11", "C12", "C15")
+def test_what_is_no_class_or_image_does_not_count(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     inner = tmp_path / "wrapped" / "images"
     shutil.copytree(image_folder, inner)
-    (inner / "train" / ".ipynb_checkpoints").mkdir()
-    (inner / "train" / "bird" / "Thumbs.db").write_bytes(b"x")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (inner / "train" / name).mkdir()
     nested = inner / "train" / "bird" / "more"
     nested.mkdir()
     (inner / "train" / "bird" / "000.png").rename(nested / "000.png")
     (nested / "round").symlink_to(inner / "train" / "bird")
+    load_dataset(str(tmp_path / "wrapped"))
+    assert capsys.readouterr().out == ""
+    for name in ("bird/Thumbs.db", "cat/a.gif", "cat/README", "frog/1.GIF", "frog/.DS_Store"):
+        (inner / "train" / name).touch()
+    (inner / "test" / "frog" / "b.gif").touch()
     dataset = load_dataset(str(tmp_path / "wrapped"))
     assert dataset.class_names == ("bird", "cat", "frog")
     assert len(dataset.train) + len(dataset.val) == 90
+    assert capsys.readouterr().out == (
+        f"{inner}: ignored 5 file(s) that are no JPEG or PNG: 3 .gif, 1 .db, 1 without ending\n"
+    )
+
+
+@pytest.mark.fault("C17")
+def test_a_link_that_leads_round_is_not_followed(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "round").symlink_to(tmp_path)
+    with pytest.raises(CifarJaxError, match="holds 1 class folder"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.fault("C21")
+def test_classes_that_read_the_same_are_pointed_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, dict.fromkeys(("Cat", "cat", "dog", "caf\u00e9", "cafe\u0301"), 3))
+    assert len(load_dataset(str(tmp_path)).class_names) == 5
+    warnings = capsys.readouterr().out.splitlines()
+    assert [line.split(" which ")[0] for line in warnings] == [
+        f"warning: {tmp_path} has the classes 'cafe\\u0301' and 'caf\\xe9',",
+        f"warning: {tmp_path} has the classes 'Cat' and 'cat',",
+    ]
 
 
 def test_max_train_examples_keeps_the_other_splits(image_folder: Path) -> None:
@@ -174,17 +185,35 @@ def resize_an_image(root: Path) -> None:
     write_images(root / "train", {"cat": 1}, size=9)
 
 
+def put_images_at_the_root(root: Path) -> None:
+    for file in (root / "train" / "cat").iterdir():
+        file.rename(root / file.name)
+    for split in ("train", "test"):
+        shutil.rmtree(root / split)
+
+
+def spell_a_test_class_otherwise(root: Path) -> None:
+    for split, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
+        (root / split / "cat").rename(root / split / name)
+
+
+@pytest.mark.fault("C1", "C2", "C9", "C10", "C13", "C14", "C20")
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (remove_it, "does not exist"),
         (empty_a_class, "class folder .*train/cat holds no .jpg or .jpeg or .png image"),
         (drop_a_test_class, r"other classes than .*missing \['cat'\], extra \[\]"),
+        (
+            spell_a_test_class_otherwise,
+            r"other classes than .*missing \['caf\\xe9'\], extra \['cafe\\u0301'\]",
+        ),
         (leave_one_class, "holds 1 class folder"),
+        (put_images_at_the_root, "holds 0 class folder"),
         (drop_test, "has train/ only"),
         (empty_an_image, "train/cat/011.png is empty"),
-        (cut_an_image, "train/cat/011.png is damaged"),
-        (replace_an_image_by_text, "train/cat/011.png is damaged or no JPEG or PNG"),
+        (cut_an_image, "train/cat/011.png is cut short"),
+        (replace_an_image_by_text, "train/cat/011.png is no JPEG or PNG"),
         (resize_an_image, "train/cat/000.png is 9x9, the first is 8x8"),
     ],
 )
@@ -196,119 +225,6 @@ def test_a_bad_folder_is_named_with_its_cure(
     with pytest.raises(CifarJaxError, match=f"{message}.* Fix: ") as caught:
         load_dataset(str(tmp_path / "data"))
     assert caught.value.exit_code == ExitCode.DATA
-
-
-# ------------------------------------------------------------------------------------ archives
-
-
-def test_an_archive_is_extracted_once(image_folder: Path, tmp_path: Path) -> None:
-    path = tar_gz_of(image_folder, tmp_path / "images.tar.gz")
-    data_dir = tmp_path / "data"
-    dataset = load_dataset(str(path), data_dir=str(data_dir))
-    assert dataset.name == "images.tar.gz"
-    assert dataset.digest == load_dataset(str(image_folder)).digest
-    (extracted,) = (data_dir / "extracted").iterdir()
-    before = {file: file.stat().st_mtime_ns for file in extracted.rglob("*")}
-    load_dataset(str(path), data_dir=str(data_dir))
-    assert {file: file.stat().st_mtime_ns for file in extracted.rglob("*")} == before
-
-
-def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-@pytest.mark.parametrize(
-    "member",
-    [
-        ("../outside.png", b"x"),
-        ("/tmp/outside.png", b"x"),
-        ("a/../../outside.png", b"x"),
-        ("a\\..\\outside.png", b"x"),
-        ("link", special("link", tarfile.SYMTYPE, "/etc")),
-        ("hard", special("hard", tarfile.LNKTYPE, "a/1.png")),
-        ("pipe", special("pipe", tarfile.FIFOTYPE)),
-        ("device", special("device", tarfile.CHRTYPE)),
-    ],
-    ids=lambda member: member[0],
-)
-def test_nothing_unsafe_is_extracted(tmp_path: Path, member: tuple[str, Any]) -> None:
-    path = tar_gz(tmp_path / "x.tgz", {"a/1.png": b"x", member[0]: member[1]})
-    with pytest.raises(CifarJaxError, match=r"holds .*which is (an unsafe|neither)") as caught:
-        archive.extract_once(path, tmp_path / "into")
-    assert caught.value.exit_code == ExitCode.DATA
-    assert [file.name for file in tmp_path.rglob("*")] == ["x.tgz", "into"]
-
-
-def test_a_damaged_archive_leaves_nothing_behind(image_folder: Path, tmp_path: Path) -> None:
-    path = tar_gz_of(image_folder, tmp_path / "images.tar.gz")
-    path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(CifarJaxError, match=r"cannot read the archive .*images.tar.gz"):
-        load_dataset(str(path), data_dir=str(tmp_path / "data"))
-    assert not list((tmp_path / "data" / "extracted").iterdir())
-
-
-def official_batches(n: int) -> list[tuple[np.ndarray, list[int]]]:
-    """Six batches of ``n`` records as CIFAR-10's archives hold them: pixels [n, 3072], labels."""
-    rng = np.random.default_rng(0)
-    return [
-        (rng.integers(0, 256, (n, 3072), dtype=np.uint8), rng.integers(0, 10, n).tolist())
-        for _ in range(6)
-    ]
-
-
-NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
-def python_archive(path: Path, batches: Any, **extra: bytes) -> Path:
-    root, members = "cifar-10-batches-py", {}
-    members[f"{root}/batches.meta"] = pickle.dumps({"label_names": NAMES}, protocol=2)
-    for i, (data, labels) in enumerate(batches, start=1):
-        name = f"data_batch_{i}" if i < 6 else "test_batch"
-        members[f"{root}/{name}"] = pickle.dumps({b"data": data, b"labels": labels}, protocol=2)
-    return tar_gz(path, members | {f"{root}/{k}": v for k, v in extra.items()})
-
-
-def binary_archive(path: Path, batches: Any) -> Path:
-    root, members = "cifar-10-batches-bin", {}
-    members[f"{root}/batches.meta.txt"] = "\n".join([*NAMES, ""]).encode()
-    for i, (data, labels) in enumerate(batches, start=1):
-        name = f"data_batch_{i}.bin" if i < 6 else "test_batch.bin"
-        records = np.concatenate([np.array(labels, np.uint8)[:, None], data], axis=1)
-        members[f"{root}/{name}"] = records.tobytes()
-    return tar_gz(path, members)
-
-
-@pytest.mark.parametrize("write", [python_archive, binary_archive])
-def test_the_official_archives(tmp_path: Path, write: Any) -> None:
-    batches = official_batches(20)
-    dataset = load_dataset(str(write(tmp_path / "cifar-10.tar.gz", batches)))
-    assert dataset.class_names == tuple(NAMES)
-    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (90, 10, 20)
-    data, labels = batches[5]
-    # A record holds all reds, then all greens, then all blues, row by row.
-    for row, column, channel in ((0, 0, 0), (3, 7, 1), (31, 30, 2)):
-        expected = data[:, 1024 * channel + 32 * row + column]
-        assert np.array_equal(dataset.test.pixels[:, row, column, channel], expected)
-    assert dataset.test.labels.tolist() == labels
-
-
-class Payload:
-    def __reduce__(self) -> Any:
-        return Path.touch, (Path("payload_ran"),)
-
-
-def test_a_pickle_that_is_a_program_does_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = python_archive(
-        tmp_path / "x.tar.gz", official_batches(2), data_batch_9=pickle.dumps(Payload())
-    )
-    with pytest.raises(CifarJaxError, match=r"pathlib.*which no image file needs"):
-        load_dataset(str(path))
-    assert not Path("payload_ran").exists()
 
 
 # ------------------------------------------------------------------------ CIFAR-10 and shapes
@@ -353,6 +269,9 @@ def test_a_host_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyP
     obstacle = sources._download_obstacle()
     never.set()
     assert obstacle == "no answer in 0.1 s"
+
+
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 @pytest.mark.usefixtures("offline")

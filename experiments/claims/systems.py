@@ -337,7 +337,7 @@ def _archive_numbers(study: Study) -> Values:
         interrupted = root.parent / "interrupted"
         with suppress(CifarJaxError):
             extract_once(half, root.parent / "none")
-        left_by_us = [path for path in (root.parent / "none").rglob("*") if path.is_file()]
+        left_by_us = [path for path in (root.parent / "none").rglob("*/*") if path.is_file()]
         return {
             "files": n,
             "bytes": sum(stat.st_size for stat in stats),

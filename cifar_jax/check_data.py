@@ -1,0 +1,105 @@
+"""Look through a data set before it is trained on: ``python -m cifar_jax.check_data``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+from cifar_jax import cli
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+DESCRIPTION = """\
+Look through all images of a data set as training would read them: name every file that cannot be
+used, not only the first; name images that are there twice, in two splits or in two classes; count
+those of each class. Nothing is changed. The exit code is 3 if a file cannot be used.
+
+DATA is what --data of cifar_jax.train takes.
+
+examples:
+  python -m cifar_jax.check_data photos/ --image-size 64
+  python -m cifar_jax.check_data cifar10.tar.gz
+"""
+
+_GROUP = "options"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckOptions:
+    """How training would read the data."""
+
+    image_size: int | None = cli.option(
+        None, "as in cifar_jax.train; without it, all images must have one size", group=_GROUP
+    )
+    data_dir: str | None = cli.option(None, "as in cifar_jax.train", group=_GROUP)
+
+
+def check_data(data: str, options: CheckOptions) -> None:
+    """Print what there is to say of ``data``.
+
+    Raises:
+        CifarJaxError: data; a file cannot be used, or there is no such data.
+    """
+    import hashlib
+    import warnings
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from cifar_jax.dataset import ImageFiles
+    from cifar_jax.images import decode_file, shown
+    from cifar_jax.sources import load_splits
+
+    def look(place: tuple[str, int]) -> bytes | CifarJaxError:
+        """A digest of the image, or what is wrong with it."""
+        images = splits[place[0]].images
+        if not isinstance(images, ImageFiles):
+            return hashlib.sha256(images[place[1]].tobytes()).digest()
+        try:
+            return hashlib.sha256(decode_file(images, images.paths[place[1]]).tobytes()).digest()
+        except CifarJaxError as error:
+            return error
+
+    def described(name: str, i: int) -> str:
+        images = splits[name].images
+        return f"{name} {shown(images.paths[i]) if isinstance(images, ImageFiles) else f'#{i}'}"
+
+    found = load_splits(data, data_dir=options.data_dir, image_size=options.image_size)
+    assert found.val is not None
+    splits = {"train": found.train, "val": found.val, "test": found.test}
+    places = [(name, i) for name, split in splits.items() for i in range(len(split))]
+    n_bad, same = 0, defaultdict(list)
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        looks = tqdm(pool.map(look, places), "looking", len(places), unit="images", disable=None)
+        for place, digest in zip(places, looks, strict=True):
+            if isinstance(digest, CifarJaxError):
+                print(f"bad: {str(digest).partition('. Fix: ')[0]}")
+                n_bad += 1
+            else:
+                same[digest].append(place)
+    twice = [x for x in same.values() if len({(name, splits[name].labels[i]) for name, i in x}) > 1]
+    for x in twice:
+        print(f"the same image: {', '.join(described(*place) for place in x)}")
+    counts = [np.bincount(x.labels, minlength=len(found.class_names)) for x in splits.values()]
+    print(f"{'class':20s}{'train':>10s}{'val':>10s}{'test':>10s}")
+    for class_name, row in zip(found.class_names, zip(*counts, strict=True), strict=True):
+        print(f"{class_name:20s}" + "".join(f"{count:10,d}" for count in row))
+    print(f"{n_bad:,} bad file(s), {len(twice):,} image(s) in two splits or two classes")
+    if n_bad:
+        raise CifarJaxError(
+            ExitCode.DATA, f"{n_bad:,} file(s) of {data} cannot be used", fix="each is named above"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.make_parser(
+        CheckOptions, prog="python -m cifar_jax.check_data", description=DESCRIPTION
+    )
+    parser.add_argument("data", metavar="DATA", help="a folder, an archive or a name")
+    given = parser.parse_given(argv)
+    check_data(given.pop("data"), CheckOptions(**given))
+
+
+if __name__ == "__main__":
+    cli.run(main)

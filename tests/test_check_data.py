@@ -1,0 +1,89 @@
+"""``cifar_jax.check_data`` names every bad file, and images that are there twice."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_jax.check_data import main
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+
+@pytest.fixture
+def data(image_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(image_folder, tmp_path / "data"))
+
+
+def test_good_data_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "train" / "cat" / "notes.txt").touch()
+    main([str(data)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{data}: ignored 1 file(s) that are no JPEG or PNG: 1 .txt",
+        "class                    train       val      test",
+        "bird                        27         3         7",
+        "cat                         27         3         7",
+        "frog                        27         3         7",
+        "0 bad file(s), 0 image(s) in two splits or two classes",
+    ]
+
+
+@pytest.mark.fault("C22")
+def test_images_that_are_there_twice_are_named(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In two splits, or in two classes, also as another file; not twice in one class."""
+    shutil.copy(data / "train" / "cat" / "000.png", data / "train" / "cat" / "again.png")
+    shutil.copy(data / "test" / "cat" / "001.png", data / "train" / "cat" / "leak\n.png")
+    with Image.open(data / "test" / "frog" / "002.png") as image:
+        image.save(data / "test" / "bird" / "2.png", compress_level=0)
+    main([str(data)])
+    *same, last = [line for line in capsys.readouterr().out.splitlines() if "image" in line]
+    assert last == "0 bad file(s), 2 image(s) in two splits or two classes"
+    across_splits, across_classes = sorted(same, key=lambda line: "bird" in line)
+    assert f"{data}/train/cat/leak\\n.png, test {data}/test/cat/001.png" in across_splits
+    assert across_classes == (
+        f"the same image: test {data}/test/bird/2.png, test {data}/test/frog/002.png"
+    )
+
+
+@pytest.mark.fault("C1", "C2", "C9", "C22")
+def test_every_bad_file_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(data / "train" / "cat" / "007.png")
+    for name in ("train/bird/003.png", "test/frog/004.png"):
+        (data / name).write_bytes((data / name).read_bytes()[:-20])
+    (data / "train" / "bird" / "000.png").write_bytes(b"")  # the first of all
+    with pytest.raises(CifarJaxError, match=r"4 file\(s\) of .*/data cannot be used") as caught:
+        main([str(data)])
+    assert caught.value.exit_code == ExitCode.DATA
+    printed = capsys.readouterr().out
+    assert printed.count("bad: ") == 4
+    for line in (
+        f"bad: the image {data}/train/cat/007.png is 9x9, the first is 8x8",
+        f"bad: the image {data}/train/bird/000.png is empty",
+        f"bad: the image {data}/train/bird/003.png is cut short",
+        f"bad: the image {data}/test/frog/004.png is cut short",
+    ):
+        assert line in printed.splitlines()
+    with pytest.raises(CifarJaxError, match=r"3 file\(s\)"):
+        main([str(data), "--image-size", "8"])
+
+
+def test_it_runs_without_tensorflow(image_folder: Path) -> None:
+    script = (
+        "import sys; from cifar_jax.check_data import main; main(sys.argv[1:]);"
+        "assert not {'tensorflow', 'jax'} & set(sys.modules)"
+    )
+    for command in ([str(image_folder)], ["shapes"]):
+        found = subprocess.run([sys.executable, "-c", script, *command], capture_output=True)
+        assert found.returncode == 0, found.stderr
+        assert b"0 bad file(s)" in found.stdout
+    helped = subprocess.run(
+        [sys.executable, "-m", "cifar_jax.check_data", "--help"], capture_output=True, text=True
+    )
+    assert "--image-size" in helped.stdout
