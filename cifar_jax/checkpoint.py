@@ -12,8 +12,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +86,7 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
     state = jax.device_get(state)
     try:
         remove_unfinished(folder)
-        with _checkpointer() as checkpointer:
+        with _silent_log(), _checkpointer() as checkpointer:
             checkpointer.save(
                 unfinished.absolute(),
                 args=ocp.args.Composite(
@@ -122,6 +125,18 @@ def strangers(folder: Path) -> list[Path]:
     return [path for path in entries if path.name not in own and path.suffix != _DAMAGED]
 
 
+@contextlib.contextmanager
+def _silent_log() -> Iterator[None]:
+    """Without what Orbax logs, with a traceback, of an error that it then raises."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _flush(*paths: Path) -> None:
     """See that a loss of power leaves files, or the names in a folder, on the disk."""
     for path in paths:
@@ -143,11 +158,13 @@ def _not_saved(folder: Path, step: int, state: Any, error: Exception) -> CifarJa
     room = f"it takes some {megabytes:,.1f} MB"
     with contextlib.suppress(OSError):
         room += f", and {shutil.disk_usage(folder).free / 2**20:,.1f} MB are free"
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a line of paths
+    reason = os.strerror(int(code[1])) if code else first_line(error)
     older = saved_steps(folder)
     last = f"the last that is saved is step {older[-1]}" if older else "none is saved yet"
     return CifarJaxError(
         ExitCode.ENVIRONMENT,
-        f"cannot save step {step} to {folder}: {first_line(error)} ({room}; {last})",
+        f"cannot save step {step} to {folder}: {reason} ({room}; {last})",
         fix="make room there, and go on with --resume",
     )
 

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 import types
 import typing
@@ -238,6 +239,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         raise Stopped(signum, "nothing was under way that could be saved")
 
     signal.signal(signal.SIGTERM, on_sigterm)
+    sys.unraisablehook = _send_signal_again
     for stream in (sys.stdout, sys.stderr):  # names of files need not be of the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -261,6 +263,18 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"cifar_jax: error: {told}", file=sys.stderr)
         sys.exit(told.exit_code)
     sys.exit(ExitCode.OK)
+
+
+def _send_signal_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Where Python must ignore exceptions, as in a destructor, it would ignore a signal's too."""
+    error = unraisable.exc_value
+    if not isinstance(error, Stopped | KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
+    again = threading.Timer(0.1, os.kill, (os.getpid(), signum))
+    again.daemon = True
+    again.start()
 
 
 def _told(error: Exception) -> CifarJaxError:

@@ -67,8 +67,7 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
             atexit.register(_part, ExitCode.ENVIRONMENT, 0)
             raise CifarJaxError(
                 ExitCode.ENVIRONMENT,
-                f"process {jax.process_index()} lost another one: "
-                + first_line(error),
+                f"process {jax.process_index()} lost another one: " + first_line(error),
                 fix=_how_to_go_on(workdir),
             ) from error
 

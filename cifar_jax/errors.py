@@ -39,6 +39,7 @@ class Stopped(Exception):
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
+        self.signum = signum
         self.exit_code = 128 + signum
 
 

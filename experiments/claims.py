@@ -198,14 +198,16 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> st
     """All rows as Markdown."""
     folder = table_path(output).parent
     machines = ", or ".join(sorted({row["machine"] for row in rows}))
-    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
+    plural = ("hold", "hold with a caveat", "do not hold here")
+    counts = {
+        words: sum(row["verdict"] == verdict for row in rows)
+        for verdict, words in zip(VERDICTS, plural, strict=True)
+    }
     lines = [
         "# What the material claims, measured",
         "",
         "Written by `python experiments/claims.py`; each row again by its own command. "
-        f"{len(rows)} claims: "
-        + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
-        + ".",
+        f"{len(rows)} claims: " + ", ".join(f"{n} {words}" for words, n in counts.items()) + ".",
         "",
         f"{about['data']['name']}; {machines}; jax {about['versions']['jax']}, torch "
         f"{about['versions']['torch']}, Python {about['versions']['python']}; until "
@@ -223,9 +225,9 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> st
             links.append(f"[figure](#question-{row['question']})")
         cells = (
             str(row["question"]),
-            row["claim"],
+            row["claim"].replace("*", "\\*"),
             f"**{row['verdict']}**",
-            row["because"],
+            row["because"].replace("*", "\\*"),
             str(row["n"]),
             f"{', '.join(links)}<br>`{row['command']}`",
         )

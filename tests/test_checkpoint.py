@@ -145,7 +145,7 @@ SAVE = """if True:
     import os, resource, signal, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from test_checkpoint import save_steps
+    from test_checkpoint import make_state, save_steps
     from cifar_jax import checkpoint
     folder = Path(sys.argv[2])
     save_steps(folder, 5, 10)
@@ -188,18 +188,22 @@ def test_a_kill_in_any_part_of_a_save_leaves_whole_checkpoints(
 
 
 @pytest.mark.fault("A6")
-def test_a_full_disk_leaves_the_older_checkpoints_and_says_what_is_needed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [0, 100, 2000])
+def test_a_full_disk_leaves_the_older_checkpoints_and_says_what_is_needed(
+    tmp_path: Path, limit: int
+) -> None:
     full = """if True:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST, resource.RLIM_INFINITY))
         from cifar_jax import cli
-        cli.run(lambda: save_steps(folder, 20))
-    """
+        large = make_state(20, width=10_000)
+        cli.run(lambda: checkpoint.save(folder, 20, large, {}, best_step=0))
+    """.replace("MOST", str(limit))
     done = save_with(full, tmp_path)
     assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
     assert re.search(
-        rf"cannot save step 20 to {tmp_path}: .* \(it takes some [\d.]+ MB, and [\d,.]+ MB are "
-        r"free; the last that is saved is step 10\). Fix: make room",
+        rf"cannot save step 20 to {tmp_path}: .*File too large.* \(it takes some "
+        r"[\d.]+ MB, and [\d,.]+ MB are free; the last that is saved is step 10\). Fix: make room",
         done.stderr,
     )
     assert done.stderr.count("\n") == 1

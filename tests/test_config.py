@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 import subprocess
 import sys
 import typing
@@ -158,6 +159,28 @@ def test_errors_that_no_one_foresaw_are_one_line_too(error: str, code: ExitCode,
     assert "Traceback" in done.stderr
     for file in re.findall(r"/\S*cifar_jax-\S*[.]txt", done.stderr):
         Path(file).unlink()
+
+
+@pytest.mark.fault("A4")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_not_lost_where_python_ignores_exceptions(signum: signal.Signals) -> None:
+    program = f"""if True:
+        import signal, time
+        from cifar_jax import cli
+        class Unlucky:
+            def __del__(self):
+                signal.raise_signal({int(signum)})
+        def main():
+            Unlucky()
+            time.sleep(60)
+        cli.run(main)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 128 + signum
+    assert done.stderr.startswith(f"cifar_jax: stopped by {signum.name}")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.fault("D20")

@@ -1,0 +1,196 @@
+r"""An hour of accidents: is anything lost?
+
+    python experiments/soak.py                             # an hour
+    python experiments/soak.py --minutes 2 --output mine.json
+
+Trains one small run after another. Each is ended over and over by SIGKILL, SIGTERM or SIGINT at a
+random instant, or on a disk that is full, and goes on with another number of devices; between two
+starts, a bit of its newest checkpoint may flip, or half a file of it be gone. When a run has come
+to its end, its losses must be those of a run that nothing disturbed, and the network is evaluated
+and used. What happens beside what the program promises is kept in `surprises`. The JSON is written
+after each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import json
+import os
+import platform
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cifar_jax import __version__, cli, shapes
+from cifar_jax.files import write_atomically
+from cifar_jax.images import png
+
+ROOT = Path(__file__).resolve().parents[1]
+# 48 images a step share evenly over 1, 2, 3 and 4 devices. The loss is convex, and has no maximum
+# of nearly equal numbers: what differs between numbers of devices is rounding, and stays small.
+RUN = "--data shapes --max-train-examples 960 --epochs 8 --batch-size 48 --model linear"
+RUN += " --input device --checkpoint-every 5 --optimizer sgd --learning-rate 0.01"
+RUN += " --schedule constant"
+DEVICES = (1, 2, 3, 4)
+RELATIVE = 1e-5
+ENVIRONMENT = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="of the accidents")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "experiments" / "results" / "soak.json"
+    )
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    done: collections.Counter[str] = collections.Counter()
+    surprises: list[str] = []
+    largest_difference = 0.0
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image.png"
+        image.write_bytes(png(shapes.draw(1, seed=5)[0][0]))
+        undisturbed = Path(folder) / "undisturbed"
+        code, said = finish(start(undisturbed, 1))
+        if code:
+            raise SystemExit(f"the undisturbed run failed:\n{said}")
+        expected = losses(undisturbed)
+        while time.monotonic() - started < 60 * options.minutes:
+            workdir = Path(folder) / f"run{done['runs']}"
+            disturb_to_the_end(workdir, draw, done, surprises)
+            found = losses(workdir)
+            difference = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+            largest_difference = max(largest_difference, difference)
+            if difference > RELATIVE:
+                surprises.append(f"run {done['runs']}: a loss differs by {difference:.1e}")
+            use(workdir, image, done, surprises)
+            done["runs"] += 1
+            result = {
+                "seed": options.seed,
+                "minutes": round((time.monotonic() - started) / 60, 1),
+                "done": dict(sorted(done.items())),
+                "largest_relative_difference_of_a_loss": largest_difference,
+                "surprises": surprises,
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "version": __version__,
+                "date": f"{datetime.date.today()}",
+            }
+            write_atomically(options.output, json.dumps(result, indent=1) + "\n")
+            print(f"{result['minutes']:5.1f} min: {dict(done)}", *surprises[-1:], flush=True)
+    raise SystemExit(1 if surprises else 0)
+
+
+def start(workdir: Path, devices: int, *, full_disk: bool = False) -> subprocess.Popen[str]:
+    def allow_small_files_only() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    command = [sys.executable, "-m", "cifar_jax.train", *RUN.split(), "--resume"]
+    return subprocess.Popen(
+        [*command, "--devices", str(devices), "--workdir", str(workdir)],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=allow_small_files_only if full_disk else None,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=600)
+    return process.returncode, said
+
+
+def disturb_to_the_end(
+    workdir: Path, draw: random.Random, done: collections.Counter[str], surprises: list[str]
+) -> None:
+    while True:
+        saved = steps(workdir)
+        damaged = damage(workdir, draw, done) if len(saved) > 1 and draw.random() < 0.3 else None
+        devices = draw.choice(DEVICES)
+        done["starts"] += 1
+        accident = draw.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk", "none"])
+        process = start(workdir, devices, full_disk=accident == "full disk")
+        allowed = [0]
+        if accident == "full disk":
+            allowed.append(ENVIRONMENT)
+        elif accident != "none":
+            time.sleep(draw.uniform(0, 12))
+            signum = signal.Signals[accident]
+            process.send_signal(signum)
+            allowed.append(-signum if signum == signal.SIGKILL else 128 + signum)
+            allowed.append(-signum)  # before the program has come to its own handler
+        code, said = finish(process)
+        done[f"{accident}, exit {code}"] += 1
+        if code not in allowed or "Traceback" in said.replace("KeyboardInterrupt", ""):
+            surprises.append(f"{accident} on {devices} devices: exit {code}: {said[-2000:]}")
+        if damaged and "resumed at" in said and f"{damaged}" not in said:
+            surprises.append(f"the damage of {damaged} was not named: {said[-2000:]}")
+        kept = [step for step in saved if str(step) != (damaged.name if damaged else "")]
+        if kept and max(steps(workdir), default=-1) < max(kept):
+            surprises.append(f"{accident}: step {max(kept)} was saved, now {steps(workdir)}")
+        if code == 0:
+            return
+
+
+def steps(workdir: Path) -> list[int]:
+    return [int(path.parent.name) for path in workdir.glob("checkpoints/*/manifest.json")
+            if path.parent.name.isdecimal()]  # fmt: skip
+
+
+def damage(workdir: Path, draw: random.Random, done: collections.Counter[str]) -> Path:
+    """Flip a bit of the newest checkpoint, or cut one of its files."""
+    newest = workdir / "checkpoints" / str(max(steps(workdir)))
+    files = [file for file in sorted(newest.rglob("*")) if file.is_file() and file.stat().st_size]
+    file = draw.choice([file for file in files if file.name != "manifest.json"])
+    content = bytearray(file.read_bytes())
+    if draw.random() < 0.5:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        done["bits flipped"] += 1
+    else:
+        del content[len(content) // 2 :]
+        done["files cut"] += 1
+    file.write_bytes(content)
+    return newest
+
+
+def use(workdir: Path, image: Path, done: collections.Counter[str], surprises: list[str]) -> None:
+    for name, options in (
+        ("evaluate", ["--data", "shapes", "--output", str(workdir / "evaluation")]),
+        ("predict", [str(image)]),
+    ):
+        command = [sys.executable, "-m", f"cifar_jax.{name}", "--checkpoint", str(workdir)]
+        ran = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
+        done[name] += 1
+        if ran.returncode:
+            surprises.append(f"{name}: exit {ran.returncode}: {ran.stderr[-2000:]}")
+
+
+def losses(workdir: Path) -> list[float]:
+    """Of training and validation, epoch by epoch, and of the test."""
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+    report = json.loads((workdir / "report.json").read_text())
+    both = [loss for row in rows for loss in (row["train_loss"], row["val_loss"])]
+    return [*both, report["test_loss"]]
+
+
+if __name__ == "__main__":
+    cli.run(main)
