@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -289,8 +290,17 @@ def test_what_may_not_be_read_is_named_with_the_reason() -> None:
 
 @pytest.mark.fault("C18", "C19")
 def test_what_is_no_file_any_more_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
+    pipe, done = tmp_path / "pipe.png", threading.Event()
+    os.mkfifo(pipe)
     (tmp_path / "folder.png").mkdir()
+
+    def release() -> None:  # so that this test fails, and does not hang either
+        while not done.wait(20):
+            with contextlib.suppress(OSError):
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+    threading.Thread(target=release, daemon=True).start()
+    started = time.perf_counter()
     for name, what in (
         ("pipe.png", "is empty"),
         ("folder.png", "cannot be read: Is a directory"),
@@ -298,6 +308,8 @@ def test_what_is_no_file_any_more_is_not_waited_for(tmp_path: Path) -> None:
     ):
         for error in by_both(tmp_path / name):
             assert f"{name} {what}" in error
+    done.set()
+    assert time.perf_counter() - started < 20
 
 
 @pytest.mark.fault("C19")
