@@ -29,9 +29,16 @@ class CheckOptions:
     """How training would read the data."""
 
     image_size: int | None = cli.option(
-        None, "as in cifar_jax.train; without it, all images must have one size", group=_GROUP
+        None,
+        "as in cifar_jax.train; not given, all must be of one size",
+        group=_GROUP,
+        unit="pixels",
+        at_least=1,
     )
     data_dir: str | None = cli.option(None, "as in cifar_jax.train", group=_GROUP)
+
+    def __post_init__(self) -> None:
+        cli.check_bounds(self)
 
 
 def check_data(data: str, options: CheckOptions) -> None:
