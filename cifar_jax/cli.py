@@ -239,7 +239,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         raise Stopped(signum, "nothing was under way that could be saved")
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    sys.unraisablehook = _send_signal_again
+    sys.unraisablehook = _on_ignored
     for stream in (sys.stdout, sys.stderr):  # names of files need not be of the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -265,16 +265,20 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(ExitCode.OK)
 
 
-def _send_signal_again(unraisable: sys.UnraisableHookArgs) -> None:
-    """Where Python must ignore exceptions, as in a destructor, it would ignore a signal's too."""
-    error = unraisable.exc_value
-    if not isinstance(error, Stopped | KeyboardInterrupt):
-        sys.__unraisablehook__(unraisable)
-        return
-    signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
-    again = threading.Timer(0.1, os.kill, (os.getpid(), signum))
-    again.daemon = True
-    again.start()
+def _on_ignored(ignored: sys.UnraisableHookArgs) -> None:
+    """For an error where Python cannot raise it, as in a destructor or a thread of C++.
+
+    A signal's must not be lost: it is sent again. Others are shown with ``--debug`` alone, such as
+    those of TensorStore's writes that end after the one that failed.
+    """
+    error = ignored.exc_value
+    if isinstance(error, Stopped | KeyboardInterrupt):
+        signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
+        again = threading.Timer(0.1, os.kill, (os.getpid(), signum))
+        again.daemon = True
+        again.start()
+    elif _DEBUG in sys.argv:
+        sys.__unraisablehook__(ignored)
 
 
 def _told(error: Exception) -> CifarJaxError:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from cifar_jax.config import FitName
 from cifar_jax.dataset import ImageFiles, ImageShape, Split
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 
 # 64 megapixels take 200 MB decoded; a file of a few kilobytes can claim thousands of them.
 MAX_PIXELS = 64_000_000
@@ -77,8 +77,7 @@ def read_image(
     except Image.DecompressionBombError as error:
         raise _refused(name, f"has more than {MAX_PIXELS:,} pixels: {error}") from error
     except Exception as error:  # a damaged file ends in whatever its decoder runs into
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise _refused(name, f"is damaged: {reason}") from error
+        raise _refused(name, f"is damaged: {first_line(error)}") from error
 
 
 def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape:

@@ -3,9 +3,9 @@ r"""An hour of accidents: is anything lost?
     python experiments/soak.py                             # an hour
     python experiments/soak.py --minutes 2 --output mine.json
 
-Trains one small run after another. Each is ended over and over by SIGKILL, SIGTERM or SIGINT at a
-random instant, or on a disk that is full, and goes on with another number of devices; between two
-starts, a bit of its newest checkpoint may flip, or half a file of it be gone. When a run has come
+Trains the run of processes.py again and again. Each time it is ended by SIGKILL, SIGTERM or SIGINT
+at random instants, or on a disk that is full, and goes on with another number of devices; between
+two starts, a bit of its newest checkpoint may flip, or half a file of it be gone. When it has come
 to its end, its losses must be those of a run that nothing disturbed, and the network is evaluated
 and used. What happens beside what the program promises is kept in `surprises`. The JSON is written
 after each run.
@@ -27,21 +27,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from cifar_jax import __version__, cli, shapes
+from cifar_jax.errors import ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.images import png
+from processes import losses, start
 
 ROOT = Path(__file__).resolve().parents[1]
-# 48 images a step share evenly over 1, 2, 3 and 4 devices. The loss is convex, and has no maximum
-# of nearly equal numbers: what differs between numbers of devices is rounding, and stays small.
-RUN = "--data shapes --max-train-examples 960 --epochs 8 --batch-size 48 --model linear"
-RUN += " --input device --checkpoint-every 5 --optimizer sgd --learning-rate 0.01"
-RUN += " --schedule constant"
-DEVICES = (1, 2, 3, 4)
 RELATIVE = 1e-5
-ENVIRONMENT = 6
 
 
 def main() -> None:
@@ -63,8 +57,8 @@ def main() -> None:
         image = Path(folder) / "image.png"
         image.write_bytes(png(shapes.draw(1, seed=5)[0][0]))
         undisturbed = Path(folder) / "undisturbed"
-        code, said = finish(start(undisturbed, 1))
-        if code:
+        said, _ = start(undisturbed, 1).communicate()
+        if not (undisturbed / "report.json").exists():
             raise SystemExit(f"the undisturbed run failed:\n{said}")
         expected = losses(undisturbed)
         while time.monotonic() - started < 60 * options.minutes:
@@ -92,51 +86,29 @@ def main() -> None:
     raise SystemExit(1 if surprises else 0)
 
 
-def start(workdir: Path, devices: int, *, full_disk: bool = False) -> subprocess.Popen[str]:
-    def allow_small_files_only() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
-    command = [sys.executable, "-m", "cifar_jax.train", *RUN.split(), "--resume"]
-    return subprocess.Popen(
-        [*command, "--devices", str(devices), "--workdir", str(workdir)],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=allow_small_files_only if full_disk else None,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=600)
-    return process.returncode, said
-
-
 def disturb_to_the_end(
     workdir: Path, draw: random.Random, done: collections.Counter[str], surprises: list[str]
 ) -> None:
     while True:
         saved = steps(workdir)
         damaged = damage(workdir, draw, done) if len(saved) > 1 and draw.random() < 0.3 else None
-        devices = draw.choice(DEVICES)
+        devices = draw.choice([1, 2, 3, 4])
         done["starts"] += 1
         accident = draw.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk", "none"])
-        process = start(workdir, devices, full_disk=accident == "full disk")
+        process = start(workdir, devices, "--devices", str(devices), "--resume")
         allowed = [0]
         if accident == "full disk":
-            allowed.append(ENVIRONMENT)
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+            allowed.append(ExitCode.ENVIRONMENT)
         elif accident != "none":
-            time.sleep(draw.uniform(0, 12))
+            time.sleep(draw.uniform(0, 8))
             signum = signal.Signals[accident]
+            if not (workdir / "report.json").exists():  # else it may come too late to be heard
+                allowed = [128 + signum]
             process.send_signal(signum)
-            allowed.append(-signum if signum == signal.SIGKILL else 128 + signum)
-            allowed.append(-signum)  # before the program has come to its own handler
-        code, said = finish(process)
+            allowed.append(-signum)  # a kill; or before Python or the program handles signals
+        said, _ = process.communicate(timeout=600)
+        code = process.returncode
         done[f"{accident}, exit {code}"] += 1
         if code not in allowed or "Traceback" in said.replace("KeyboardInterrupt", ""):
             surprises.append(f"{accident} on {devices} devices: exit {code}: {said[-2000:]}")
@@ -180,16 +152,6 @@ def use(workdir: Path, image: Path, done: collections.Counter[str], surprises: l
         done[name] += 1
         if ran.returncode:
             surprises.append(f"{name}: exit {ran.returncode}: {ran.stderr[-2000:]}")
-
-
-def losses(workdir: Path) -> list[float]:
-    """Of training and validation, epoch by epoch, and of the test."""
-    rows: list[dict[str, Any]] = [
-        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
-    report = json.loads((workdir / "report.json").read_text())
-    both = [loss for row in rows for loss in (row["train_loss"], row["val_loss"])]
-    return [*both, report["test_loss"]]
 
 
 if __name__ == "__main__":

@@ -183,6 +183,23 @@ def test_a_signal_is_not_lost_where_python_ignores_exceptions(signum: signal.Sig
     assert done.stderr.count("\n") == 1
 
 
+def test_what_python_ignores_is_shown_with_debug_alone() -> None:
+    program = """if True:
+        from cifar_jax import cli
+        class Unlucky:
+            def __del__(self):
+                raise RuntimeError("unlucky")
+        def main():
+            Unlucky()
+        cli.run(main)
+    """
+    for options, shown in (([], False), (["--debug"], True)):
+        command = [sys.executable, "-c", program, *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0
+        assert ("RuntimeError: unlucky" in done.stderr) == bool(done.stderr) == shown
+
+
 @pytest.mark.fault("D20")
 @pytest.mark.parametrize(
     "values",
