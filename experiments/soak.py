@@ -58,12 +58,13 @@ def main() -> None:
         image.write_bytes(png(shapes.draw(1, seed=5)[0][0]))
         undisturbed = Path(folder) / "undisturbed"
         said, _ = start(undisturbed, 1).communicate()
+        seconds = time.monotonic() - started
         if not (undisturbed / "report.json").exists():
             raise SystemExit(f"the undisturbed run failed:\n{said}")
         expected = losses(undisturbed)
         while time.monotonic() - started < 60 * options.minutes:
             workdir = Path(folder) / f"run{done['runs']}"
-            disturb_to_the_end(workdir, draw, done, surprises)
+            disturb_to_the_end(workdir, seconds, draw, done, surprises)
             found = losses(workdir)
             difference = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
             largest_difference = max(largest_difference, difference)
@@ -87,8 +88,13 @@ def main() -> None:
 
 
 def disturb_to_the_end(
-    workdir: Path, draw: random.Random, done: collections.Counter[str], surprises: list[str]
+    workdir: Path,
+    seconds: float,
+    draw: random.Random,
+    done: collections.Counter[str],
+    surprises: list[str],
 ) -> None:
+    """Start the run until it has come to its end; left alone, it would take ``seconds``."""
     while True:
         saved = steps(workdir)
         damaged = damage(workdir, draw, done) if len(saved) > 1 and draw.random() < 0.3 else None
@@ -101,7 +107,7 @@ def disturb_to_the_end(
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
             allowed.append(ExitCode.ENVIRONMENT)
         elif accident != "none":
-            time.sleep(draw.uniform(0, 8))
+            time.sleep(draw.uniform(0, seconds))
             signum = signal.Signals[accident]
             if not (workdir / "report.json").exists():  # else it may come too late to be heard
                 allowed = [128 + signum]
