@@ -48,6 +48,8 @@ def main() -> None:
         "--output", type=Path, default=ROOT / "experiments" / "results" / "soak.json"
     )
     options = parser.parse_args()
+    # Started in the background by a shell, this process and its children would ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     draw = random.Random(options.seed)
     done: collections.Counter[str] = collections.Counter()
     surprises: list[str] = []
