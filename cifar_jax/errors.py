@@ -34,8 +34,11 @@ class CifarJaxError(Exception):
         self.exit_code = exit_code
 
 
-class Stopped(Exception):
-    """The command ends early because a signal asked for it; ``message`` says what was kept."""
+class Stopped(BaseException):
+    """The command ends early because a signal asked for it; ``message`` says what was kept.
+
+    Like ``KeyboardInterrupt`` no ``Exception``: whoever catches all errors must not catch this.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")

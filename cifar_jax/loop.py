@@ -55,7 +55,7 @@ from cifar_jax.parallel import (
 )
 from cifar_jax.plots import save_curves
 from cifar_jax.sources import load_dataset
-from cifar_jax.stop_signals import StopSignals
+from cifar_jax.stop_signals import StopSignals, signals_held
 from cifar_jax.train_step import Batch, Sums, TrainState, create_train_state, train_step
 
 # Steps that may be under way before the host waits for the oldest: enough to keep a device busy.
@@ -132,7 +132,8 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     scored_model = create_model(config, len(dataset.class_names), None)
     tx = make_optimizer(config, schedule)
     # On the host: the compiled steps place it on the devices, and a checkpoint restores to it.
-    state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
+    with signals_held():
+        state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(
         f"model: {config.model}, {n_params:,} parameters, on {len(devices)} "

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cifar_jax.dataset import ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 from cifar_jax.metrics import RunningSums
+from cifar_jax.stop_signals import signals_held
 from cifar_jax.train_step import Sums, TrainState, Variables
 
 AXIS_NAME = "batch"
@@ -138,14 +139,15 @@ def compile_step(
 
 def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
     """Compile with the options that are best for ``platform``."""
-    if platform != "cpu":
-        return lowered.compile()
-    try:
-        return lowered.compile(compiler_options=CPU_COMPILER_OPTIONS)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return lowered.compile()  # another jaxlib: without the option, only slower
+    with signals_held():
+        if platform != "cpu":
+            return lowered.compile()
+        try:
+            return lowered.compile(compiler_options=CPU_COMPILER_OPTIONS)
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            return lowered.compile()  # another jaxlib: without the option, only slower
 
 
 def replicate(x: NDArray[Any], devices: Sequence[jax.Device]) -> jax.Array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import types
+from collections.abc import Iterator
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -36,3 +38,15 @@ class StopSignals:
         self.received = signum
         for each, handler in self._previous.items():
             signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let a SIGINT or SIGTERM wait until the end of what is under way; a second one does not.
+
+    XLA's compiler needs it: what the exception of a signal cuts off there crashes at exit.
+    """
+    with StopSignals() as stop:
+        yield
+    if stop.received is not None:
+        signal.raise_signal(stop.received)

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from cifar_jax.checkpoint import restore, restore_newest, save, saved_steps, tree_sha256
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.train_step import TrainState
 
 
@@ -226,6 +226,20 @@ def test_a_folder_of_someone_else_in_the_way_is_set_aside(tmp_path: Path) -> Non
     save_steps(tmp_path, 20)
     assert (tmp_path / "20.damaged" / "thesis.txt").exists()
     assert saved_steps(tmp_path) == [20]
+
+
+@pytest.mark.fault("A4")
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped(signal.SIGTERM, "nothing was under way")
+
+    save_steps(tmp_path, 10)
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", stopped)
+    with pytest.raises(Stopped):
+        restore_newest(tmp_path, make_state(0))
+    assert saved_steps(tmp_path) == [10]
 
 
 @pytest.mark.fault("A8")

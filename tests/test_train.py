@@ -26,6 +26,7 @@ from cifar_jax.checkpoint import restore, saved_steps
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
+from cifar_jax.parallel import compile_lowered
 from cifar_jax.train import main, train_and_evaluate
 
 STEPS_PER_EPOCH = 5  # of 16 images: 81 are trained on, of 90
@@ -490,6 +491,22 @@ def test_a_signal_in_any_phase_ends_the_run_cleanly(
     resumed = launch(image_folder, tmp_path / "run", "os.getcwd", "", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert len(read_rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.fault("A4")
+def test_a_signal_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a signal's exception cuts off there has the program crash when it exits."""
+    compile_, compiled = jax.stages.Lowered.compile, []
+
+    def with_signal(*args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        compiled.append(compile_(*args, **options))
+        return compiled[-1]
+
+    monkeypatch.setattr("jax.stages.Lowered.compile", with_signal)
+    with pytest.raises(KeyboardInterrupt):
+        compile_lowered(jax.jit(lambda x: x).lower(1.0), "cpu")
+    assert compiled
 
 
 @pytest.mark.fault("B7")
