@@ -231,6 +231,10 @@ BAD = {
         encode(np.zeros((48, 64, 3), np.uint8), "PNG"),
         "is 48x64, the first is 24x20. Fix: give --image-size 24 to resize",
     ),
+    "turned-by-a-second-header.png": (
+        png_of((20, 24), (24, 20), pixels=black(24, 20)),
+        "is damaged: its pixels cannot be decoded",
+    ),
     **BOMBS,
 }
 
