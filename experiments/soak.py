@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -98,8 +99,10 @@ def disturb_to_the_end(
 ) -> None:
     """Start the run until it has come to its end; left alone, it would take ``seconds``."""
     while True:
-        saved = steps(workdir)
-        damaged = damage(workdir, draw, done) if len(saved) > 1 and draw.random() < 0.3 else None
+        damaged = None
+        if len(whole_steps(workdir)) > 1 and draw.random() < 0.3:
+            damaged = damage(workdir, draw, done)
+        whole = whole_steps(workdir)
         devices = draw.choice([1, 2, 3, 4])
         done["starts"] += 1
         accident = draw.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk", "none"])
@@ -118,25 +121,36 @@ def disturb_to_the_end(
         said, _ = process.communicate(timeout=600)
         code = process.returncode
         done[f"{accident}, exit {code}"] += 1
-        if code not in allowed or "Traceback" in said.replace("KeyboardInterrupt", ""):
-            surprises.append(f"{accident} on {devices} devices: exit {code}: {said[-2000:]}")
+        told = f"{accident} on {devices} devices: exit {code}"
+        if code not in allowed:
+            surprises.append(f"{told}: {said}")
+        if "Traceback" in said and code != -signal.SIGINT:  # which Python ends with one
+            surprises.append(f"{told}, and a traceback: {said}")
         if damaged and "resumed at" in said and f"{damaged}" not in said:
-            surprises.append(f"the damage of {damaged} was not named: {said[-2000:]}")
-        kept = [step for step in saved if str(step) != (damaged.name if damaged else "")]
-        if kept and max(steps(workdir), default=-1) < max(kept):
-            surprises.append(f"{accident}: step {max(kept)} was saved, now {steps(workdir)}")
+            surprises.append(f"{told}: the damage of {damaged} was not named: {said}")
+        if whole and (now := whole_steps(workdir))[-1:] < whole[-1:]:
+            surprises.append(f"{told}: steps {whole} were saved, now {now}: {said}")
         if code == 0:
             return
 
 
-def steps(workdir: Path) -> list[int]:
-    return [int(path.parent.name) for path in workdir.glob("checkpoints/*/manifest.json")
-            if path.parent.name.isdecimal()]  # fmt: skip
+def whole_steps(workdir: Path) -> list[int]:
+    """The steps whose files are those of their manifests, ascending."""
+    found = []
+    for manifest in workdir.glob("checkpoints/[0-9]*/manifest.json"):
+        digests = json.loads(manifest.read_text())
+        files = {name: manifest.parent / name for name in digests}
+        if manifest.parent.name.isdecimal() and all(
+            file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == digests[name]
+            for name, file in files.items()
+        ):
+            found.append(int(manifest.parent.name))
+    return sorted(found)
 
 
 def damage(workdir: Path, draw: random.Random, done: collections.Counter[str]) -> Path:
     """Flip a bit of the newest checkpoint, or cut one of its files."""
-    newest = workdir / "checkpoints" / str(max(steps(workdir)))
+    newest = workdir / "checkpoints" / str(whole_steps(workdir)[-1])
     files = [file for file in sorted(newest.rglob("*")) if file.is_file() and file.stat().st_size]
     file = draw.choice([file for file in files if file.name != "manifest.json"])
     content = bytearray(file.read_bytes())
