@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+
+# Of an error that it raises, Orbax's threads also log a traceback, some after it was raised.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished-"  # being written or deleted
@@ -86,7 +88,7 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
     state = jax.device_get(state)
     try:
         remove_unfinished(folder)
-        with _silent_log(), _checkpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(
                 unfinished.absolute(),
                 args=ocp.args.Composite(
@@ -123,18 +125,6 @@ def strangers(folder: Path) -> list[Path]:
     own = {str(step) for step in saved_steps(folder)}
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in entries if path.name not in own and path.suffix != _DAMAGED]
-
-
-@contextlib.contextmanager
-def _silent_log() -> Iterator[None]:
-    """Without what Orbax logs, with a traceback, of an error that it then raises."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _flush(*paths: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from cifar_jax.checkpoint import restore, restore_newest, save, saved_steps, tree_sha256
@@ -226,6 +228,14 @@ def test_a_folder_of_someone_else_in_the_way_is_set_aside(tmp_path: Path) -> Non
     save_steps(tmp_path, 20)
     assert (tmp_path / "20.damaged" / "thesis.txt").exists()
     assert saved_steps(tmp_path) == [20]
+
+
+def test_orbax_logs_nothing_at_any_time(caplog: pytest.LogCaptureFixture) -> None:
+    """Its threads do so of errors that are told already."""
+    logger = logging.getLogger("absl")
+    for pathname in (ocp.__file__, __file__):
+        logger.handle(logging.LogRecord("absl", logging.ERROR, pathname, 1, "said", (), None))
+    assert [record.pathname for record in caplog.records] == [__file__]
 
 
 @pytest.mark.fault("A4")
