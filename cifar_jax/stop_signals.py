@@ -44,7 +44,8 @@ class StopSignals:
 def signals_held() -> Iterator[None]:
     """Let a SIGINT or SIGTERM wait until the end of what is under way; a second one does not.
 
-    XLA's compiler needs it: what the exception of a signal cuts off there crashes at exit.
+    JAX needs it where Python is called from C++: amid its import the exception of a signal aborts
+    the process, and what one cuts off in its compiler crashes at exit.
     """
     with StopSignals() as stop:
         yield

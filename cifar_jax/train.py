@@ -17,6 +17,7 @@ from cifar_jax import __version__, cli
 from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.lock import locked
+from cifar_jax.stop_signals import signals_held
 
 DESCRIPTION = """\
 Train a network on CIFAR-10, or on a folder of images of your own, and score it on the test set.
@@ -83,8 +84,9 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
 
         check_source(config.data)
         _prepare_runtime(config)
-        from cifar_jax.distributed import is_first, joined
-        from cifar_jax.loop import train_and_test
+        with signals_held():  # an exception amid JAX's import can abort the process
+            from cifar_jax.distributed import is_first, joined
+            from cifar_jax.loop import train_and_test
 
         run.enter_context(joined(config, workdir))
         if config.coordinator is not None and is_first():

@@ -208,9 +208,16 @@ def test_a_constant_rate_allows_more_epochs(config: TrainConfig, tmp_path: Path)
 
 
 @pytest.mark.fault("A13")
-@pytest.mark.parametrize("source", ["tf.data", "device"])
-@pytest.mark.parametrize("decay", [0.0, 1e9])  # the next loss, or the parameters at once
-@pytest.mark.parametrize("checkpoint_every", [0, 1])
+@pytest.mark.parametrize(
+    ("source", "decay", "checkpoint_every"),  # with a decay, the parameters at once
+    [
+        ("tf.data", 0.0, 0),
+        ("tf.data", 0.0, 1),
+        ("device", 0.0, 0),
+        ("device", 0.0, 1),
+        ("tf.data", 1e9, 1),
+    ],
+)
 def test_a_diverging_run_says_where_and_what_to_do(
     config: TrainConfig, tmp_path: Path, source: Any, decay: float, checkpoint_every: int
 ) -> None:
@@ -507,6 +514,27 @@ def test_a_signal_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(KeyboardInterrupt):
         compile_lowered(jax.jit(lambda x: x).lower(1.0), "cpu")
     assert compiled
+
+
+@pytest.mark.fault("A4")
+def test_a_signal_waits_for_the_import_of_jax(image_folder: Path, tmp_path: Path) -> None:
+    """Its exception there can abort the process."""
+    program = f"""if True:
+        import atexit, signal, sys
+        from cifar_jax import cli, train
+        class Finder:
+            def find_spec(self, name, path, target=None):
+                if name == "cifar_jax.loop":
+                    signal.raise_signal(signal.SIGTERM)
+        sys.meta_path.insert(0, Finder())
+        atexit.register(lambda: print("cifar_jax.loop" in sys.modules))
+        options = ["--data", {str(image_folder)!r}, "--workdir", {str(tmp_path / "run")!r}]
+        cli.run(lambda: train.main(options))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.splitlines()[-1] == "True", "imported to the end"
 
 
 @pytest.mark.fault("B7")
