@@ -26,7 +26,6 @@ from cifar_jax.checkpoint import restore, saved_steps
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
-from cifar_jax.parallel import compile_lowered
 from cifar_jax.train import main, train_and_evaluate
 
 STEPS_PER_EPOCH = 5  # of 16 images: 81 are trained on, of 90
@@ -501,19 +500,24 @@ def test_a_signal_in_any_phase_ends_the_run_cleanly(
 
 
 @pytest.mark.fault("A4")
-def test_a_signal_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nth", [1, 2])  # the initial state, the step
+def test_a_signal_waits_for_the_compiler(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
     """What a signal's exception cuts off there has the program crash when it exits."""
-    compile_, compiled = jax.stages.Lowered.compile, []
+    compile_, begun, compiled = jax.stages.Lowered.compile, [], []
 
     def with_signal(*args: Any, **options: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
+        begun.append(args)
+        if len(begun) == nth:
+            signal.raise_signal(signal.SIGINT)
         compiled.append(compile_(*args, **options))
         return compiled[-1]
 
     monkeypatch.setattr("jax.stages.Lowered.compile", with_signal)
     with pytest.raises(KeyboardInterrupt):
-        compile_lowered(jax.jit(lambda x: x).lower(1.0), "cpu")
-    assert compiled
+        train_and_evaluate(config, tmp_path)
+    assert len(compiled) == len(begun) == nth
 
 
 @pytest.mark.fault("A4")
