@@ -7,7 +7,6 @@ says the word.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import os
@@ -26,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
 
 # How long a process may be silent before the others take it for dead; and how long they wait for
 # each other at the start and at the end.
@@ -60,11 +59,10 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
                     stack.enter_context(contextlib.redirect_stdout(silence))
                 yield
         except BaseException as error:
-            # At exit JAX would wait for processes that may be waiting for this one.
             if not _is_of_a_lost_peer(error):
-                atexit.register(_part, getattr(error, "exit_code", ExitCode.BUG), _PARTING_SECONDS)
+                _leave_alone_after(_PARTING_SECONDS, _exit_status(error))
                 raise
-            atexit.register(_part, ExitCode.ENVIRONMENT, 0)
+            _leave_alone_after(0, ExitCode.ENVIRONMENT)
             raise CifarJaxError(
                 ExitCode.ENVIRONMENT,
                 f"process {jax.process_index()} lost another one: " + first_line(error),
@@ -195,14 +193,29 @@ def _wait_for_coordinator(address: str) -> None:
             time.sleep(0.2)
 
 
-def _part(exit_code: int, patience_seconds: int) -> None:
-    """Leave: with the others, if they come too while patience lasts, or else alone."""
-    parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-    parting.start()
-    parting.join(patience_seconds)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+def _leave_alone_after(patience_seconds: float, status: int) -> None:
+    """Bound the end of this process: JAX waits there for others that may be waiting for this one.
+
+    Args:
+        patience_seconds: from the end of the main thread, for the others to leave too.
+        status: the exit status of a process that has waited in vain.
+    """
+
+    def leave() -> None:
+        threading.main_thread().join()
+        time.sleep(patience_seconds)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def _exit_status(error: BaseException) -> int:
+    """What a command that ends with this error ends with."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return error.exit_code if isinstance(error, CifarJaxError | Stopped) else ExitCode.BUG
 
 
 def _is_of_a_lost_peer(error: BaseException) -> bool:

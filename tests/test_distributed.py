@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from cifar_jax import distributed
 from cifar_jax.config import TrainConfig
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +127,7 @@ def test_a_workdir_that_is_not_shared_is_noticed_before_training(
     first, second = finish(
         start_two(tmp_path / "run", "--data", str(image_folder), of_second=of_second)
     )
-    assert second[0] == ExitCode.ENVIRONMENT
+    assert second[0] == ExitCode.ENVIRONMENT, second[2]
     assert "is not the folder that process 0 writes to" in second[2]
     assert first[0] in (ExitCode.ENVIRONMENT, -6)
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -146,6 +147,28 @@ def test_one_that_fails_alone_says_why_and_the_others_do_not_wait(
     assert first[0] in (ExitCode.ENVIRONMENT, -6)
     assert "another one" in first[2]
     assert "--resume" in first[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), 130),
+        (Stopped(signal.SIGTERM, ""), 143),
+        (CifarJaxError(ExitCode.DATA, "what", fix="how"), ExitCode.DATA),
+        (KeyError("a bug"), ExitCode.BUG),
+    ],
+)
+def test_one_that_leaves_alone_has_the_exit_status_of_its_error(
+    error: BaseException, status: int, tmp_path: Path
+) -> None:
+    script = (
+        "import sys, threading; from cifar_jax import distributed;"
+        "distributed._leave_alone_after(0.2, int(sys.argv[1])); print('the end');"
+        "threading.Thread(target=threading.Event().wait).start()"  # never ends: as a lost peer
+    )
+    told = [sys.executable, "-c", script, str(int(distributed._exit_status(error)))]
+    done = subprocess.run(told, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, "the end\n"), done.stderr
 
 
 @pytest.mark.fault("B2")
