@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cifar_jax import __version__
+from cifar_jax.compilation_cache import use_compilation_cache
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
 
 _DEBUG = "--debug"
@@ -244,7 +245,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        _check_compilation_cache()
+        use_compilation_cache()
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`, which has read enough
@@ -303,17 +304,3 @@ def _told(error: Exception) -> CifarJaxError:
         f"a bug of this program: {type(error).__name__}: {reason}",
         fix=f"report it, with the traceback in {file.name}",
     )
-
-
-def _check_compilation_cache() -> None:
-    """Refuse to run programs from a folder where others could put theirs."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if folder and os.path.isdir(folder):
-        found = os.stat(folder)
-        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT,
-                f"JAX_COMPILATION_CACHE_DIR {folder} can be written by others, whose programs "
-                "would then be run",
-                fix=f"chmod go-w {folder}, or name another folder",
-            )

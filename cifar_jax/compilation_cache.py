@@ -1,0 +1,62 @@
+"""Compiled programs, kept from one command to the next in a folder of this user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+_FOLDER = "JAX_COMPILATION_CACHE_DIR"
+_MOST_BYTES = 1 << 30  # some hundred programs
+
+
+def use_compilation_cache() -> None:
+    """Tell JAX, which is yet to be imported, where to keep what it compiles.
+
+    JAX's own variables have the last word: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` does without.
+
+    Raises:
+        CifarJaxError: environment; others could put programs into the folder, which JAX would run.
+    """
+    if _FOLDER not in os.environ:
+        folder = _own_folder()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_room(folder)
+        except OSError:  # a home that cannot be written, say: then each command compiles anew
+            return
+        os.environ[_FOLDER] = str(folder)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    if os.path.isdir(given := os.environ[_FOLDER]):
+        found = os.stat(given)
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+            raise CifarJaxError(
+                ExitCode.ENVIRONMENT,
+                f"{_FOLDER} {given} can be written by others, whose programs would then be run",
+                fix=f"chmod go-w {given}, or name another folder",
+            )
+
+
+def _own_folder() -> Path:
+    """Of this kind of processor: a home may be shared by several, and a program is made for one."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = "".join(sorted({ln for ln in lines if ln.startswith(("model name", "flags"))}))
+    except OSError:  # not Linux
+        processor = platform.machine() + platform.processor()
+    return caches / "cifar_jax" / hashlib.sha256(processor.encode()).hexdigest()[:8]
+
+
+def _make_room(folder: Path) -> None:
+    """Delete the oldest programs, of earlier versions mostly, where all would take too much."""
+    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+    total = 0
+    for file in files:
+        total += file.stat().st_size
+        if total > _MOST_BYTES:
+            file.unlink()

@@ -1,0 +1,78 @@
+"""Compiled programs are kept, in a folder that is nobody else's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar_jax import compilation_cache
+from cifar_jax.compilation_cache import use_compilation_cache
+
+PROGRAM = """if True:
+    from cifar_jax.compilation_cache import use_compilation_cache
+    use_compilation_cache()
+    import jax
+    print(jax.jit(lambda x: 2 * x + 1)(20.5))
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home where nothing is said of a folder."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def run_program() -> str:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.fault("B13")
+def test_programs_are_kept_for_the_next_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    assert run_program() == "42.0\n"
+    (folder,) = (home / ".cache" / "cifar_jax").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (kept,) = folder.glob("jit__lambda*-cache")
+    program = kept.read_bytes()
+    kept.write_bytes(program[: len(program) // 2])  # as of a kill
+    assert run_program() == "42.0\n"
+
+
+def test_the_oldest_are_deleted_where_all_take_too_much(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_compilation_cache()
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    for age in range(5):
+        (folder / str(age)).write_bytes(bytes(10))
+        os.utime(folder / str(age), (1e9 - age, 1e9 - age))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 30)
+    use_compilation_cache()
+    assert {path.name for path in folder.iterdir()} == {"0", "1", "2"}
+
+
+def test_a_home_that_cannot_be_written_is_done_without(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / ".cache").write_text("in the way")
+    use_compilation_cache()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_a_folder_that_is_named_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "mine"))
+    use_compilation_cache()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(home / "mine")
+    assert list(home.iterdir()) == []
