@@ -25,8 +25,16 @@ import orbax.checkpoint as ocp
 
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 
-# Of an error that it raises, Orbax's threads also log a traceback, some after it was raised.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    # asyncio names the file of a task that failed in the message.
+    where = record.getMessage() if record.name == "asyncio" else record.pathname
+    return f"{os.sep}orbax{os.sep}" not in where
+
+
+# Of an error that it raises, Orbax's threads also log tracebacks, some after it was raised.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_not_of_orbax)
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished-"  # being written or deleted

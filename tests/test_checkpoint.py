@@ -231,11 +231,17 @@ def test_a_folder_of_someone_else_in_the_way_is_set_aside(tmp_path: Path) -> Non
 
 
 def test_orbax_logs_nothing_at_any_time(caplog: pytest.LogCaptureFixture) -> None:
-    """Its threads do so of errors that are told already."""
-    logger = logging.getLogger("absl")
-    for pathname in (ocp.__file__, __file__):
-        logger.handle(logging.LogRecord("absl", logging.ERROR, pathname, 1, "said", (), None))
-    assert [record.pathname for record in caplog.records] == [__file__]
+    """Its threads do so of errors that are told already, and asyncio of their tasks."""
+    for name in ("absl", "asyncio"):
+        for path in (ocp.__file__, __file__):
+            pathname = path if name == "absl" else "base_events.py"
+            said = f"a task of {path}" if name == "asyncio" else "a save"
+            record = logging.LogRecord(name, logging.ERROR, pathname, 1, said, (), None)
+            logging.getLogger(name).handle(record)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a save",
+        f"a task of {__file__}",
+    ]
 
 
 @pytest.mark.fault("A4")
