@@ -53,7 +53,6 @@ from cifar_jax.parallel import (
     select_devices,
     to_floats,
 )
-from cifar_jax.plots import save_curves
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import StopSignals, signals_held
 from cifar_jax.train_step import Batch, Sums, TrainState, create_train_state, train_step
@@ -337,6 +336,8 @@ def _train(run: Run, progress: Progress) -> None:
 
 
 def _draw_curves(run: Run, progress: Progress) -> None:
+    from cifar_jax.plots import save_curves  # half a second of matplotlib, which no step needs
+
     title = f"{run.config.model} on {run.dataset.name}"
     path = run.workdir / "plots" / "curves.png"
     try:
