@@ -1,0 +1,50 @@
+"""The figure: how long a step takes, by network and program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Training steps and inference, each relative to this project's, as one PNG."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, pass_, title in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("train", "forward"),
+        ("a training step", "an inference"),
+        strict=True,
+    ):
+        rows = [row for row in results["programs"] if row["pass"] == pass_]
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        programs = list(dict.fromkeys(_label(row) for row in rows))
+        ours = {r["model"]: r["step_ms_median"] for r in rows if r["framework"] == "cifar_jax"}
+        height = 0.8 / len(programs)
+        for i, program in enumerate(programs):
+            chosen = [row for row in rows if _label(row) == program]
+            places = np.array([models.index(row["model"]) for row in chosen]) + i * height
+            scale = np.array([ours[row["model"]] for row in chosen])
+            low, middle, high = (
+                np.array([row[f"step_ms_{name}"] for row in chosen]) / scale
+                for name in ("min", "median", "max")
+            )
+            axes.barh(places, middle, height, xerr=[middle - low, high - middle], label=program)
+        axes.set_yticks(np.arange(len(models)) + 0.4 - height / 2, models)
+        for k, model in enumerate(models):
+            axes.text(1.02, k - 0.45 * height, f"{ours[model]:.0f} ms", fontsize=8, va="center")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(xlabel="time, this project's = 1", title=f"{title} of 128 images")
+        axes.grid(alpha=0.3, axis="x")
+    figure.axes[0].invert_yaxis()
+    figure.axes[1].legend(fontsize=8)
+    figure.suptitle(f"{results['machine']}, {results['date']}")
+    figure.savefig(path, dpi=110)
+
+
+def _label(row: dict[str, Any]) -> str:
+    if row["framework"] == "torch":
+        return f"PyTorch {row['layout']}, {row['mode']}"
+    return {"cifar_jax": "cifar_jax", "keras": "Keras 3 on JAX, fit"}[row["framework"]]

@@ -1,0 +1,246 @@
+"""A training step and an inference of 128 images: this project, PyTorch, Keras; and the ceiling."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import paired_timing
+from cifar_jax.augment import make_augmentation
+from cifar_jax.config import TrainConfig
+from cifar_jax.inference import make_logits
+from cifar_jax.layer_table import layer_table
+from cifar_jax.models import ResNet9, create_model
+from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.parallel import AXIS_NAME, compile_lowered, compile_step, shard
+from cifar_jax.train_step import create_train_state, train_step
+from cifar_jax.trained import TrainedNetwork
+from layouts.timings import make_torch_programs, timing_batch
+
+BATCH_SIZE = 128
+_IMAGE_SHAPE = (32, 32, 3)
+_MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+_CLASSES = tuple(map(str, range(10)))
+_PRODUCT_SIDE = 2048
+
+_OURS = {"framework": "cifar_jax", "layout": "NHWC", "mode": "compiled"}
+_PEERS = [
+    {"framework": "torch", "layout": "contiguous", "mode": "eager"},
+    {"framework": "torch", "layout": "channels_last", "mode": "eager"},
+    {"framework": "torch", "layout": "contiguous", "mode": "compiled"},
+    {"framework": "torch", "layout": "channels_last", "mode": "compiled"},
+    {"framework": "keras", "layout": "NHWC", "mode": "fit"},
+]
+_QUICK_PEERS = [_PEERS[1], _PEERS[4]]
+
+# Rounds, and the steps in each, by network.
+_TURNS = {"cnn": (11, 10), "cnn-wide": (11, 2), "resnet9": (5, 1)}
+_QUICK_TURNS = {"cnn": (3, 5), "cnn-wide": (3, 1)}
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """``programs`` with their medians and spread, ``pairs`` of ours and another, the ceiling."""
+    rows: list[dict[str, Any]] = []
+    ceilings: list[float] = []
+    for model, (rounds, steps) in (_QUICK_TURNS if quick else _TURNS).items():
+        specs = [
+            {**program, "model": model, "batch_size": BATCH_SIZE}
+            for program in [_OURS, *(_QUICK_PEERS if quick else _PEERS)]
+        ]
+        work = _flops(model)
+        for timing in _time(specs, rounds, steps):
+            row = timing.row()
+            gflops = work[row["pass"]] / row["step_ms_median"] / 1e6
+            rows.append({**row, "gflops": gflops})
+            print(
+                f"  {model:9s} {row['pass']:8s} {_name(row):28s} {row['step_ms_median']:7.1f} ms "
+                f"({row['step_ms_min']:.1f} to {row['step_ms_max']:.1f})",
+                flush=True,
+            )
+        (ceiling,) = _time([{"framework": "ceiling", "batch_size": 1}], rounds, 3)
+        ceilings.append(2 * _PRODUCT_SIDE**3 / ceiling.row()["step_ms_median"] / 1e6)
+    ceiling_gflops = max(ceilings)
+    print(
+        f"  a product of {_PRODUCT_SIDE}x{_PRODUCT_SIDE}: {ceiling_gflops:.0f} GFLOP/s", flush=True
+    )
+    for row in rows:
+        row["share_of_ceiling"] = row["gflops"] / ceiling_gflops
+    return {"ceiling_gflops": ceiling_gflops, "pairs": _pairs(rows), "programs": rows}
+
+
+def _pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours = {(r["model"], r["pass"]): r for r in rows if r["framework"] == "cifar_jax"}
+    return [
+        {
+            "workload": f"{row['model']} {row['pass']}, {row['batch_size']} images",
+            "ours_ms": ours[row["model"], row["pass"]]["step_ms_median"],
+            "peer": _name(row),
+            "peer_ms": row["step_ms_median"],
+            "ratio": row["step_ms_median"] / ours[row["model"], row["pass"]]["step_ms_median"],
+        }
+        for row in rows
+        if row["framework"] != "cifar_jax"
+    ]
+
+
+def _name(row: dict[str, Any]) -> str:
+    if row["framework"] == "torch":
+        return f"PyTorch {row['layout']}, {row['mode']}"
+    return {"cifar_jax": "cifar_jax", "keras": "Keras 3 on JAX"}[row["framework"]]
+
+
+def _time(specs: list[dict[str, Any]], rounds: int, steps: int) -> list[paired_timing.Timing]:
+    command = [sys.executable, "-m", "bench.steps"]
+    where = Path(__file__).resolve().parents[1]
+    return paired_timing.time_in_turn(command, specs, rounds=rounds, steps=steps, cwd=where)
+
+
+def _flops(model: str) -> dict[str, float]:
+    """Floating-point operations of a batch, by the textbook: two a multiply-accumulate.
+
+    A training step computes each layer three times over: its output, the gradient of its kernel and
+    that of its input, which the first layer does not need.
+    """
+    network = create_model(TrainConfig(model=model), len(_CLASSES), None)
+    macs = [row.macs for row in layer_table(network, _IMAGE_SHAPE, BATCH_SIZE)]
+    first = next(n for n in macs if n)
+    return {
+        "forward": 2.0 * BATCH_SIZE * sum(macs),
+        "train": 2.0 * BATCH_SIZE * (3 * sum(macs) - first),
+    }
+
+
+def make_programs(spec: dict[str, Any]) -> Any:
+    """What a worker times: ``forward`` and ``train``, or of the ceiling the product."""
+    makers = {
+        "cifar_jax": _make_own,
+        "torch": make_torch_programs,
+        "keras": _make_keras,
+        "ceiling": _make_ceiling,
+    }
+    return makers[spec["framework"]](spec)
+
+
+def _make_own(spec: dict[str, Any]) -> Any:
+    """The step of ``cifar_jax.train`` and the answers of ``cifar_jax.predict``, of uint8 images.
+
+    Unlike the others they normalise the images, and ``forward`` brings its answers to the host.
+    """
+    config = TrainConfig(
+        model=spec["model"], learning_rate=1e-3, schedule="constant", flip=False, crop=0
+    )
+    model = create_model(config, len(_CLASSES), AXIS_NAME)
+    tx = make_optimizer(config, make_schedule(config, 1))
+    state: Any = jax.device_get(create_train_state(model, tx, _IMAGE_SHAPE, seed=0))
+    network = TrainedNetwork(config, _CLASSES, _IMAGE_SHAPE, _MEAN, _STD, state.variables)
+    images, labels = uint8_batch(spec["batch_size"])
+    devices = jax.devices()[:1]
+    batch = shard({"image": images, "label": labels}, devices)
+    step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        augment=make_augmentation(config, _MEAN),
+        mean=_MEAN,
+        std=_STD,
+        seed=0,
+        axis_name=AXIS_NAME,
+    )
+    compiled = compile_step(step, state, batch, devices, donate_state=True)
+    logits = make_logits(network)
+
+    def forward(steps: int) -> None:
+        for _ in range(steps):
+            logits(images)
+
+    def train(steps: int) -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, sums = compiled(state, batch)
+        jax.block_until_ready((state, sums))
+
+    return {"forward": forward, "train": train}, dict
+
+
+def _make_keras(spec: dict[str, Any]) -> Any:
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras  # in its own process only; tensorflow brings it
+
+    network = _keras_network(spec["model"])
+    network.compile(
+        optimizer=keras.optimizers.Adam(1e-3),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    images, labels = timing_batch(spec["batch_size"])
+
+    def forward(steps: int) -> None:
+        for _ in range(steps):
+            network.predict_on_batch(images)
+
+    def train(steps: int) -> None:
+        x, y = np.concatenate([images] * steps), np.concatenate([labels] * steps)
+        network.fit(x, y, batch_size=spec["batch_size"], shuffle=False, verbose=0)
+
+    return {"forward": forward, "train": train}, dict
+
+
+def _keras_network(name: str) -> Any:
+    """The network of that name in Keras's own layers."""
+    from keras import Input, Model, layers
+
+    model = create_model(TrainConfig(model=name), len(_CLASSES), None)
+    norm = isinstance(model, ResNet9)
+
+    def block(x: Any, features: int, pool: bool = False) -> Any:
+        x = layers.Conv2D(features, 3, padding="same", use_bias=not norm)(x)
+        if norm:
+            x = layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
+        x = layers.ReLU()(x)
+        return layers.MaxPooling2D()(x) if pool else x
+
+    x = start = Input(_IMAGE_SHAPE)
+    if isinstance(model, ResNet9):
+        first, second, third, fourth = model.widths
+        x = block(block(x, first), second, pool=True)
+        x = layers.Add()([x, block(block(x, second), second)])
+        x = block(block(x, third, pool=True), fourth, pool=True)
+        x = layers.Add()([x, block(block(x, fourth), fourth)])
+        x = layers.Dense(len(_CLASSES), use_bias=False)(layers.GlobalMaxPooling2D()(x))
+        return Model(start, layers.Rescaling(0.125)(x))
+    for index, features in enumerate(model.widths, start=1):
+        x = block(x, features, pool=index % model.convs_per_pool == 0)
+    x = layers.Flatten()(x)
+    for features in model.hidden:
+        x = layers.Dense(features, activation="relu")(x)
+    return Model(start, layers.Dense(len(_CLASSES))(x))
+
+
+def _make_ceiling(spec: dict[str, Any]) -> Any:
+    """A square matrix product in float32, by XLA."""
+    side = np.random.default_rng(0).normal(size=(_PRODUCT_SIDE, _PRODUCT_SIDE)).astype(np.float32)
+    a = jax.device_put(side)
+    product = compile_lowered(jax.jit(lambda a, b: a @ b).lower(a, a), jax.default_backend())
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            product(a, a).block_until_ready()
+
+    return {"product": run}, dict
+
+
+def uint8_batch(batch_size: int) -> tuple[Any, Any]:
+    """Images ``[B, 32, 32, 3]`` of noise and labels ``[B]``, as they come from a file."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch_size, *_IMAGE_SHAPE), dtype=np.uint8)
+    return images, rng.integers(0, len(_CLASSES), batch_size).astype(np.int32)
+
+
+if __name__ == "__main__":
+    paired_timing.serve(json.loads(sys.argv[1]), make_programs)

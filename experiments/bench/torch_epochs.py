@@ -1,0 +1,104 @@
+"""The material's training in PyTorch: files, a DataLoader, the network, the optimizer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from cifar_jax import torch_reference
+from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import Dataset, Split
+from cifar_jax.models import create_model
+from cifar_jax.sources import load_dataset
+
+
+class Images(TorchDataset[Any]):
+    """Files read by Pillow one at a time, as ``torchvision.datasets.ImageFolder`` reads them."""
+
+    def __init__(self, split: Split, dataset: Dataset, *, augment: bool) -> None:
+        self._images, self._labels, self._augment = split.images, split.labels, augment
+        self._mean = torch.tensor(dataset.mean)[:, None, None]
+        self._std = torch.tensor(dataset.std)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        if hasattr(self._images, "paths"):
+            with Image.open(os.fsdecode(self._images.paths[i])) as file:
+                pixels = np.asarray(file.convert("RGB"))
+        else:
+            pixels = self._images[i]
+        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float() / 255
+        image = (image - self._mean) / self._std
+        if self._augment:
+            if torch.rand(()) < 0.5:
+                image = image.flip(2)
+            padded = F.pad(image[None], (2, 2, 2, 2), mode="reflect")[0]
+            top, left = torch.randint(0, 5, (2,)).tolist()
+            image = padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+        return image, int(self._labels[i])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--data-dir")
+    parser.add_argument("--max-train-examples", type=int)
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    dataset = load_dataset(
+        arguments.data,
+        data_dir=arguments.data_dir,
+        max_train_examples=arguments.max_train_examples,
+        cache_mb=0,
+    )
+    torch.manual_seed(0)
+    workers = os.cpu_count() or 1
+    batches = DataLoader(
+        Images(dataset.train, dataset, augment=True),
+        128,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+    )
+    scored = DataLoader(Images(dataset.val, dataset, augment=False), 256, num_workers=workers)
+    model = create_model(TrainConfig(), len(dataset.class_names), None)
+    network = torch_reference.make_twin(model, dataset.image_shape)
+    network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=arguments.epochs * len(batches)
+    )
+    seconds, accuracies = [], []
+    for _ in range(arguments.epochs):
+        started = time.perf_counter()
+        network.train()
+        for images, labels in batches:
+            loss = F.cross_entropy(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        network.eval()
+        with torch.inference_mode():
+            right = [(network(x).argmax(1) == y).float() for x, y in scored]
+        seconds.append(time.perf_counter() - started)
+        accuracies.append(float(torch.cat(right).mean()))
+    arguments.output.write_text(json.dumps({"epochs": seconds, "val_accuracy": accuracies}))
+
+
+if __name__ == "__main__":
+    main()
