@@ -39,7 +39,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="time, this project's = 1", title=f"{title} of 128 images")
         axes.grid(alpha=0.3, axis="x")
     figure.axes[0].invert_yaxis()
-    figure.axes[1].legend(fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(f"{results['machine']}, {results['date']}")
     figure.savefig(path, dpi=110)
 
