@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cifar_jax import __version__
+from cifar_jax.allocator import keep_freed_memory
 from cifar_jax.compilation_cache import use_compilation_cache
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
 
@@ -245,6 +246,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        keep_freed_memory()
         use_compilation_cache()
         main()
         sys.stdout.flush()

@@ -1,11 +1,14 @@
 """The 3x3 convolution of every network, in the forms that XLA runs well on a CPU.
 
-Two things are slow there as JAX gives them. Neither form changes a result by more than rounding.
+Three things are slow there as JAX gives them. No form changes a result by more than rounding.
 
 The first layer: XLA multiplies one pixel's window by the kernel, and with three input channels and
 a few output channels that product is too small to run well. Computing the four pixels of a 2x2
 window at once, from the 4x4 pixels around them, does 16/9 of the arithmetic in half the time or
 less.
+
+The layers of many channels: they are bound by multiplications, of which :mod:`cifar_jax.winograd`
+needs half.
 
 The gradients, inside a loop: XLA brings a convolution into the form of its fast routine (batch,
 rows, columns, channels) only outside of loops, and in ``lax.scan`` runs a gradient's convolution up
@@ -17,6 +20,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from cifar_jax import winograd
 
 _MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
@@ -63,6 +68,8 @@ def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     small = channels <= _MAX_IN_CHANNELS and kernel.shape[-1] <= _MAX_OUT_CHANNELS
     if small and height % 2 == width % 2 == 0:
         return lax.platform_dependent(x, kernel, cpu=_four_at_once, default=_plain)
+    if winograd.pays(x, kernel):
+        return lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=_plain)
     return _plain(x, kernel)
 
 
@@ -83,7 +90,10 @@ def _gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> _Gradien
 
 def _gradients_as_convolutions(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> _Gradients:
     """The gradient of x is one with the kernel turned round; that of the kernel, of x by it."""
-    of_x = _plain(gradient, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    if winograd.pays(x, kernel):
+        return winograd.convolve(gradient, turned), winograd.kernel_gradient(x, gradient)
+    of_x = _plain(gradient, turned)
     # [C, H, W, B] by [H, W, B, D] -> [C, 3, 3, D]: the images are the channels here.
     of_kernel = _plain(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3))
     return of_x, of_kernel.transpose(1, 2, 0, 3)

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from jax import lax
 
+from cifar_jax import winograd
 from cifar_jax.convolution import conv3x3
+
+
+def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
 
 
 @pytest.mark.parametrize(
@@ -20,16 +26,50 @@ def test_every_form_is_the_convolution_forward_and_backward(
     x = rng.normal(size=(2, *size, channels)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, channels, features)).astype(np.float32)
 
-    def expected(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
-
     y, pull_back = jax.vjp(conv3x3, x, kernel)
-    true_y, true_pull_back = jax.vjp(expected, x, kernel)
+    true_y, true_pull_back = jax.vjp(plain, x, kernel)
     np.testing.assert_allclose(y, true_y, rtol=1e-5, atol=1e-5)
     gradient = rng.normal(size=y.shape).astype(np.float32)
     for ours, truth in zip(pull_back(gradient), true_pull_back(gradient), strict=True):
         np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 13, 96])  # one image, not to be cut, in two parts
+@pytest.mark.parametrize(
+    ("size", "channels", "features"), [((3, 4), 32, 32), ((8, 12), 64, 32), ((4, 4), 33, 70)]
+)
+def test_the_form_of_half_the_multiplications_is_the_convolution(
+    batch: int, size: tuple[int, int], channels: int, features: int
+) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batch, *size, channels)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, channels, features)).astype(np.float32)
+    assert winograd.pays(x, kernel)
+
+    def both(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> list[tuple[jax.Array, ...]]:
+        y, pull_back = jax.vjp(conv3x3, x, kernel)
+        true_y, true_pull_back = jax.vjp(plain, x, kernel)
+        return [(y, *pull_back(gradient)), (true_y, *true_pull_back(gradient))]
+
+    gradient = rng.normal(size=(batch, *size, features)).astype(np.float32)
+    program = jax.jit(both).lower(x, kernel, gradient).compile()
+    assert program.as_text().count(" convolution(") == 6 * 3 + 3, "of each the six and the plain"
+    for ours, truth in zip(*program(x, kernel, gradient), strict=True):
+        assert np.abs(ours - truth).max() < 5e-6 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel"),
+    [
+        (np.zeros((2, 8, 8, 16), np.float32), np.zeros((3, 3, 16, 32), np.float32)),
+        (np.zeros((2, 8, 6, 32), np.float32), np.zeros((3, 3, 32, 32), np.float32)),
+        (np.zeros((2, 8, 8, 32), jnp.bfloat16), np.zeros((3, 3, 32, 32), jnp.bfloat16)),
+    ],
+    ids=["few channels", "rows of no whole tiles", "bfloat16"],
+)
+def test_where_it_does_not_pay_the_form_is_plain(x: jax.Array, kernel: jax.Array) -> None:
+    assert not winograd.pays(x, kernel)
+    assert jax.jit(conv3x3).lower(x, kernel).as_text().count("stablehlo.convolution") == 1
 
 
 def test_images_take_the_fast_form_on_a_cpu() -> None:

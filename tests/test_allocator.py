@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+TWICE = """if True:
+    import resource, sys, threading
+    from cifar_jax.allocator import keep_freed_memory
+    if sys.argv[1] == "kept":
+        keep_freed_memory()
+    def use():
+        b"x" * 100_000_000
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def pages_asked_for_again(how: str) -> int:
+    command = [sys.executable, "-c", TWICE, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is told")
+def test_memory_that_was_freed_is_used_again_without_asking_for_its_pages() -> None:
+    assert pages_asked_for_again("kept") < 500
+    assert pages_asked_for_again("as it comes") > 20_000
