@@ -25,6 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = ("--model", "linear", "--batch-size", "16", "--epochs", "2", "--input", "device")
 
 
+# `cifar_jax.train`, with less patience with the silence of others.
+PATIENCE_SECONDS = 10
+LAUNCH = f"""if True:
+    from cifar_jax import cli, distributed, train
+    distributed._HEARTBEAT_SECONDS = {PATIENCE_SECONDS}
+    cli.run(train.main)
+"""
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -33,7 +42,7 @@ def free_port() -> int:
 
 def start(process_id: int, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "cifar_jax.train", *RUN, *options],
+        [sys.executable, "-c", LAUNCH, *RUN, *options],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -58,11 +67,18 @@ def start_two(
     ]
 
 
+def wait_for_an_epoch(workdir: Path, processes: list[subprocess.Popen[str]]) -> None:
+    while not (workdir / "metrics.jsonl").exists():
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.1)
+
+
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     said = [process.communicate(timeout=120) for process in processes]
     return [(p.returncode, *both) for p, both in zip(processes, said, strict=True)]
 
 
+@pytest.mark.long
 @pytest.mark.fault("A11", "B1", "B5")
 @pytest.mark.timeout(400)
 def test_stopped_killed_and_resumed_elsewhere_it_is_the_same_run(tmp_path: Path) -> None:
@@ -171,19 +187,29 @@ def test_one_that_leaves_alone_has_the_exit_status_of_its_error(
     assert (done.returncode, done.stdout) == (status, "the end\n"), done.stderr
 
 
+@pytest.mark.fault("B5")
+def test_a_signal_to_one_stops_both_at_the_same_step(image_folder: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    processes = start_two(workdir, "--data", str(image_folder), "--epochs", "100000")
+    wait_for_an_epoch(workdir, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = finish(processes)
+    assert (first[0], second[0]) == (143, 143), (first, second)
+    (stopped,) = {re.search(r"SIGTERM: step \d+ is saved", said)[0] for _, _, said in (first, second)}  # type: ignore[index]
+    assert int(re.findall(r"\d+", stopped)[0]) == max(map(int, os.listdir(workdir / "checkpoints")))
+
+
 @pytest.mark.fault("B2")
 def test_when_the_first_process_dies_the_others_say_how_to_go_on(
     image_folder: Path, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run"
     processes = start_two(workdir, "--data", str(image_folder), "--epochs", "100000")
-    while not (workdir / "metrics.jsonl").exists():
-        assert [process.poll() for process in processes] == [None, None]
-        time.sleep(0.1)
+    wait_for_an_epoch(workdir, processes)
     processes[0].kill()
     killed_at = time.monotonic()
     _, second = finish(processes)
-    assert time.monotonic() - killed_at < distributed._HEARTBEAT_SECONDS
+    assert time.monotonic() - killed_at < PATIENCE_SECONDS
     assert second[0] in (ExitCode.ENVIRONMENT, -6)
     assert f"--resume --workdir {workdir}" in second[2]
 
