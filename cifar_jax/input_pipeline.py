@@ -221,8 +221,6 @@ def _explained(
     for path in tqdm(images.paths, "looking for the damaged file", unit="images", disable=None):
         try:
             _decode(read_checked(images, path), images.shape[2])
-        except CifarJaxError as found:
-            return found
         except tf.errors.OpError:
             return undecodable(path)
     return error

@@ -290,8 +290,8 @@ def _official_archive(path: Path, root: str) -> Source:
                 f"SHA-256 is {digest[:12]}..., not {_PYTHON_ARCHIVE_SHA256[:12]}...",
                 fix="use the binary version, whose content needs no pickle, or image folders",
             )
-        for member, is_file in members:
-            if is_file and str(member.parent) == root and member.name in (*batches, meta):
+        for member, _ in members:
+            if str(member.parent) == root and member.name in (*batches, meta):
                 files[member.name] = b"".join(members.content())
     try:
         if missing := {*batches, meta} - files.keys():
@@ -361,8 +361,6 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _unpickle(content: bytes) -> dict[str, Any]:
     # The official files were written by Python 2, whose strings are bytes.
     loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    if not isinstance(loaded, dict):
-        raise ValueError(f"a batch is a dict, not {type(loaded).__name__}")
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
 
 
@@ -412,15 +410,15 @@ def _folder(
 
 
 def _unwrap(root: Path) -> Path:
-    """Through folders that hold one folder and nothing else, as archives often do."""
+    """Through folders that hold one folder, as archives often do, beside a README at most."""
     while True:
-        folders, files = folders_and_files(root)
+        folders, _ = folders_and_files(root)
         if len(folders) != 1 or folders[0].name in ("train", "val", "test"):
             return root
         if folders[0].is_symlink():  # can lead round in a circle
             return root
         inner_folders, _ = folders_and_files(Path(folders[0].path))
-        if files or not inner_folders:
+        if not inner_folders:  # it is a class
             return root
         root = Path(folders[0].path)
 

@@ -516,7 +516,8 @@ def test_the_official_archives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     files = python_files(20) if ending == "py" else binary_files(20)
-    path = official(tmp_path / "cifar-10.tar.gz", files | {"readme.html": b"x"}, ending)
+    others = {"readme.html": b"x", f"old/{next(iter(files))}": b"of another time"}
+    path = official(tmp_path / "cifar-10.tar.gz", files | others, ending)
     trust(monkeypatch, path)
     dataset = load_dataset(str(path))
     assert dataset.class_names == tuple(NAMES)

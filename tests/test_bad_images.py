@@ -94,9 +94,11 @@ def without_adobe(jpeg: bytes) -> bytes:
 
 
 CMYK = encode(Image.fromarray(np.dstack([RGB, ALPHA]), "CMYK"), "JPEG")
+JPEG = encode(RGB, "JPEG")
 SIXTEEN_BITS = (RGB.astype(np.uint16) * 256 + 255).astype(">u2")
 ODD: dict[str, tuple[bytes, NDArray[Any] | None]] = {  # a JPEG's pixels are what both say
     "cmyk.jpg": (CMYK, None),
+    "an-escaped-byte-before-a-marker.jpg": (JPEG[:2] + b"\xff\0" + JPEG[2:], None),
     "cmyk-not-adobes.jpg": (without_adobe(CMYK), None),
     "grey.jpg": (encode(GREY, "JPEG"), None),
     "progressive.jpg": (encode(RGB, "JPEG", progressive=True), None),
@@ -204,7 +206,7 @@ BOMBS = {
         "is damaged: its pixels cannot be decoded",
     ),
 }
-PNG, JPEG = encode(RGB, "PNG"), encode(RGB, "JPEG")
+PNG = encode(RGB, "PNG")
 AT_PIXELS, AT_TABLE = PNG.index(b"IDAT") + 20, JPEG.index(b"\xff\xc4") + 5
 DAMAGED_PNG = PNG[:AT_PIXELS] + bytes(9) + PNG[AT_PIXELS + 9 :]
 DAMAGED_JPEG = JPEG[:AT_TABLE] + b"\xff" * 9 + JPEG[AT_TABLE + 9 :]

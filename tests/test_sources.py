@@ -83,6 +83,7 @@ def test_what_is_no_class_or_image_does_not_count(
     nested.mkdir()
     (inner / "train" / "bird" / "000.png").rename(nested / "000.png")
     (nested / "round").symlink_to(inner / "train" / "bird")
+    (tmp_path / "wrapped" / "README").touch()
     load_dataset(str(tmp_path / "wrapped"))
     assert capsys.readouterr().out == ""
     for name in ("bird/Thumbs.db", "cat/a.gif", "cat/README", "frog/1.GIF", "frog/.DS_Store"):
@@ -94,6 +95,18 @@ def test_what_is_no_class_or_image_does_not_count(
     assert capsys.readouterr().out == (
         f"{inner}: ignored 5 file(s) that are no JPEG or PNG: 3 .gif, 1 .db, 1 without ending\n"
     )
+
+
+@pytest.mark.fault("C12")
+def test_the_five_most_frequent_endings_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, dict.fromkeys(("cat", "dog"), 3))
+    for ending in range(6):
+        for i in range(9 - ending):
+            (tmp_path / "cat" / f"{i}.n{ending}").touch()
+    load_dataset(str(tmp_path))
+    assert "JPEG or PNG: 9 .n0, 8 .n1, 7 .n2, 6 .n3, 5 .n4, ...\n" in capsys.readouterr().out
 
 
 @pytest.mark.fault("C17")
@@ -164,6 +177,12 @@ def leave_one_class(root: Path) -> None:
     shutil.rmtree(root / "train" / "frog")
 
 
+def wrap_one_class(root: Path) -> None:
+    (root / "train" / "cat").rename(root / "cat")
+    for split in ("train", "test"):
+        shutil.rmtree(root / split)
+
+
 def drop_test(root: Path) -> None:
     shutil.rmtree(root / "test")
 
@@ -209,6 +228,7 @@ def spell_a_test_class_otherwise(root: Path) -> None:
             r"other classes than .*missing \['caf\\xe9'\], extra \['cafe\\u0301'\]",
         ),
         (leave_one_class, "holds 1 class folder"),
+        (wrap_one_class, "/data holds 1 class folder"),
         (put_images_at_the_root, "holds 0 class folder"),
         (drop_test, "has train/ only"),
         (empty_an_image, "train/cat/011.png is empty"),
