@@ -11,11 +11,11 @@ from cifar_jax.cli import check_bounds, flag, is_of_type, option
 from cifar_jax.errors import CifarJaxError, ExitCode
 
 ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9"]
-OptimizerName = Literal["sgd", "adam", "adamw"]
-ScheduleName = Literal["constant", "cosine", "onecycle"]
+OptimizerName = Literal["sgd", "adam", "adamw", "muon"]
+ScheduleName = Literal["constant", "linear", "cosine", "onecycle"]
 InputName = Literal["tf.data", "device"]
 DtypeName = Literal["float32", "bfloat16"]
-PresetName = Literal["default", "tutorial"]
+PresetName = Literal["default", "tutorial", "fast"]
 SplitName = Literal["train", "val", "test"]
 FitName = Literal["stretch", "crop"]
 ExportFormat = Literal["stablehlo", "onnx", "safetensors", "pth"]
@@ -32,7 +32,8 @@ class TrainConfig:
     preset: PresetName = option(
         "default",
         "a named set of defaults for all the other options: 'default' generalises, 'tutorial' "
-        "(Adam 1e-3, constant, no augmentation) shows the overfitting that the material describes",
+        "(Adam 1e-3, constant, no augmentation) shows the overfitting that the material describes, "
+        "'fast' is at 75 % on CIFAR-10 within a minute of two cores",
         group=_RUN,
     )
     epochs: int = option(10, "passes over the training images", group=_RUN, at_least=1)
@@ -139,6 +140,14 @@ class TrainConfig:
     hidden: tuple[int, ...] = option(
         (), "units of the hidden Dense layers; not given, the model's own", group=_MODEL, at_least=1
     )
+    patch_size: int = option(
+        1,
+        "side of the squares of pixels that become one pixel of as many more channels before the "
+        "first convolution, so that all have less to do; 1 = off",
+        group=_MODEL,
+        unit="pixels",
+        at_least=1,
+    )
     batch_norm: bool = option(
         False, "batch norm after each convolution (resnet9: always)", group=_MODEL
     )
@@ -162,10 +171,15 @@ class TrainConfig:
         group=_MODEL,
     )
 
-    optimizer: OptimizerName = option("adam", "the optimizer", group=_OPTIMIZER)
+    optimizer: OptimizerName = option(
+        "adam",
+        "the optimizer; 'muon' is for the kernels of convolutions, beside Adam at a tenth of the "
+        "learning rate for all else",
+        group=_OPTIMIZER,
+    )
     learning_rate: float = option(3e-3, "the schedule's peak", group=_OPTIMIZER, above=0)
     schedule: ScheduleName = option("onecycle", "the learning rate's course", group=_OPTIMIZER)
-    momentum: float = option(0.9, "momentum of sgd", group=_OPTIMIZER, at_least=0, below=1)
+    momentum: float = option(0.9, "momentum of sgd and muon", group=_OPTIMIZER, at_least=0, below=1)
     nesterov: bool = option(False, "Nesterov momentum for sgd", group=_OPTIMIZER)
     weight_decay: float = option(
         0.0, "on kernels only; decoupled for adamw, else L2", group=_OPTIMIZER, at_least=0
@@ -231,6 +245,22 @@ class TrainConfig:
                 f"--batch-norm with --model {self.model}, which has no convolutions",
                 "drop --batch-norm",
             )
+        if self.patch_size > 1 and self.model in ("linear", "mlp", "resnet9"):
+            raise _usage(
+                f"--patch-size with --model {self.model}, which sees single pixels",
+                "drop --patch-size",
+            )
+        if self.optimizer == "muon" and not (self.batch_norm or self.model == "resnet9"):
+            raise _usage(
+                "--optimizer muon without --batch-norm, which makes up for the norms of kernels "
+                "that it holds",
+                "give --batch-norm too, or --optimizer adam",
+            )
+        if self.optimizer == "muon" and self.weight_decay:
+            raise _usage(
+                "--weight-decay with --optimizer muon, which holds the norms of kernels",
+                "drop --weight-decay",
+            )
         if self.dropout and self.model == "linear":
             raise _usage("--dropout with --model linear", "drop --dropout, or use --model mlp")
         if isinstance(self.devices, int):
@@ -286,6 +316,19 @@ PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(),
     "tutorial": TrainConfig(
         preset="tutorial", learning_rate=1e-3, schedule="constant", flip=False, crop=0
+    ),
+    "fast": TrainConfig(
+        preset="fast",
+        epochs=3,
+        batch_size=256,
+        model="cnn-gap",
+        patch_size=2,
+        batch_norm=True,
+        optimizer="muon",
+        learning_rate=0.1,
+        momentum=0.6,
+        schedule="linear",
+        label_smoothing=0.1,
     ),
 }
 

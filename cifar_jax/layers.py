@@ -13,6 +13,7 @@ from cifar_jax.train_step import Variables
 
 # The layers of models.py, by the names of their classes and functions.
 _KINDS = {
+    "_space_to_depth": "space_to_depth",
     "Conv": "conv",
     "BatchNorm": "batch_norm",
     "relu": "relu",
@@ -33,8 +34,8 @@ class Layer:
 
     Attributes:
         name: Flax's, as in ``variables["params"]``; of a plain function, its kind and number.
-        kind: ``conv``, ``batch_norm``, ``relu``, ``pool``, ``global_pool``, ``flatten``, ``dense``,
-            ``dropout``, ``add`` (the end of a residual block), ``scale``.
+        kind: ``space_to_depth``, ``conv``, ``batch_norm``, ``relu``, ``pool``, ``global_pool``,
+            ``flatten``, ``dense``, ``dropout``, ``add`` (the end of a residual block), ``scale``.
         input, output: ``[B, H, W, C]`` or ``[B, F]``; under ``jax.eval_shape``, only their shapes.
     """
 

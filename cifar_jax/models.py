@@ -39,6 +39,24 @@ def conv_block(
     ]
 
 
+def space_to_depth(x: jax.Array, side: int) -> jax.Array:
+    """``[B, H, W, C]`` -> ``[B, H/side, W/side, C*side*side]``, ``torch.nn.PixelUnshuffle``'s.
+
+    Raises:
+        CifarJaxError: data; ``side`` does not divide H and W.
+    """
+    batch, height, width, channels = x.shape
+    if height % side or width % side:
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"images of {height}x{width} pixels cannot be cut into squares of --patch-size {side}",
+            fix="resize the images with --image-size, or give another --patch-size",
+        )
+    squares = x.reshape(batch, height // side, side, width // side, side, channels)
+    squares = squares.transpose(0, 1, 3, 5, 2, 4)
+    return squares.reshape(batch, height // side, width // side, channels * side**2)
+
+
 def flatten(x: jax.Array) -> jax.Array:
     """``[B, H, W, C]`` -> ``[B, H*W*C]``."""
     return x.reshape(x.shape[0], -1)
@@ -62,6 +80,7 @@ class ConvNet(nn.Module):
             linear model.
         hidden: units of each hidden Dense layer.
         convs_per_pool: convolutions before each pooling.
+        patch_size: side of the squares of pixels whose values become channels, before all else.
         global_pool: average over all positions instead of flattening: takes any image size.
         axis_name: the pmap axis over which batch norm takes its statistics.
         dtype: of activations, where it is not that of the parameters; logits are of theirs.
@@ -71,6 +90,7 @@ class ConvNet(nn.Module):
     widths: Sequence[int]
     hidden: Sequence[int]
     convs_per_pool: int = 1
+    patch_size: int = 1
     global_pool: bool = False
     batch_norm: bool = False
     dropout: float = 0.0
@@ -81,6 +101,8 @@ class ConvNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         norm = _batch_norm(train, self.axis_name, self.dtype) if self.batch_norm else None
         layers: list[Layer] = []
+        if self.patch_size > 1:
+            layers.append(self._space_to_depth)
         for index, features in enumerate(self.widths, start=1):
             pool = index % self.convs_per_pool == 0
             layers += conv_block(features, norm=norm, pool=pool, dtype=self.dtype)
@@ -91,6 +113,9 @@ class ConvNet(nn.Module):
                 layers.append(nn.Dropout(self.dropout, deterministic=not train))
         layers.append(nn.Dense(self.num_classes))
         return nn.Sequential(layers)(x)
+
+    def _space_to_depth(self, x: jax.Array) -> jax.Array:
+        return space_to_depth(x, self.patch_size)
 
     def _checked_flatten(self, x: jax.Array) -> jax.Array:
         """``flatten``, with an error that explains itself where the image size has changed."""
@@ -110,8 +135,9 @@ class ConvNet(nn.Module):
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
         """Where the tutorial's ``self.network = nn.Sequential(...)`` keeps the same layers."""
         height, width, channels = image_shape
+        height, width = height // self.patch_size, width // self.patch_size
         names: dict[str, str] = {}
-        index = 0
+        index = 1 if self.patch_size > 1 else 0  # the PixelUnshuffle
         for i in range(len(self.widths)):
             names[f"Conv_{i}"] = f"network.{index}"
             if self.batch_norm:
@@ -226,6 +252,7 @@ def create_model(
     }
     if config.model != "resnet9":  # which always normalises
         options["batch_norm"] = config.batch_norm
+        options["patch_size"] = config.patch_size
     if config.widths:
         options["widths"] = config.widths
     if config.hidden:

@@ -11,6 +11,7 @@ import optax
 from numpy.typing import NDArray
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.muon import muon
 
 
 def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -28,6 +29,8 @@ def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
             _cosine(peak / 25, peak, steps / top),
             _cosine(peak, peak / 25 / 1e4, (steps - top) / (total_steps - 1 - top)),
         )
+    elif config.schedule == "linear":
+        rates = peak * (1 - steps / total_steps)
     elif config.schedule == "cosine":
         rates = _cosine(peak, 0.0, steps / max(total_steps - 1, 1))
     else:
@@ -44,7 +47,8 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
     """The optimizer of ``config``: clipping, then weight decay on kernels, then the update rule.
 
     For ``sgd`` and ``adam`` the decay is L2 (added to the gradient, as PyTorch does); for
-    ``adamw`` it is decoupled (Loshchilov and Hutter, 2019, arXiv:1711.05101).
+    ``adamw`` it is decoupled (Loshchilov and Hutter, 2019, arXiv:1711.05101). ``muon`` is for the
+    kernels of convolutions; all else is Adam's, at a tenth of the learning rate.
     """
     parts = []
     if config.clip_norm:
@@ -55,9 +59,18 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
         parts.append(optax.sgd(schedule, config.momentum or None, config.nesterov))
     elif config.optimizer == "adam":
         parts.append(optax.adam(schedule))
+    elif config.optimizer == "muon":
+        of_kernels = muon(schedule, config.momentum)
+        of_all_else = optax.adam(lambda step: 0.1 * schedule(step))
+        parts.append(optax.partition({True: of_kernels, False: of_all_else}, is_convolution))
     else:
         parts.append(optax.adamw(schedule, weight_decay=config.weight_decay, mask=is_kernel))
     return optax.chain(*parts)
+
+
+def is_convolution(params: Any) -> Any:
+    """A tree of booleans: which leaves are kernels of convolutions."""
+    return jax.tree.map(lambda leaf: leaf.ndim == 4, params)
 
 
 def is_kernel(params: Any) -> Any:

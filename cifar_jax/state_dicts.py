@@ -36,6 +36,7 @@ ENDINGS = (".pth", ".pt", SAFETENSORS_ENDING)
 
 _USUAL_SIDE = 32  # of CIFAR-10's images, where a network takes any
 _USUAL_DROPOUT = 0.5  # PyTorch's default: the layer's place is in the names, its rate is not
+_USUAL_PATCH = 2  # of preset fast; the layer's place is in the names, its side in no tensor
 
 # Differences named of each kind; a network that is quite another one has dozens.
 _NAMED = 5
@@ -217,12 +218,14 @@ def _candidates(
         widths = widths[:4] if len(widths) >= 4 else ()
     elif name != "linear":
         hidden = tuple(shape[0] for shape in weights[:-1])
-    for batch_norm, dropout in itertools.product((False, True), (0.0, _USUAL_DROPOUT)):
+    choices = itertools.product((1, _USUAL_PATCH), (False, True), (0.0, _USUAL_DROPOUT))
+    for patch_size, batch_norm, dropout in choices:
         try:
             config = TrainConfig(
                 model=name,
                 widths=widths if widths != own.widths else (),
                 hidden=hidden if hidden and hidden != own.hidden else (),
+                patch_size=patch_size,
                 batch_norm=batch_norm,
                 dropout=dropout,
             )
@@ -247,7 +250,7 @@ def _image_shape(
             if side and side * side * channels == inputs:
                 return side, side, channels
         return _USUAL_SIDE, _USUAL_SIDE, 3
-    channels = kernel[1] if kernel else 3
+    channels = max(kernel[1] // config.patch_size**2, 1) if kernel else 3
     side = image_size or _USUAL_SIDE
     if not image_size and takes_one_size(config):
         side = math.isqrt(inputs // model.widths[-1]) * 2 ** _halvings(config) or _USUAL_SIDE
@@ -260,11 +263,11 @@ def takes_one_size(config: TrainConfig) -> bool:
 
 
 def _halvings(config: TrainConfig) -> int:
-    """How many times the network pools 2x2."""
+    """How many times the side of the image is halved, on the way in too."""
     if config.model == "resnet9":
         return 3
     model = create_model(config, 1, None)
-    return len(model.widths) // model.convs_per_pool
+    return len(model.widths) // model.convs_per_pool + math.ceil(math.log2(config.patch_size))
 
 
 def _layout(config: TrainConfig, image_shape: ImageShape, num_classes: int) -> TorchLayout:
@@ -285,7 +288,11 @@ def _expected_shapes(
 
 
 def _describe(config: TrainConfig) -> str:
-    options = [("batch norm", config.batch_norm), ("dropout", config.dropout)]
+    options = [
+        ("patches", config.patch_size > 1),
+        ("batch norm", config.batch_norm),
+        ("dropout", config.dropout),
+    ]
     given = [name for name, value in options if value]
     return config.model + (f" with {' and '.join(given)}" if given else "")
 

@@ -45,6 +45,13 @@ class SummaryOptions:
         group=_NETWORK,
         at_least=1,
     )
+    patch_size: int = cli.option(
+        1,
+        "side of the squares of pixels that become channels before the first convolution",
+        group=_NETWORK,
+        unit="pixels",
+        at_least=1,
+    )
     batch_norm: bool = cli.option(False, "batch norm after each convolution", group=_NETWORK)
     dropout: float = cli.option(
         0.0, "share of units dropped before Dense layers", group=_NETWORK, at_least=0, below=1
@@ -71,7 +78,7 @@ class SummaryOptions:
         return TrainConfig(
             **{
                 name: getattr(self, name)
-                for name in ("model", "widths", "hidden", "batch_norm", "dropout")
+                for name in ("model", "widths", "hidden", "patch_size", "batch_norm", "dropout")
             },
             batch_size=self.batch_size,
             optimizer=self.optimizer,

@@ -98,6 +98,10 @@ def make_twin(model: ConvNet | ResNet9, image_shape: ImageShape) -> nn.Module:
     if isinstance(model, ResNet9):
         return ResidualNetwork(channels, tuple(model.widths), model.num_classes, model.dropout)
     layers: list[nn.Module] = []
+    if model.patch_size > 1:
+        layers.append(nn.PixelUnshuffle(model.patch_size))
+        height, width = height // model.patch_size, width // model.patch_size
+        channels *= model.patch_size**2
     for index, features in enumerate(model.widths, start=1):
         pool = index % model.convs_per_pool == 0
         layers += conv_block(channels, features, norm=model.batch_norm, pool=pool)

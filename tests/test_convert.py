@@ -49,6 +49,8 @@ ZOO = {
     ),
     "cnn-gap": TrainConfig(model="cnn-gap", widths=(4, 5, 6)),
     "cnn-gap-norm": TrainConfig(model="cnn-gap", widths=(4, 5), batch_norm=True),
+    "patches": TrainConfig(model="cnn-gap", widths=(4, 5), patch_size=2, batch_norm=True),
+    "patches-flat": TrainConfig(model="cnn", widths=(4,), hidden=(7,), patch_size=2),
     "cnn-gap-hidden": TrainConfig(model="cnn-gap", widths=(4,), hidden=(6,), dropout=0.5),
     "resnet9": TrainConfig(model="resnet9", widths=(2, 3, 4, 5)),
 }

@@ -195,7 +195,9 @@ def test_a_signal_to_one_stops_both_at_the_same_step(image_folder: Path, tmp_pat
     processes[1].send_signal(signal.SIGTERM)
     first, second = finish(processes)
     assert (first[0], second[0]) == (143, 143), (first, second)
-    (stopped,) = {re.search(r"SIGTERM: step \d+ is saved", said)[0] for _, _, said in (first, second)}  # type: ignore[index]
+    (stopped,) = {
+        re.search(r"SIGTERM: step \d+ is saved", said)[0] for _, _, said in (first, second)
+    }  # type: ignore[index]
     assert int(re.findall(r"\d+", stopped)[0]) == max(map(int, os.listdir(workdir / "checkpoints")))
 
 

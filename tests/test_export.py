@@ -45,7 +45,7 @@ ZOO = {
         TrainConfig(model="cnn", widths=(4, 5), hidden=(7,), batch_norm=True),
         (7, 12, 1),
     ),
-    "cnn-gap": (TrainConfig(model="cnn-gap", widths=(4, 5)), (8, 8, 3)),
+    "cnn-gap": (TrainConfig(model="cnn-gap", widths=(4, 5), patch_size=2), (8, 8, 3)),
     "resnet9": (TrainConfig(model="resnet9", widths=(4, 5, 6, 7), dropout=0.5), (8, 8, 3)),
 }
 CLASSES = ("bird", "cat", "Ærø")

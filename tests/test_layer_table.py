@@ -18,6 +18,7 @@ from cifar_jax.models import MODELS, create_model
 
 CONFIGS = {name: TrainConfig(model=name) for name in MODELS} | {  # type: ignore[arg-type]
     "cnn with options": TrainConfig(model="cnn", batch_norm=True, dropout=0.1, widths=(5, 7)),
+    "patches": TrainConfig(model="cnn-gap", patch_size=2, widths=(4, 4)),
 }
 # What an output sees does not depend on the widths.
 NARROW = {
@@ -27,6 +28,7 @@ NARROW = {
     "cnn-wide": TrainConfig(model="cnn-wide", widths=(4, 4, 4, 4, 4, 4), hidden=(4,)),
     "cnn-gap": TrainConfig(model="cnn-gap", widths=(4, 4, 4)),
     "resnet9": TrainConfig(model="resnet9", widths=(4, 4, 4, 4)),
+    "patches": TrainConfig(model="cnn-gap", patch_size=2, widths=(4, 4)),
 }
 
 
@@ -34,7 +36,7 @@ def rows_by_name(rows: list[LayerRow]) -> dict[str, LayerRow]:
     return {row.name: row for row in rows}
 
 
-@pytest.mark.parametrize("size", [32, 37])
+@pytest.mark.parametrize("size", [32, 38])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_and_shapes_are_those_of_the_network(name: str, size: int) -> None:
     model = create_model(CONFIGS[name], 10, None)
@@ -77,7 +79,7 @@ def test_the_tutorials_network_by_hand() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [32, 37])
+@pytest.mark.parametrize("size", [32, 38])
 @pytest.mark.parametrize("name", NARROW)
 def test_what_an_output_sees_is_where_its_gradient_is(name: str, size: int) -> None:
     """For the first, a middle and the last output of each layer, on a real gradient."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cifar_jax import layout, torch_reference
 from cifar_jax.config import TrainConfig
-from cifar_jax.models import create_model
+from cifar_jax.models import create_model, space_to_depth
 
 # Every model with every option that changes its layers. The images are oblong, so that a height
 # taken for a width shows; one has odd sides, of which pooling drops the last row or column.
@@ -43,6 +43,11 @@ CASES: dict[str, tuple[TrainConfig, tuple[int, int, int]]] = {
         TrainConfig(model="cnn-gap", widths=(4, 8), batch_norm=True),
         (48, 48, 3),
     ),
+    "cnn-gap patches": (
+        TrainConfig(model="cnn-gap", widths=(4, 8), patch_size=2, batch_norm=True),
+        (48, 48, 3),
+    ),
+    "cnn patches greyscale": (TrainConfig(widths=(4, 8), hidden=(16,), patch_size=2), (16, 8, 1)),
     "resnet9": (TrainConfig(model="resnet9", widths=(4, 6, 8, 8)), (16, 24, 3)),
     "resnet9 greyscale dropout": (
         TrainConfig(model="resnet9", widths=(4, 6, 8, 8), dropout=0.5),
@@ -231,3 +236,10 @@ def test_folding_leaves_other_biases_alone() -> None:
         torch_layout = create_model(c, 10, None).torch_layout(image_shape)
         state_dict = layout.to_torch(random_variables(c, image_shape), torch_layout)
         assert_same_trees(layout.fold_bias_into_batch_norm(state_dict, torch_layout), state_dict)
+
+
+def test_squares_of_pixels_become_channels_as_in_pytorch() -> None:
+    images = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
+    ours = np.asarray(space_to_depth(jnp.asarray(images), 2))
+    theirs = torch.nn.PixelUnshuffle(2)(torch.from_numpy(images).permute(0, 3, 1, 2))
+    np.testing.assert_array_equal(ours, theirs.permute(0, 2, 3, 1))

@@ -134,3 +134,9 @@ def test_some_networks_take_any_image_size(name: typing.Any) -> None:
     model = create_model(TrainConfig(model=name), 10, None)
     images = jax.ShapeDtypeStruct((1, 24, 20, 3), jnp.float32)
     assert jax.eval_shape(model.apply, variables, images).shape == (1, 10)
+
+
+def test_images_that_are_not_of_whole_squares_are_an_error() -> None:
+    config = TrainConfig(model="cnn-gap", patch_size=3)
+    with pytest.raises(CifarJaxError, match=r"32x32 pixels cannot be cut into .* 3\. Fix: resize"):
+        shapes_of(config, (32, 32, 3))

@@ -3,9 +3,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.muon import orthogonalize
 from cifar_jax.optim import make_optimizer, make_schedule
 
 PARAMS = {"Conv_0": {"kernel": jnp.array([2.0, -1.0]), "bias": jnp.array([3.0])}}
@@ -28,6 +30,11 @@ def test_onecycle_rises_to_its_peak_and_falls_to_nearly_nothing() -> None:
     np.testing.assert_allclose(schedule(29), 0.5 / 25 / 1e4, rtol=1e-6)
 
 
+def test_linear_falls_to_nothing_after_the_last_step() -> None:
+    schedule = make_schedule(TrainConfig(schedule="linear", learning_rate=0.5), total_steps=10)
+    np.testing.assert_allclose([schedule(0), schedule(4), schedule(9)], [0.5, 0.3, 0.05], rtol=1e-6)
+
+
 def test_cosine_and_constant() -> None:
     cosine = make_schedule(TrainConfig(schedule="cosine", learning_rate=0.5), total_steps=101)
     np.testing.assert_allclose([cosine(0), cosine(50), cosine(100)], [0.5, 0.25, 0], atol=1e-8)
@@ -35,7 +42,7 @@ def test_cosine_and_constant() -> None:
     assert constant(0) == constant(100) == 0.5
 
 
-@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "linear"])
 def test_a_run_of_one_step_has_a_learning_rate(schedule: str) -> None:
     config = TrainConfig(schedule=schedule)  # type: ignore[arg-type]
     assert 0 < make_schedule(config, total_steps=1)(0) <= config.learning_rate
@@ -69,3 +76,42 @@ def test_momentum_and_nesterov() -> None:
     np.testing.assert_allclose(plain["bias"], [0.1], rtol=1e-6)
     ahead = first_update(optimizer="sgd", momentum=0.9, nesterov=True)
     np.testing.assert_allclose(ahead["bias"], [0.19], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (16, 16)])
+def test_muons_direction_has_singular_values_of_about_one(shape: tuple[int, int]) -> None:
+    matrix = np.random.default_rng(0).normal(size=shape)
+    turned = np.asarray(orthogonalize(jnp.asarray(matrix, jnp.float32)))
+    u, before, v = np.linalg.svd(matrix, full_matrices=False)
+    after = np.diag(u.T @ turned @ v.T)
+    np.testing.assert_allclose(u @ np.diag(after) @ v, turned, atol=1e-4)  # the same vectors
+    assert 0.6 < after[before > 0.2 * before[0]].min() < after.max() < 1.3
+
+
+def test_muon_is_for_kernels_of_convolutions_whose_norms_it_holds() -> None:
+    """What airbench's own does in one step, written out; all else is Adam's."""
+    rng = np.random.default_rng(0)
+    params = {
+        "Conv_0": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)},
+        "Dense_0": {"kernel": jnp.ones((8, 2)), "bias": jnp.zeros(2)},
+    }
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    config = TrainConfig(
+        optimizer="muon", batch_norm=True, momentum=0.6, learning_rate=0.2, schedule="constant"
+    )
+    tx = make_optimizer(config, make_schedule(config, 10))
+    state = tx.init(params)
+    running = np.zeros((36, 8))
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        kernel = np.asarray(params["Conv_0"]["kernel"]).reshape(36, 8)
+        gradient = np.asarray(grads["Conv_0"]["kernel"]).reshape(36, 8)
+        running = 0.6 * running + gradient
+        kernel = kernel * np.sqrt(8) / np.linalg.norm(kernel)
+        expected = kernel - 0.2 * np.asarray(orthogonalize(gradient + 0.6 * running))
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(
+            params["Conv_0"]["kernel"].reshape(36, 8), expected, rtol=1e-4, atol=1e-5
+        )
+    signs = np.sign(grads["Dense_0"]["bias"])
+    np.testing.assert_allclose(params["Dense_0"]["bias"], -2 * 0.02 * signs, rtol=1e-4)
