@@ -1,0 +1,130 @@
+r"""How long does it take, from the command, to 75 % on CIFAR-10's test images?
+
+    python experiments/time_to_75.py --data cifar10.tar.gz \
+        --output experiments/results/time_to_75.json
+
+The rule, fixed beforehand on validation images: `--preset fast` always trains its three epochs;
+PyTorch, with the material's recipe (Adam at a constant 1e-3, no augmentation, files through a
+DataLoader), stops after the first epoch that validates at 75 % or more, at the latest after ten.
+The test set is scored once, at the end. Seconds are of the whole command: start, reading, compiling
+(nothing is compiled beforehand), training, validation and test. Needs the test extra, and a machine
+that does nothing else. Each run is kept as it ends, and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cifar_jax import cli
+from cifar_jax.files import write_atomically
+
+_TARGET = 0.75
+_MOST_EPOCHS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="CIFAR-10, as for cifar_jax.train")
+    parser.add_argument("--data-dir", help="as in cifar_jax.train")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--seeds", type=int, default=5, help="of the preset, 0 .. N-1")
+    parser.add_argument("--torch-seeds", type=int, default=1, help="of PyTorch's")
+    arguments = parser.parse_args()
+    data = ["--data", str(Path(arguments.data).resolve())]
+    if arguments.data_dir:
+        data += ["--data-dir", str(Path(arguments.data_dir).resolve())]
+    runs: list[dict[str, Any]] = []
+    if arguments.output.exists():
+        runs = json.loads(arguments.output.read_text())["runs"]
+    planned = [("cifar_jax, fast", seed) for seed in range(arguments.seeds)]
+    for seed in range(arguments.torch_seeds):
+        planned += [(f"PyTorch, {model}", seed) for model in ("cnn-wide", "cnn")]
+    for program, seed in planned:
+        if any((run["program"], run["seed"]) == (program, seed) for run in runs):
+            continue
+        print(f"{program}, seed {seed} ...", flush=True)
+        measure = _fast if program.startswith("cifar_jax") else _torch
+        runs.append({"program": program, "seed": seed, **measure(program, seed, data)})
+        print(f"  {runs[-1]}", flush=True)
+        found = {
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{os.cpu_count()} cores",
+            "data": Path(arguments.data).name,
+            "rule": " ".join((__doc__ or "").split("\n\n")[2].split()),
+            "runs": runs,
+            "summary": _summary(runs),
+        }
+        write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
+    for row in _summary(runs):
+        print(row)
+
+
+def _fast(program: str, seed: int, data: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        command = [sys.executable, "-m", "cifar_jax.train", "--preset", "fast", *data]
+        seconds = _seconds(
+            [*command, "--seed", str(seed), "--workdir", str(workdir)], Path(folder) / "cache"
+        )
+        rows = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return {
+            "seconds": seconds,
+            "epochs": [row["seconds"] for row in rows],
+            "val_accuracy": [row["val_accuracy"] for row in rows],
+            "test_accuracy": json.loads((workdir / "report.json").read_text())["test_accuracy"],
+        }
+
+
+def _torch(program: str, seed: int, data: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "torch.json"
+        command = [sys.executable, "-m", "bench.torch_epochs", *data, "--tutorial"]
+        command += ["--model", program.split(", ")[1], "--seed", str(seed)]
+        command += ["--epochs", str(_MOST_EPOCHS), "--until", str(_TARGET)]
+        seconds = _seconds([*command, "--output", str(output)], Path(folder) / "cache")
+        return {"seconds": seconds, **json.loads(output.read_text())}
+
+
+def _seconds(command: list[str], cache: Path) -> float:
+    started = time.perf_counter()
+    subprocess.run(
+        command,
+        check=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+    )
+    return time.perf_counter() - started
+
+
+def _summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for program in dict.fromkeys(run["program"] for run in runs):
+        its = [run for run in runs if run["program"] == program]
+        scores = [run["test_accuracy"] for run in its]
+        rows.append(
+            {
+                "program": program,
+                "n": len(its),
+                "seconds_mean": statistics.mean(run["seconds"] for run in its),
+                "test_accuracy_mean": statistics.mean(scores),
+                "test_accuracy_std": statistics.stdev(scores) if len(scores) > 1 else None,
+                "validated_at_75": sum(run["val_accuracy"][-1] >= _TARGET for run in its),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    cli.run(main)
