@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from cifar_jax.allocator import keep_freed_memory
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, Split, epoch_order
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as every command does
     dataset = load_dataset(
         arguments.data,
         data_dir=arguments.data_dir,
