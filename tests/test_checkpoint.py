@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import shutil
@@ -16,6 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from cifar_jax import checkpoint
 from cifar_jax.checkpoint import restore, restore_newest, save, saved_steps, tree_sha256
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.train_step import TrainState
@@ -101,8 +103,18 @@ def damage_the_manifest(step: Path) -> None:
     (step / "manifest.json").write_text("{")
 
 
+def be_of_other_software(step: Path) -> None:
+    """Files that are those of the manifest, and nothing that Orbax reads."""
+    (step / "metadata" / "metadata").write_text("no JSON")
+    digests = checkpoint._file_digests(step)
+    (step / "manifest.json").write_text(json.dumps(digests))
+
+
 @pytest.mark.fault("A7")
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, drop_the_metadata, damage_the_manifest])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_bit, truncate, drop_the_metadata, damage_the_manifest, be_of_other_software],
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage: Any) -> None:
     save_steps(tmp_path, 10, 20)
     damage(tmp_path / "20")

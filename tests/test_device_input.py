@@ -174,3 +174,24 @@ def test_a_run_may_change_its_input_on_the_way(image_folder: Path, tmp_path: Pat
     (tmp_path / "parts" / "checkpoints" / "5" / "manifest.json").unlink()
     resumed = advance(dataclasses.replace(config, input="device", resume=True))
     assert resumed["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
+
+
+def test_an_accelerators_room_is_what_it_has_free() -> None:
+    class Accelerator:
+        process_index = jax.process_index()
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 10 << 30, "bytes_in_use": 2 << 30}
+
+    room = device_input.room_mb([Accelerator()])  # type: ignore[list-item]
+    assert room == int(device_input._SHARE_FOR_IMAGES * 8 * 1024)
+
+
+def test_where_the_host_does_not_tell_its_memory_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(self: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert device_input._available_bytes() == 1 << 50

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from cifar_jax import input_pipeline
@@ -238,3 +239,8 @@ sys.exit(5)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
     assert ended.returncode == 5, ended.stderr
+
+
+def test_an_error_of_no_file_is_left_as_it_is(numbered: Split) -> None:
+    error = tf.errors.AbortedError(None, None, "the device is gone")
+    assert input_pipeline._explained(error, numbered.images, {}) is error

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cifar_jax import lock
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.lock import locked
 
@@ -84,3 +87,40 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, folder: str) ->
     ):
         pass
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def flock_fails(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+@pytest.mark.fault("A17")
+def test_where_the_file_system_has_no_locks_a_run_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flock_fails(monkeypatch, errno.ENOLCK)
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "config.json").touch()
+    warning = f"warning: no lock on {tmp_path / 'run'}, whose file system has none\n"
+    assert capsys.readouterr().out == warning
+
+
+@pytest.mark.fault("A17")
+def test_another_failure_to_lock_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock_fails(monkeypatch, errno.EIO)
+    with pytest.raises(CifarJaxError, match="cannot be written: Input"), locked(tmp_path / "run"):
+        pass
+
+
+def test_a_lock_file_that_was_taken_away_is_not_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("w") as file:
+        assert lock._is_file_of(file.fileno(), path)
+        path.unlink()
+        assert not lock._is_file_of(file.fileno(), path)
+        path.touch()
+        assert not lock._is_file_of(file.fileno(), path)

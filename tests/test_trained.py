@@ -17,10 +17,11 @@ from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import TrainedNetwork, load, save
 
 
-def make_network(value: float = 0.5) -> TrainedNetwork:
+def make_network(value: float = 0.5, channels: int = 1) -> TrainedNetwork:
     config = TrainConfig(model="cnn-gap", widths=(4,), batch_norm=True, dropout=0.25)
-    network = TrainedNetwork(config, ("ant", "bee"), (9, 9, 1), (0.1,), (0.3,), {})
-    shapes = jax.eval_shape(network.model.init, jax.random.key(0), np.zeros((1, 9, 9, 1)))
+    shape, mean, std = (9, 9, channels), (0.1,) * channels, (0.3,) * channels
+    network = TrainedNetwork(config, ("ant", "bee"), shape, mean, std, {})
+    shapes = jax.eval_shape(network.model.init, jax.random.key(0), np.zeros((1, *shape)))
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, value, leaf.dtype), dict(shapes))
     return dataclasses.replace(network, variables=variables)
 
@@ -170,3 +171,10 @@ def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, change: Any
         load(tmp_path)
     assert caught.value.exit_code == ExitCode.CHECKPOINT
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault("D20")
+def test_a_network_for_no_kind_of_image_is_refused(tmp_path: Path) -> None:
+    save(make_network(channels=2), tmp_path, source="a test")
+    with pytest.raises(CifarJaxError, match="image_shape 9x9x2"):
+        load(tmp_path)
