@@ -68,7 +68,8 @@ def start_two(
 
 
 def wait_for_an_epoch(workdir: Path, processes: list[subprocess.Popen[str]]) -> None:
-    while not (workdir / "metrics.jsonl").exists():
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):  # it is there, empty, from the start
         assert [process.poll() for process in processes] == [None, None]
         time.sleep(0.1)
 

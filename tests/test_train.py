@@ -120,6 +120,7 @@ def test_a_resumed_run_arrives_at_the_same_bits(
     ):
         train_and_evaluate(config, tmp_path)
     assert stop.value.exit_code == 143
+    assert f"python -m cifar_jax.train --resume --workdir {tmp_path}" in str(stop.value)
     (stopped_at,) = re.findall(r"step (\d+) is saved", str(stop.value))
     assert stop_in_step <= int(stopped_at) <= stop_in_step + 3, "the steps in flight, and one"
     assert not (tmp_path / "report.json").exists()
@@ -409,11 +410,9 @@ def wait_for_a_step_after(step: int, workdir: Path, process: subprocess.Popen[st
 
 @pytest.mark.fault("A1", "A22")
 def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path) -> None:
-    """Real processes: SIGKILL inside an epoch, SIGTERM after the resume, then to the end."""
+    """Real processes: SIGKILL inside an epoch, then to the end; beside it, undisturbed."""
     options = ("--epochs", "8", "--checkpoint-every", "2")
     whole = start(image_folder, tmp_path / "whole", *options)
-    assert whole.communicate(timeout=200)[0].count("\n") > 8, "a line an epoch"
-    assert whole.returncode == 0
 
     workdir = tmp_path / "killed"
     process = start(image_folder, workdir, *options)
@@ -423,18 +422,11 @@ def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path)
     assert not (workdir / "report.json").exists()
 
     process = start(image_folder, workdir, "--resume")
-    wait_for_a_step_after(saved_steps(workdir / "checkpoints")[-1], workdir, process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, (out, err)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, (out, err)
     assert "resumed at step" in out
-    assert "stopped by SIGTERM: step" in err
-    assert f"--resume --workdir {workdir}" in err
-    assert "Traceback" not in err
-
-    process = start(image_folder, workdir, "--resume")
-    assert process.wait(timeout=200) == 0, process.communicate()
-    process.communicate()
+    assert whole.communicate(timeout=200)[0].count("\n") > 8, "a line an epoch"
+    assert whole.returncode == 0
     reports = [
         json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")
     ]
