@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_images
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -21,10 +22,14 @@ def run(module: str, output: Path, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_the_pipeline_is_timed_beside_memory(tmp_path: Path) -> None:
-    few = ("--data", "shapes", "--max-train-examples", "256")
+@pytest.mark.parametrize("data", ["shapes", "files"])
+def test_the_pipeline_is_timed_beside_memory(tmp_path: Path, data: str) -> None:
+    if data == "files":
+        write_images(tmp_path / "files", {"bird": 120, "cat": 120}, size=32)
+        data = str(tmp_path / "files")
+    few = ("--data", data, "--max-train-examples", "128")
     found = run("bench.pipeline", tmp_path / "out.json", *few, "--rounds", "1")
-    assert found["steps"] == 2
+    assert found["steps"] == 1
     seconds = found["epoch_seconds"]
     assert found["pipeline_ratio"] == pytest.approx(seconds["memory"][0] / seconds["tf.data"][0])
     assert 0 < found["waiting_share"] < 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from cifar_jax.allocator import keep_freed_memory
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, Split, epoch_order
+from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
 from cifar_jax.input_pipeline import decode, train_batches
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
@@ -45,15 +47,16 @@ def main() -> None:
     steps = _Steps(dataset)
     started = time.perf_counter()
     files = dataset.train
-    decoded = files if not hasattr(files.images, "paths") else decode(files)
+    decoded = _decoded(files)
     decoding = time.perf_counter() - started
     times: dict[str, list[float]] = {"memory": [], "tf.data": [], "streamed": [], "waiting": []}
-    for epoch in range(arguments.rounds + 1):
-        found = {
-            "memory": steps.run(_in_memory(decoded, epoch)),
-            "tf.data": steps.run(_by_pipeline(decoded, epoch)),
-            "streamed": steps.run(_by_pipeline(files, epoch)),
-        }
+    epochs = arguments.rounds + 1
+    pipelines = {"tf.data": _by_pipeline(decoded, epochs), "streamed": _by_pipeline(files, epochs)}
+    n = len(files) // _BATCH_SIZE
+    for epoch in range(epochs):
+        found = {"memory": steps.run(_in_memory(decoded, epoch))}
+        for name, pipeline in pipelines.items():
+            found[name] = steps.run(itertools.islice(pipeline, n))
         if epoch:  # the first one warms up
             for name, (seconds, waiting) in found.items():
                 times[name].append(seconds)
@@ -63,7 +66,7 @@ def main() -> None:
     arguments.output.write_text(
         json.dumps(
             {
-                "steps": len(dataset.train) // _BATCH_SIZE,
+                "steps": n,
                 "decoding_seconds": decoding,
                 "epoch_seconds": times,
                 "pipeline_ratio": medians["memory"] / medians["tf.data"],
@@ -93,9 +96,9 @@ class _Steps:
             seed=0,
             axis_name=AXIS_NAME,
         )
-        (batch,) = zip(_in_memory(dataset.train.take(range(_BATCH_SIZE)), 0), strict=True)
+        batch = next(_in_memory(_decoded(dataset.train.take(np.arange(_BATCH_SIZE))), 0))
         self._compiled = compile_step(
-            step, self._state, shard(batch[0], self._devices), self._devices, donate_state=True
+            step, self._state, shard(batch, self._devices), self._devices, donate_state=True
         )
 
     def run(self, batches: Iterator[dict[str, Any]]) -> tuple[float, float]:
@@ -117,6 +120,10 @@ class _Steps:
         return time.perf_counter() - started, waiting
 
 
+def _decoded(split: Split) -> Split:
+    return decode(split) if isinstance(split.images, ImageFiles) else split
+
+
 def _in_memory(split: Split, epoch: int) -> Iterator[dict[str, Any]]:
     """Batches that lie ready: nothing is gathered, decoded or copied for them."""
     order = epoch_order(len(split), 0, epoch)
@@ -124,11 +131,9 @@ def _in_memory(split: Split, epoch: int) -> Iterator[dict[str, Any]]:
     return iter([{"image": split.pixels[i], "label": split.labels[i]} for i in order])
 
 
-def _by_pipeline(split: Split, epoch: int) -> Iterator[dict[str, Any]]:
-    steps = len(split) // _BATCH_SIZE
-    return train_batches(
-        split, batch_size=_BATCH_SIZE, seed=0, epochs=epoch + 1, first_step=epoch * steps
-    )
+def _by_pipeline(split: Split, epochs: int) -> Iterator[dict[str, Any]]:
+    """One for all epochs, as in ``cifar_jax.train``."""
+    return train_batches(split, batch_size=_BATCH_SIZE, seed=0, epochs=epochs, first_step=0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""What does each thing that is done for speed on a CPU give? A step with all, and without each.
+
+    python experiments/cpu_gains.py --output experiments/results/cpu_gains.json   # some ten minutes
+
+In turn, round after round, each in a process of its own: the training step of ``cifar_jax.train``
+and the answers of ``cifar_jax.predict`` for 128 images, in milliseconds. Needs 24 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flax import linen as nn
+
+import paired_timing
+from bench import steps
+from cifar_jax import cli, convolution, models, parallel, winograd
+from cifar_jax.files import write_atomically
+
+# Rounds, and the steps in each, by network.
+_TURNS = {"cnn": (11, 5), "cnn-wide": (7, 1), "resnet9": (3, 1)}
+
+
+def _without_winograd() -> None:
+    winograd.pays = lambda *_: False
+
+
+def _without_four_at_once() -> None:
+    convolution._MAX_IN_CHANNELS = 0
+
+
+def _without_pooling() -> None:
+    models.max_pool = lambda x: nn.max_pool(x, (2, 2), strides=(2, 2))
+
+
+def _without_kept_memory() -> None:
+    steps.keep_freed_memory = lambda: None
+
+
+def _without_compiler_option() -> None:
+    parallel.CPU_COMPILER_OPTIONS.clear()
+
+
+_PARTS: dict[str, Callable[[], None]] = {
+    "half the multiplications (winograd.py)": _without_winograd,
+    "four pixels at once in the first layer (convolution.py)": _without_four_at_once,
+    "max-pooling's own gradient (pooling.py)": _without_pooling,
+    "memory kept between steps (allocator.py)": _without_kept_memory,
+    "the compiler option (parallel.py)": _without_compiler_option,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--models", nargs="+", choices=_TURNS, default=list(_TURNS))
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for model in arguments.models:
+        rounds, n = _TURNS[model]
+        specs = [
+            {"model": model, "batch_size": steps.BATCH_SIZE, "without": without}
+            for without in ([], *([part] for part in _PARTS), list(_PARTS))
+        ]
+        for timing in paired_timing.time_in_turn(
+            [sys.executable, __file__], specs, rounds=rounds, steps=n, cwd=Path(__file__).parent
+        ):
+            row = timing.row()
+            rows.append(row)
+            print(
+                f"{model:9s} {row['pass']:8s} {row['step_ms_median']:7.1f} ms "
+                f"({row['step_ms_min']:.1f} to {row['step_ms_max']:.1f}), "
+                f"{row['peak_memory_mb']} MB, without {_name(row['without'])}",
+                flush=True,
+            )
+        found = {"machine": f"{os.cpu_count()} cores", "programs": rows}
+        write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
+
+
+def _name(without: list[str]) -> str:
+    return {0: "nothing", len(_PARTS): "all of them"}.get(len(without), ", ".join(without))
+
+
+def _make_programs(spec: dict[str, Any]) -> Any:
+    for part in spec["without"]:
+        _PARTS[part]()
+    return steps.make_programs({**spec, "framework": "cifar_jax"})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):  # a worker of the command's own
+        paired_timing.serve(json.loads(sys.argv[1]), _make_programs)
+    else:
+        cli.run(main)
