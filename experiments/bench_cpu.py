@@ -11,7 +11,7 @@ it, a figure:
 programs   a training step and an inference of 128 images, by network and program: median and
            spread, GFLOP/s, the share of the ceiling, peak memory
 pairs      ours and each other one: ratio over 1 means that ours is ahead
-ceiling_gflops                 what XLA reaches in a product of two float32 matrices
+ceiling_gflops                 the best of XLA and torch in a product of two float32 matrices
 first_step_seconds_cold, _warm from the command to the first step: with nothing compiled, and with
                                what an earlier run has compiled
 epochs     two epochs from files as users of each run them, and the whole commands
