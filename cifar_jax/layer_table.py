@@ -91,7 +91,9 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
             if layer.kind == "conv":
                 kernel = variables["params"][layer.name]["kernel"].shape
                 view = view.through(kernel[0], step=1, padding=kernel[0] // 2)
-            elif layer.kind in ("pool", "space_to_depth"):
+            elif layer.kind == "pool":
+                view = view.through(2, step=2, padding=0)  # of 3 pixels it leaves one out
+            elif layer.kind == "space_to_depth":
                 side = layer.input.shape[1] // layer.output.shape[1]
                 view = view.through(side, step=side, padding=0)
             elif layer.kind in ("global_pool", "flatten"):
