@@ -8,6 +8,7 @@ exit code. Standard library only: a wrong option is answered before anything slo
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -236,7 +237,21 @@ def _describe_default(field: dataclasses.Field[Any]) -> str:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: its errors become one line on stderr and an exit code."""
+    status = int(ExitCode.BUG)
 
+    def leave() -> None:
+        # Threads of C++ may still be at work, and crash a Python that is taken apart beside them.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # before JAX and others register theirs, which so come first
+    status = _run(main)
+    sys.exit(status)
+
+
+def _run(main: Callable[[], None]) -> int:
     def on_sigterm(signum: int, frame: types.FrameType | None) -> None:
         raise Stopped(signum, "nothing was under way that could be saved")
 
@@ -248,24 +263,28 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         keep_freed_memory()
         use_compilation_cache()
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:  # argparse's, after --help
+        return int(end.code or 0)
     except BrokenPipeError:  # as of `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("cifar_jax: stopped by SIGINT", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     except Stopped as stop:
         print(f"cifar_jax: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except Exception as error:
         if _DEBUG in sys.argv:
             traceback.print_exc()
         told = error if isinstance(error, CifarJaxError) else _told(error)
         print(f"cifar_jax: error: {told}", file=sys.stderr)
-        sys.exit(told.exit_code)
-    sys.exit(ExitCode.OK)
+        return told.exit_code
+    return ExitCode.OK
 
 
 def _on_ignored(ignored: sys.UnraisableHookArgs) -> None:

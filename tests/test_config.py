@@ -186,6 +186,28 @@ def test_a_signal_is_not_lost_where_python_ignores_exceptions(signum: signal.Sig
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.fault("A4")
+@pytest.mark.parametrize(
+    ("end", "status"), [("", 0), ("raise KeyboardInterrupt", 130), ("raise SystemExit(2)", 2)]
+)
+def test_a_crash_while_python_is_taken_apart_changes_nothing(end: str, status: int) -> None:
+    """As threads of JAX do that are still at work."""
+    program = f"""if True:
+        import os
+        from cifar_jax import cli
+        class Crash:
+            def __del__(self, abort=os.abort):
+                abort()
+        crash = Crash()
+        def main():
+            print("done")
+            {end}
+        cli.run(main)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "done\n"), done.stderr
+
+
 def test_what_python_ignores_is_shown_with_debug_alone() -> None:
     program = """if True:
         from cifar_jax import cli

@@ -525,9 +525,11 @@ def test_a_signal_waits_for_the_import_of_jax(image_folder: Path, tmp_path: Path
                 if name == "cifar_jax.loop":
                     signal.raise_signal(signal.SIGTERM)
         sys.meta_path.insert(0, Finder())
-        atexit.register(lambda: print("cifar_jax.loop" in sys.modules))
         options = ["--data", {str(image_folder)!r}, "--workdir", {str(tmp_path / "run")!r}]
-        cli.run(lambda: train.main(options))
+        def main():
+            atexit.register(lambda: print("cifar_jax.loop" in sys.modules, flush=True))
+            train.main(options)
+        cli.run(main)
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
