@@ -268,7 +268,10 @@ def _run(main: Callable[[], None]) -> int:
         finally:
             sys.stdout.flush()
     except SystemExit as end:  # argparse's, after --help
-        return int(end.code or 0)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return ExitCode.BUG
+        return end.code or ExitCode.OK
     except BrokenPipeError:  # as of `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -25,11 +25,11 @@ def run(module: str, output: Path, *options: str) -> dict[str, Any]:
 @pytest.mark.parametrize("data", ["shapes", "files"])
 def test_the_pipeline_is_timed_beside_memory(tmp_path: Path, data: str) -> None:
     if data == "files":
-        write_images(tmp_path / "files", {"bird": 120, "cat": 120}, size=32)
+        write_images(tmp_path / "files", {"bird": 200, "cat": 200}, size=32)
         data = str(tmp_path / "files")
-    few = ("--data", data, "--max-train-examples", "128")
+    few = ("--data", data, "--max-train-examples", "256")
     found = run("bench.pipeline", tmp_path / "out.json", *few, "--rounds", "1")
-    assert found["steps"] == 1
+    assert found["steps"] == 2
     seconds = found["epoch_seconds"]
     assert found["pipeline_ratio"] == pytest.approx(seconds["memory"][0] / seconds["tf.data"][0])
     assert 0 < found["waiting_share"] < 1

@@ -188,9 +188,17 @@ def test_a_signal_is_not_lost_where_python_ignores_exceptions(signum: signal.Sig
 
 @pytest.mark.fault("A4")
 @pytest.mark.parametrize(
-    ("end", "status"), [("", 0), ("raise KeyboardInterrupt", 130), ("raise SystemExit(2)", 2)]
+    ("end", "status", "last_words"),
+    [
+        ("", 0, ""),
+        ("raise KeyboardInterrupt", 130, "cifar_jax: stopped by SIGINT\n"),
+        ("raise SystemExit(2)", 2, ""),
+        ("raise SystemExit('why')", 1, "why\n"),
+    ],
 )
-def test_a_crash_while_python_is_taken_apart_changes_nothing(end: str, status: int) -> None:
+def test_a_crash_while_python_is_taken_apart_changes_nothing(
+    end: str, status: int, last_words: str
+) -> None:
     """As threads of JAX do that are still at work."""
     program = f"""if True:
         import os
@@ -205,7 +213,7 @@ def test_a_crash_while_python_is_taken_apart_changes_nothing(end: str, status: i
         cli.run(main)
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (status, "done\n"), done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (status, "done\n", last_words)
 
 
 def test_what_python_ignores_is_shown_with_debug_alone() -> None:

@@ -410,7 +410,7 @@ def wait_for_a_step_after(step: int, workdir: Path, process: subprocess.Popen[st
 
 @pytest.mark.fault("A1", "A22")
 def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path) -> None:
-    """Real processes: SIGKILL inside an epoch, then to the end; beside it, undisturbed."""
+    """Real processes: SIGKILL inside an epoch, SIGTERM after the resume, then to the end."""
     options = ("--epochs", "8", "--checkpoint-every", "2")
     whole = start(image_folder, tmp_path / "whole", *options)
 
@@ -422,9 +422,18 @@ def test_killed_runs_resume_to_the_same_bits(image_folder: Path, tmp_path: Path)
     assert not (workdir / "report.json").exists()
 
     process = start(image_folder, workdir, "--resume")
+    wait_for_a_step_after(saved_steps(workdir / "checkpoints")[-1], workdir, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, (out, err)
+    assert "resumed at step" in out
+    assert "stopped by SIGTERM: step" in err
+    assert f"--resume --workdir {workdir}" in err
+    assert "Traceback" not in err
+
+    process = start(image_folder, workdir, "--resume")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, (out, err)
-    assert "resumed at step" in out
     assert whole.communicate(timeout=200)[0].count("\n") > 8, "a line an epoch"
     assert whole.returncode == 0
     reports = [
