@@ -17,6 +17,8 @@ to 70 times slower. Written in that form they take the same time everywhere, and
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,23 +29,35 @@ _MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same ti
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
 
 _Gradients = tuple[jax.Array, jax.Array]
+_Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
+
+_ALL_ROUND: _Padding = ((1, 1), (1, 1))
 
 
-def conv3x3(x: jax.Array, kernel: jax.Array, *args: object, **kwargs: object) -> jax.Array:
-    """Stride 1, padding 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
+def conv3x3(
+    x: jax.Array, kernel: jax.Array, strides: object, padding: _Padding, **kwargs: object
+) -> jax.Array:
+    """Stride 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
 
     What ``flax.linen.Conv`` passes on to its ``conv_general_dilated`` besides says just that.
+
+    Args:
+        padding: 1 above and to the left; without it below or to the right, the last row or column
+            of the output is not computed.
     """
-    return _conv3x3(x, kernel)
+    above_and_below, left_and_right = (tuple(pair) for pair in padding)
+    return _conv3x3(x, kernel, (above_and_below, left_and_right))
 
 
-def _plain(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+def _plain(
+    x: jax.Array, kernel: jax.Array, padding: _Padding = _ALL_ROUND, stride: int = 1
+) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
         # Explicit: "SAME" would pad other sides than PyTorch where there is a stride.
-        padding=((1, 1), (1, 1)),
+        padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
@@ -62,40 +76,56 @@ def _four_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, features)
 
 
-@jax.custom_vjp
-def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv3x3(x: jax.Array, kernel: jax.Array, padding: _Padding) -> jax.Array:
+    plain = functools.partial(_plain, padding=padding)
+    if padding != _ALL_ROUND:
+        return plain(x, kernel)
     _, height, width, channels = x.shape
     small = channels <= _MAX_IN_CHANNELS and kernel.shape[-1] <= _MAX_OUT_CHANNELS
     if small and height % 2 == width % 2 == 0:
-        return lax.platform_dependent(x, kernel, cpu=_four_at_once, default=_plain)
+        return lax.platform_dependent(x, kernel, cpu=_four_at_once, default=plain)
     if winograd.pays(x, kernel):
-        return lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=_plain)
-    return _plain(x, kernel)
+        return lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+    return plain(x, kernel)
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv3x3(x, kernel), (x, kernel)
+def _forward(
+    x: jax.Array, kernel: jax.Array, padding: _Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _conv3x3(x, kernel, padding), (x, kernel)
 
 
-def _backward(inputs: tuple[jax.Array, jax.Array], gradient: jax.Array) -> _Gradients:
+def _backward(
+    padding: _Padding, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> _Gradients:
     return lax.platform_dependent(
-        *inputs, gradient, cpu=_gradients_as_convolutions, default=_gradients
+        *inputs,
+        gradient,
+        cpu=functools.partial(_gradients_as_convolutions, padding),
+        default=functools.partial(_gradients, padding),
     )
 
 
-def _gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> _Gradients:
-    of_x, of_kernel = jax.vjp(_plain, x, kernel)[1](gradient)
+def _gradients(
+    padding: _Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
+) -> _Gradients:
+    plain = functools.partial(_plain, padding=padding)
+    of_x, of_kernel = jax.vjp(plain, x, kernel)[1](gradient)
     return of_x, of_kernel
 
 
-def _gradients_as_convolutions(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> _Gradients:
+def _gradients_as_convolutions(
+    padding: _Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
+) -> _Gradients:
     """The gradient of x is one with the kernel turned round; that of the kernel, of x by it."""
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    if winograd.pays(x, kernel):
+    if padding == _ALL_ROUND and winograd.pays(x, kernel):
         return winograd.convolve(gradient, turned), winograd.kernel_gradient(x, gradient)
-    of_x = _plain(gradient, turned)
+    (above, below), (left, right) = padding
+    of_x = _plain(gradient, turned, ((2 - above, 2 - below), (2 - left, 2 - right)))
     # [C, H, W, B] by [H, W, B, D] -> [C, 3, 3, D]: the images are the channels here.
-    of_kernel = _plain(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3))
+    of_kernel = _plain(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)
     return of_x, of_kernel.transpose(1, 2, 0, 3)
 
 

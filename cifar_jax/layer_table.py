@@ -89,8 +89,10 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
     for layer in layers:
         if view.stride:
             if layer.kind == "conv":
-                kernel = variables["params"][layer.name]["kernel"].shape
-                view = view.through(kernel[0], step=1, padding=kernel[0] // 2)
+                side = variables["params"][layer.name]["kernel"].shape[0]
+                padding = layer.output.shape[1] - layer.input.shape[1] + side - 1
+                # Where it is odd, the lower edge has less: an output is not computed there.
+                view = view.through(side, step=1, padding=-(-padding // 2))
             elif layer.kind == "pool":
                 view = view.through(2, step=2, padding=0)  # of 3 pixels it leaves one out
             elif layer.kind == "space_to_depth":

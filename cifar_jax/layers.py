@@ -17,6 +17,7 @@ _KINDS = {
     "Conv": "conv",
     "BatchNorm": "batch_norm",
     "relu": "relu",
+    "gelu": "gelu",
     "max_pool": "pool",
     "global_max_pool": "global_pool",
     "global_average_pool": "global_pool",
@@ -34,8 +35,9 @@ class Layer:
 
     Attributes:
         name: Flax's, as in ``variables["params"]``; of a plain function, its kind and number.
-        kind: ``space_to_depth``, ``conv``, ``batch_norm``, ``relu``, ``pool``, ``global_pool``,
-            ``flatten``, ``dense``, ``dropout``, ``add`` (the end of a residual block), ``scale``.
+        kind: ``space_to_depth``, ``conv``, ``batch_norm``, ``relu``, ``gelu``, ``pool``,
+            ``global_pool``, ``flatten``, ``dense``, ``dropout``, ``add`` (the end of a residual
+            block), ``scale``.
         input, output: ``[B, H, W, C]`` or ``[B, F]``; under ``jax.eval_shape``, only their shapes.
     """
 

@@ -8,15 +8,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import lax
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.initializers import partly_identity, unit_deviation
 from cifar_jax.layout import TorchLayout
 from cifar_jax.pooling import max_pool
 
 Layer = Callable[[jax.Array], jax.Array]
+
+# Of airbench: the name of its first convolution, and the side of its kernel.
+WHITENING, WHITENING_SIDE = "Whitening", 2
 
 
 def conv_block(
@@ -214,6 +219,90 @@ class ResNet9(nn.Module):
         return TorchLayout({**names, "Dense_0": "classifier.3"}, None)
 
 
+class Airbench(nn.Module):
+    """The network of the record for 94 % (https://github.com/KellerJordan/cifar10-airbench).
+
+    Its first convolution whitens the images and is not trained: a run sets it from its own
+    (:func:`cifar_jax.initializers.whitening_kernel`). Two convolutions at each of its widths, the
+    first of them pooled; no residual.
+
+    Attributes:
+        widths: channels of its stages.
+        axis_name, dtype: as in :class:`ConvNet`.
+    """
+
+    num_classes: int
+    widths: Sequence[int] = (64, 256, 256)
+    axis_name: str | None = None
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        def scale(x: jax.Array) -> jax.Array:
+            return x / self.widths[-1]
+
+        def norm() -> nn.BatchNorm:
+            return nn.BatchNorm(
+                use_running_average=not train,
+                use_scale=False,
+                momentum=0.6,  # of some 200 steps, the last few
+                epsilon=1e-12,
+                axis_name=self.axis_name,
+                dtype=self.dtype,
+            )
+
+        def conv(features: int, pad_below: int, pad_right: int) -> nn.Conv:
+            return nn.Conv(
+                features,
+                (3, 3),
+                padding=((1, pad_below), (1, pad_right)),
+                use_bias=False,
+                kernel_init=partly_identity,
+                dtype=self.dtype,
+                conv_general_dilated=conv3x3,
+            )
+
+        _, height, width, channels = x.shape
+        side = WHITENING_SIDE
+        whiten = nn.Conv(
+            2 * side * side * channels,
+            (side, side),
+            padding="VALID",
+            dtype=self.dtype,
+            conv_general_dilated=_untrained,
+            name=WHITENING,
+        )
+        height, width = height - side + 1, width - side + 1
+        layers: list[Layer] = [whiten, gelu]
+        for features in self.widths:
+            # Of an odd number of rows the pool leaves out the last: it need not be computed.
+            layers += [conv(features, 1 - height % 2, 1 - width % 2), max_pool, norm(), gelu]
+            layers += [conv(features, 1, 1), norm(), gelu]
+            height, width = height // 2, width // 2
+        head = nn.Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation)
+        return nn.Sequential([*layers, global_max_pool, head, scale])(x)
+
+    def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
+        """Under its author's names."""
+        del image_shape  # nothing is flattened but [B, 1, 1, C]
+        names = {WHITENING: "whiten"}
+        for i in range(len(self.widths)):
+            for j in (0, 1):
+                names[f"Conv_{2 * i + j}"] = f"layers.{i + 1}.conv{j + 1}"
+                names[f"BatchNorm_{2 * i + j}"] = f"layers.{i + 1}.norm{j + 1}"
+        return TorchLayout({**names, "Dense_0": "head"}, None)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact, as PyTorch's is (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
+    return nn.gelu(x, approximate=False)
+
+
+def _untrained(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """A convolution whose kernel has no gradient."""
+    return lax.conv_general_dilated(x, lax.stop_gradient(kernel), *args, **kwargs)
+
+
 def _batch_norm(train: bool, axis_name: str | None, dtype: Any) -> Callable[[], nn.BatchNorm]:
     return functools.partial(
         nn.BatchNorm,
@@ -235,6 +324,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     "cnn-gap": functools.partial(ConvNet, widths=(32, 64, 128), hidden=(), global_pool=True),
     "resnet9": ResNet9,
+    "airbench": Airbench,
 }
 
 

@@ -25,37 +25,61 @@ class MuonState(NamedTuple):
     momentum: Any
 
 
-def muon(schedule: optax.Schedule, momentum: float) -> optax.GradientTransformation:
-    """Muon with Nesterov momentum, for kernels ``[3, 3, C, D]`` alone."""
+def muon(
+    schedule: optax.Schedule, momentum: float, dtype: Any = jnp.float32
+) -> optax.GradientTransformation:
+    """Muon with Nesterov momentum, for kernels ``[3, 3, C, D]`` alone.
+
+    Args:
+        dtype: of the products that make an update orthogonal; they bear bfloat16.
+    """
 
     def init(params: Any) -> MuonState:
         return MuonState(jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         sums = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, grads)
+        directions = jax.tree.map(lambda m, g: _to_matrix(g + momentum * m), sums, grads)
+        leaves, structure = jax.tree.flatten(directions)
+        directions = structure.unflatten(orthogonalize(leaves, dtype))
         rate = schedule(state.step)
 
-        def change(kernel: jax.Array, gradient: jax.Array, total: jax.Array) -> jax.Array:
+        def change(kernel: jax.Array, direction: jax.Array) -> jax.Array:
             features = kernel.shape[-1]
-            direction = (gradient + momentum * total).reshape(-1, features)
-            direction = orthogonalize(direction).reshape(kernel.shape)
             rescaled = kernel * (jnp.sqrt(features) / jnp.linalg.norm(kernel))
-            return rescaled - rate * direction - kernel
+            return rescaled - rate * direction.T.reshape(kernel.shape) - kernel
 
-        return jax.tree.map(change, params, grads, sums), MuonState(state.step + 1, sums)
+        return jax.tree.map(change, params, directions), MuonState(state.step + 1, sums)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalize(matrix: jax.Array) -> jax.Array:
-    """``[M, N]`` with the same singular vectors, and singular values of about 1.
+def _to_matrix(kernel: jax.Array) -> jax.Array:
+    """``[3, 3, C, D]`` -> ``[D, 9C]``: a row for each feature."""
+    return kernel.reshape(-1, kernel.shape[-1]).T
 
-    By Newton and Schulz's iteration, without a decomposition.
+
+def orthogonalize(matrices: list[jax.Array], dtype: Any = jnp.float32) -> list[jax.Array]:
+    """Each ``[M, N]`` with the same singular vectors, and singular values of about 1.
+
+    By Newton and Schulz's iteration, without a decomposition. All matrices together: filled up with
+    zeros to the largest, which changes no product, they are a few large products in place of many
+    small ones.
     """
-    rows, columns = matrix.shape
-    x = matrix if rows <= columns else matrix.T
-    x = x / (jnp.linalg.norm(x) + 1e-7)
+    wide = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
+    rows, columns = (max(m.shape[axis] for m in wide) for axis in (0, 1))
+    x = jnp.stack(
+        [
+            jnp.pad(
+                m / (jnp.linalg.norm(m) + 1e-7), ((0, rows - m.shape[0]), (0, columns - m.shape[1]))
+            )
+            for m in wide
+        ]
+    ).astype(dtype)
     for _ in range(_STEPS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x if rows <= columns else x.T
+    cut = [x[i, : m.shape[0], : m.shape[1]].astype(m.dtype) for i, m in enumerate(wide)]
+    return [
+        c if m.shape[0] <= m.shape[1] else c.T for c, m in zip(cut, matrices, strict=True)
+    ]

@@ -1,0 +1,61 @@
+"""Where the kernels of ``airbench`` begin: at the identity, and at a whitening of the images.
+
+As in https://github.com/KellerJordan/cifar10-airbench (Jordan, 2024, arXiv:2404.00498, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+# Added to the variances, so that directions without any are not blown up.
+_WHITENING_EPS = 5e-4
+
+
+def partly_identity(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """A kernel ``[3, 3, C, D]`` whose first C features are the channels as they come in.
+
+    The others, where D is larger, are PyTorch's default: uniform up to 1 / sqrt(inputs).
+    """
+    rows, columns, channels, features = shape
+    bound = (rows * columns * channels) ** -0.5
+    kernel = jax.random.uniform(key, shape, dtype, -bound, bound)
+    n = min(channels, features)
+    identity = jnp.zeros((rows, columns, channels, n), dtype)
+    identity = identity.at[rows // 2, columns // 2, :n].set(jnp.eye(n, dtype=dtype))
+    return kernel.at[..., :n].set(identity)
+
+
+def unit_deviation(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """A kernel ``[F, K]``, uniform, with a standard deviation of 1."""
+    kernel = nn.initializers.uniform(2.0)(key, shape, dtype) - 1
+    return kernel / kernel.std(ddof=1)
+
+
+def whitening_kernel(images: jax.Array, side: int) -> jax.Array:
+    """The kernel ``[side, side, C, 2 * side * side * C]`` that whitens ``images``.
+
+    Its features are the principal directions of all squares of ``side`` pixels, each divided by the
+    square root of its variance (about 0, not the mean), and then the same once more, negated: a
+    GELU after it loses neither sign.
+
+    Args:
+        images: normalised, float32 ``[B, H, W, C]``.
+    """
+    channels = images.shape[-1]
+    height, width = (size - side + 1 for size in images.shape[1:3])
+    pixels = [
+        images[:, row : row + height, column : column + width]
+        for row in range(side)
+        for column in range(side)
+    ]
+    squares = jnp.concatenate(pixels, axis=-1).reshape(-1, side * side * channels)
+    covariance = jnp.dot(squares.T, squares, precision=lax.Precision.HIGHEST) / len(squares)
+    variances, directions = jnp.linalg.eigh(covariance)  # a direction is a column
+    scaled = directions / jnp.sqrt(variances + _WHITENING_EPS)
+    kernel = jnp.concatenate([scaled, -scaled], axis=1)
+    return kernel.reshape(side, side, channels, -1)

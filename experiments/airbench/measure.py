@@ -1,0 +1,136 @@
+"""Runs one after the other, each timed; and what they come to."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from scipy import stats
+
+from airbench.recipe import Recipe, make_optimizer
+from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
+from cifar_jax.dataset import Split, channel_statistics
+from cifar_jax.layer_table import layer_table
+from cifar_jax.models import WHITENING, Airbench
+from cifar_jax.parallel import compile_lowered
+from cifar_jax.train_step import initial_train_state
+
+Run = Callable[[int], dict[str, Any]]
+
+
+def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
+    """The network, optimizer and normalisation for ``train``."""
+    model = Airbench(num_classes, recipe.widths, dtype=jnp.dtype(recipe.dtype))
+    tx = make_optimizer(recipe, len(train) // recipe.batch_size)
+    return Setting(recipe, model, tx, *channel_statistics(train.pixels))
+
+
+def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[str, float]]:
+    """A function of a seed that runs once, and what its compilation took, in seconds.
+
+    Cold is with nothing compiled before; warm, with what the first compilation left on the disk.
+    """
+    on_device = [
+        Examples(jnp.asarray(split.pixels), jnp.asarray(split.labels)) for split in (train, test)
+    ]
+    begin = jax.jit(
+        lambda seed: initial_train_state(setting.model, setting.tx, train.image_shape, seed)
+    )
+    state = begin(0)
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        before = jax.config.jax_compilation_cache_dir
+        jax.config.update("jax_compilation_cache_dir", folder)
+        try:
+            for name in ("cold", "warm"):
+                compilation_cache.reset_cache()  # it is opened once, and then goes on where it was
+                started = time.perf_counter()
+                program = jax.jit(functools.partial(train_and_score, setting=setting))
+                lowered = program.lower(state, jax.random.key(0), *on_device)
+                compiled = compile_lowered(lowered, jax.default_backend())
+                seconds[name] = time.perf_counter() - started
+                jax.clear_caches()
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+            compilation_cache.reset_cache()
+    begin = begin.lower(0).compile()
+
+    def run(seed: int) -> dict[str, Any]:
+        key = jax.block_until_ready(jax.random.key(seed))
+        started = time.perf_counter()
+        state = jax.block_until_ready(begin(seed))
+        ready = time.perf_counter()
+        result = compiled(state, key, *on_device)
+        jax.block_until_ready(result)
+        done = time.perf_counter()
+        accuracy = float(result["correct"]) / len(test)
+        ended = time.perf_counter()
+        return {
+            "seed": seed,
+            "accuracy": accuracy,
+            "seconds": done - ready,
+            "seconds_strict": ended - started,
+            "loss": np.asarray(result["loss"]),
+        }
+
+    return run, seconds
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, spread and the 95 % interval of the mean, of accuracies in 0..1; and of seconds."""
+    accuracies = [run["accuracy"] for run in runs]
+    n = len(runs)
+    mean = statistics.mean(accuracies)
+    found: dict[str, Any] = {"n": n, "mean_accuracy": mean, "std": None, "interval_95": None}
+    if n > 1:
+        found["std"] = statistics.stdev(accuracies)
+        margin = float(stats.t.ppf(0.975, n - 1)) * found["std"] / math.sqrt(n)
+        found["interval_95"] = [mean - margin, mean + margin]
+    for name in ("seconds", "seconds_strict"):
+        values = [run[name] for run in runs]
+        found[f"{name}_mean"] = statistics.mean(values)
+        found[f"{name}_std"] = statistics.stdev(values) if n > 1 else None
+    return found
+
+
+def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> float:
+    """Floating-point operations of convolutions and the head in a run, as the program does them.
+
+    A multiply-accumulate is two. A layer's forward pass, the gradient of its kernel and that of its
+    input cost the same. Of the whitening only the first is needed, of the layer after it the last
+    only while the whitening's bias learns.
+    """
+    recipe = setting.recipe
+    rows = [row for row in layer_table(setting.model, image_shape, 1) if row.macs]
+    whitening, after, *_ = rows
+    assert whitening.name == WHITENING
+    forward = sum(row.macs for row in rows)
+    step = 3 * forward - 2 * whitening.macs
+    images = n_train // recipe.batch_size * recipe.batch_size
+    later = max(recipe.epochs - recipe.whitening_epochs, 0)
+    training = images * (recipe.epochs * step - later * after.macs)
+    return 2.0 * (training + len(VIEW_WEIGHTS) * n_test * forward)
+
+
+def ceiling_flops(dtype: str, side: int) -> float:
+    """Floating-point operations a second in the product of two square matrices of this device."""
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (side, side), dtype) for key in keys)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, b))
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        results = [product(a, b) for _ in range(3)]
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - started) / 3)
+    return 2 * side**3 / min(times)

@@ -1,0 +1,154 @@
+r"""How fast to 94 % on CIFAR-10? Whole runs of airbench, each one program on the device.
+
+    python experiments/speedrun.py --smoke --output smoke.json       # under three minutes on a CPU
+    python experiments/speedrun.py --data cifar10.tar.gz --runs 200 --output speedrun.json   # a GPU
+
+Network and recipe are those of https://github.com/KellerJordan/cifar10-airbench. Writes one JSON:
+
+mean_accuracy, std, n, interval_95   on the test images, by six views of each; of the mean
+seconds_mean          by that project's rule: from the images (uint8) and first parameters on the
+                      device to the answers; without compiling
+seconds_strict_mean   from the images on the device to the accuracy on the host: the first
+                      parameters are drawn too
+compile_seconds       cold, and warm: with what an earlier compilation left on the disk
+tflop                 of convolutions and the head in a run; share_of_ceiling is beside the best
+                      that a product of two matrices of the same type reached
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from airbench.recipe import RECIPES, Recipe
+from cifar_jax import cli
+from cifar_jax.dataset import ImageFiles, Split, array_digest, split_off, stratified_choice
+from cifar_jax.files import write_atomically
+from cifar_jax.sources import check_source, load_splits
+
+_SMOKE = Recipe(widths=(16, 32, 32), epochs=4, batch_size=100, whitening_epochs=2)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="how many, seeds 0 .. N-1")
+    parser.add_argument("--data", default="auto", help="as in cifar_jax.train")
+    parser.add_argument("--data-dir", help="as in cifar_jax.train")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="94", help="the percentage that it was made for"
+    )
+    parser.add_argument(
+        "--score", choices=("test", "val"), default="test", help="val: tune here, not on the test"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="narrow, on a few shapes drawn here: does it work?"
+    )
+    arguments = parser.parse_args()
+    recipe = _SMOKE if arguments.smoke else RECIPES[arguments.recipe]
+    source = "shapes" if arguments.smoke else arguments.data
+    check_source(source)
+
+    import jax
+
+    from airbench.measure import ceiling_flops, compile_run, make_setting, run_flop, summary
+
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:  # which has no fast bfloat16
+        recipe = dataclasses.replace(recipe, dtype="float32")
+    train, test, name, classes = _load(source, arguments)
+    setting = make_setting(recipe, train, classes)
+    device = jax.devices()[0].device_kind
+    print(f"{name}: {len(train):,} images to train on, {len(test):,} to score; on {device}")
+    print("compiling, cold and warm ...", end=" ", flush=True)
+    run, compile_seconds = compile_run(setting, train, test)
+    print(" and ".join(f"{seconds:.1f} s" for seconds in compile_seconds.values()))
+    found: dict[str, Any] = {
+        "device": f"{device}, {os.cpu_count()} cores" if on_cpu else device,
+        "date": datetime.date.today().isoformat(),
+        "data": name,
+        "scored_on": arguments.score,
+        "n_train": len(train),
+        "n_test": len(test),
+        "data_digest": array_digest(train, test),
+        "recipe": dataclasses.asdict(recipe),
+        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compile_seconds": compile_seconds,
+    }
+    flop = run_flop(setting, len(train), len(test), train.image_shape)
+    ceiling = ceiling_flops(recipe.dtype, 2048 if on_cpu else 8192)
+    if not on_cpu:
+        for _ in range(2):  # the first fills the caches, the second captures what is launched
+            run(0)
+    runs: list[dict[str, Any]] = []
+    for seed in range(arguments.runs):
+        row = run(seed)
+        losses = row.pop("loss")
+        if not np.isfinite(losses).all():
+            raise SystemExit(f"seed {seed}: the loss is {losses[-1]}")
+        row["loss_first_and_last"] = [float(losses[0]), float(losses[-1])]
+        runs.append(row)
+        found.update(summary(runs))
+        rate = flop / found["seconds_mean"]
+        found.update(
+            tflop=flop / 1e12,
+            tflops=rate / 1e12,
+            ceiling_tflops=ceiling / 1e12,
+            share_of_ceiling=rate / ceiling,
+            runs=runs,
+        )
+        write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
+        print(
+            f"  seed {seed}: {row['accuracy']:.2%} in {row['seconds']:.3f} s "
+            f"({row['seconds_strict']:.3f} s strictly)",
+            flush=True,
+        )
+    spread = f" +- {100 * found['std']:.2f}" if found["std"] is not None else ""
+    print(
+        f"{100 * found['mean_accuracy']:.2f}{spread} % over {len(runs)} runs of "
+        f"{statistics.mean(r['seconds'] for r in runs):.3f} s, {found['tflops']:.4g} TFLOP/s, "
+        f"{found['share_of_ceiling']:.0%} of the ceiling; in {arguments.output}"
+    )
+
+
+def _load(source: str, arguments: argparse.Namespace) -> tuple[Split, Split, str, int]:
+    """Decoded: what to train on, what to score, the name of the data, the number of classes."""
+    found = load_splits(source, data_dir=arguments.data_dir)
+    if found.notice:
+        print(found.notice)
+    assert found.val is not None
+    train, val, test = (_decoded(split) for split in (found.train, found.val, found.test))
+    if arguments.smoke:
+        rng = np.random.default_rng(0)
+        train = train.take(stratified_choice(train.labels, 2000, rng))
+        test = test.take(stratified_choice(test.labels, 500, rng))
+    elif arguments.score == "val":
+        test = val
+    else:
+        train = Split(
+            np.concatenate([train.pixels, val.pixels]), np.concatenate([train.labels, val.labels])
+        )
+    return train, test, found.name, len(found.class_names)
+
+
+def _decoded(split: Split) -> Split:
+    from cifar_jax import images
+
+    return images.decode(split) if isinstance(split.images, ImageFiles) else split
+
+
+if __name__ == "__main__":
+    cli.run(main)
