@@ -24,18 +24,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from cifar_jax import winograd
+from cifar_jax.winograd import Padding
 
 _MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
 
 _Gradients = tuple[jax.Array, jax.Array]
-_Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
 
-_ALL_ROUND: _Padding = ((1, 1), (1, 1))
+_ALL_ROUND: Padding = ((1, 1), (1, 1))
 
 
 def conv3x3(
-    x: jax.Array, kernel: jax.Array, strides: object, padding: _Padding, **kwargs: object
+    x: jax.Array, kernel: jax.Array, strides: object, padding: Padding, **kwargs: object
 ) -> jax.Array:
     """Stride 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
 
@@ -50,7 +50,7 @@ def conv3x3(
 
 
 def _plain(
-    x: jax.Array, kernel: jax.Array, padding: _Padding = _ALL_ROUND, stride: int = 1
+    x: jax.Array, kernel: jax.Array, padding: Padding = _ALL_ROUND, stride: int = 1
 ) -> jax.Array:
     return lax.conv_general_dilated(
         x,
@@ -77,27 +77,26 @@ def _four_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv3x3(x: jax.Array, kernel: jax.Array, padding: _Padding) -> jax.Array:
+def _conv3x3(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     plain = functools.partial(_plain, padding=padding)
-    if padding != _ALL_ROUND:
-        return plain(x, kernel)
     _, height, width, channels = x.shape
     small = channels <= _MAX_IN_CHANNELS and kernel.shape[-1] <= _MAX_OUT_CHANNELS
-    if small and height % 2 == width % 2 == 0:
+    if small and height % 2 == width % 2 == 0 and padding == _ALL_ROUND:
         return lax.platform_dependent(x, kernel, cpu=_four_at_once, default=plain)
     if winograd.pays(x, kernel):
-        return lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+        fast = functools.partial(winograd.convolve, padding=padding)
+        return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
     return plain(x, kernel)
 
 
 def _forward(
-    x: jax.Array, kernel: jax.Array, padding: _Padding
+    x: jax.Array, kernel: jax.Array, padding: Padding
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _conv3x3(x, kernel, padding), (x, kernel)
 
 
 def _backward(
-    padding: _Padding, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
+    padding: Padding, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> _Gradients:
     return lax.platform_dependent(
         *inputs,
@@ -108,7 +107,7 @@ def _backward(
 
 
 def _gradients(
-    padding: _Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
+    padding: Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
 ) -> _Gradients:
     plain = functools.partial(_plain, padding=padding)
     of_x, of_kernel = jax.vjp(plain, x, kernel)[1](gradient)
@@ -116,14 +115,16 @@ def _gradients(
 
 
 def _gradients_as_convolutions(
-    padding: _Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
+    padding: Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
 ) -> _Gradients:
     """The gradient of x is one with the kernel turned round; that of the kernel, of x by it."""
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    if padding == _ALL_ROUND and winograd.pays(x, kernel):
-        return winograd.convolve(gradient, turned), winograd.kernel_gradient(x, gradient)
     (above, below), (left, right) = padding
-    of_x = _plain(gradient, turned, ((2 - above, 2 - below), (2 - left, 2 - right)))
+    back = ((2 - above, 2 - below), (2 - left, 2 - right))
+    if winograd.pays(x, kernel):
+        of_kernel = winograd.kernel_gradient(x, gradient, padding)
+        return winograd.convolve(gradient, turned, back), of_kernel
+    of_x = _plain(gradient, turned, back)
     # [C, H, W, B] by [H, W, B, D] -> [C, 3, 3, D]: the images are the channels here.
     of_kernel = _plain(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)
     return of_x, of_kernel.transpose(1, 2, 0, 3)

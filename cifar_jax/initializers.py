@@ -5,34 +5,46 @@ As in https://github.com/KellerJordan/cifar10-airbench (Jordan, 2024, arXiv:2404
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import lax
+
+Shape = tuple[int, ...]
+Initializer = Callable[..., jax.Array]
 
 # Added to the variances, so that directions without any are not blown up.
 _WHITENING_EPS = 5e-4
 
 
-def partly_identity(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+def uniform(inputs: int) -> Initializer:
+    """PyTorch's default for a layer of so many inputs: uniform up to 1 / sqrt(inputs)."""
+    bound = inputs**-0.5
+
+    def init(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def partly_identity(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
     """A kernel ``[3, 3, C, D]`` whose first C features are the channels as they come in.
 
-    The others, where D is larger, are PyTorch's default: uniform up to 1 / sqrt(inputs).
+    The others, where D is larger, are :func:`uniform`.
     """
     rows, columns, channels, features = shape
-    bound = (rows * columns * channels) ** -0.5
-    kernel = jax.random.uniform(key, shape, dtype, -bound, bound)
+    kernel = uniform(rows * columns * channels)(key, shape, dtype)
     n = min(channels, features)
     identity = jnp.zeros((rows, columns, channels, n), dtype)
     identity = identity.at[rows // 2, columns // 2, :n].set(jnp.eye(n, dtype=dtype))
     return kernel.at[..., :n].set(identity)
 
 
-def unit_deviation(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+def unit_deviation(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
     """A kernel ``[F, K]``, uniform, with a standard deviation of 1."""
-    kernel = nn.initializers.uniform(2.0)(key, shape, dtype) - 1
+    kernel = uniform(shape[0])(key, shape, dtype)
     return kernel / kernel.std(ddof=1)
 
 

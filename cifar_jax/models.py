@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax
 from jax import lax
 
+from cifar_jax.batch_norm_gelu import BatchNormGelu, gelu
 from cifar_jax.config import TrainConfig
 from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.initializers import partly_identity, unit_deviation
+from cifar_jax.initializers import partly_identity, uniform, unit_deviation
 from cifar_jax.layout import TorchLayout
 from cifar_jax.pooling import max_pool
 
@@ -241,14 +242,13 @@ class Airbench(nn.Module):
         def scale(x: jax.Array) -> jax.Array:
             return x / self.widths[-1]
 
-        def norm() -> nn.BatchNorm:
-            return nn.BatchNorm(
-                use_running_average=not train,
-                use_scale=False,
+        def norm(index: int) -> BatchNormGelu:
+            return BatchNormGelu(
+                train=train,
                 momentum=0.6,  # of some 200 steps, the last few
                 epsilon=1e-12,
                 axis_name=self.axis_name,
-                dtype=self.dtype,
+                name=f"BatchNorm_{index}",
             )
 
         def conv(features: int, pad_below: int, pad_right: int) -> nn.Conv:
@@ -268,16 +268,17 @@ class Airbench(nn.Module):
             2 * side * side * channels,
             (side, side),
             padding="VALID",
+            bias_init=uniform(inputs=side * side * channels),
             dtype=self.dtype,
             conv_general_dilated=_untrained,
             name=WHITENING,
         )
         height, width = height - side + 1, width - side + 1
         layers: list[Layer] = [whiten, gelu]
-        for features in self.widths:
+        for i, features in enumerate(self.widths):
             # Of an odd number of rows the pool leaves out the last: it need not be computed.
-            layers += [conv(features, 1 - height % 2, 1 - width % 2), max_pool, norm(), gelu]
-            layers += [conv(features, 1, 1), norm(), gelu]
+            layers += [conv(features, 1 - height % 2, 1 - width % 2), max_pool, norm(2 * i)]
+            layers += [conv(features, 1, 1), norm(2 * i + 1)]
             height, width = height // 2, width // 2
         head = nn.Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation)
         return nn.Sequential([*layers, global_max_pool, head, scale])(x)
@@ -291,11 +292,6 @@ class Airbench(nn.Module):
                 names[f"Conv_{2 * i + j}"] = f"layers.{i + 1}.conv{j + 1}"
                 names[f"BatchNorm_{2 * i + j}"] = f"layers.{i + 1}.norm{j + 1}"
         return TorchLayout({**names, "Dense_0": "head"}, None)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact, as PyTorch's is (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
-    return nn.gelu(x, approximate=False)
 
 
 def _untrained(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 _Carried = tuple[jax.Array, None]
+Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
 
 _TILE = 4  # pixels of a row that are computed together
 _MIN_CHANNELS = 32  # with fewer, the sums cost what the products save
@@ -38,7 +39,7 @@ _FACTORS = np.array(
 
 
 def pays(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether this form can be had, and is faster: enough channels, float32, rows of whole tiles.
+    """Whether this form can be had, and is faster: enough channels, float32, rows to be tiled.
 
     In an exported program the number of images is open, and so is how many to take at a time.
     """
@@ -46,37 +47,46 @@ def pays(x: jax.Array, kernel: jax.Array) -> bool:
     return (
         min(kernel.shape[2:]) >= _MIN_CHANNELS
         and x.dtype == kernel.dtype == jnp.float32
-        and width % _TILE == 0
+        and width >= _TILE - 1  # what fills up the last tile of a row is computed in vain
         and isinstance(batch, int)
     )
 
 
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Stride 1, padding 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``."""
+def convolve(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """Stride 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H', W', D]``.
+
+    Args:
+        padding: 1 above and to the left.
+    """
     factors = jnp.einsum("pw,hwcd->phcd", _FACTORS, kernel)
+    rows, (_, right) = padding
+    width = x.shape[2] - 1 + right
 
     def some_images(x: jax.Array) -> jax.Array:
         products = [
-            _convolve_columns(a, b[:, None]) for a, b in zip(_input_sums(x), factors, strict=True)
+            _convolve_columns(a, b[:, None], rows)
+            for a, b in zip(_input_sums(x, width), factors, strict=True)
         ]
-        return _output_sums(products)
+        return _output_sums(products)[:, :, :width]
 
     y = lax.map(some_images, _cut(x))
     return y.reshape(-1, *y.shape[2:])
 
 
-def kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
+def kernel_gradient(x: jax.Array, gradient: jax.Array, padding: Padding) -> jax.Array:
     """Of the loss by the kernel ``[3, 3, C, D]``, from ``x`` and the gradient by the output."""
+    rows, _ = padding
+    width = gradient.shape[2]
 
     def add_some_images(total: jax.Array, cut: tuple[jax.Array, jax.Array]) -> _Carried:
         x, gradient = cut
         # [C, H, W, B] by [H, W, B, D] -> [C, 3, 1, D]: the images are the channels here.
         sums = zip(
-            _input_sums(x.transpose(3, 1, 2, 0)),
+            _input_sums(x.transpose(3, 1, 2, 0), width),
             _gradient_sums(gradient.transpose(1, 2, 0, 3)),
             strict=True,
         )
-        return total + jnp.stack([_convolve_columns(a, b)[:, :, 0] for a, b in sums]), None
+        return total + jnp.stack([_convolve_columns(a, b, rows)[:, :, 0] for a, b in sums]), None
 
     zeros = jnp.zeros((len(_FACTORS), x.shape[3], 3, gradient.shape[3]))
     total, _ = lax.scan(add_some_images, zeros, (_cut(x), _cut(gradient)))
@@ -92,16 +102,20 @@ def _cut(x: jax.Array) -> jax.Array:
     return x.reshape(-1, images, *x.shape[1:])
 
 
-def _convolve_columns(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _convolve_columns(x: jax.Array, kernel: jax.Array, rows: tuple[int, int]) -> jax.Array:
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), ((1, 1), (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (1, 1), (rows, (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def _input_sums(x: jax.Array) -> list[jax.Array]:
-    """Of the six pixels that a tile's outputs see, each ``[B, H, W/4, C]``; B^T in the paper."""
-    width = x.shape[2]
-    padded = jnp.pad(x, ((0, 0), (0, 0), (1, _TILE + 1), (0, 0)))
+def _whole_tiles(width: int) -> int:
+    return -(-width // _TILE) * _TILE
+
+
+def _input_sums(x: jax.Array, outputs: int) -> list[jax.Array]:
+    """Of the six pixels that a tile's outputs see, each ``[B, H, W'/4, C]``; B^T in the paper."""
+    width = _whole_tiles(outputs)
+    padded = jnp.pad(x, ((0, 0), (0, 0), (1, width + _TILE + 1 - x.shape[2]), (0, 0)))
     d = [padded[:, :, i : i + width : _TILE] for i in range(_TILE + 2)]
     a, b = d[4] - 4 * d[2], d[3] - 4 * d[1]
     c, e = d[4] - d[2], 2 * (d[3] - d[1])
@@ -123,7 +137,8 @@ def _output_sums(m: list[jax.Array]) -> jax.Array:
 
 
 def _gradient_sums(g: jax.Array) -> list[jax.Array]:
-    """Of a tile's four outputs' gradients ``[H, W, B, D]``, each ``[H, W/4, B, D]``; A."""
+    """Of a tile's four outputs' gradients ``[H, W', B, D]``, each ``[H, W'/4, B, D]``; A."""
+    g = jnp.pad(g, ((0, 0), (0, _whole_tiles(g.shape[1]) - g.shape[1]), (0, 0), (0, 0)))
     g0, g1, g2, g3 = (g[:, i::_TILE] for i in range(_TILE))
     a, b, c, d = g0 + g2, g1 + g3, g0 + 4 * g2, 2 * g1 + 8 * g3
     return [g0, a + b, a - b, c + d, c - d, g3]

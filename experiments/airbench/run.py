@@ -156,7 +156,7 @@ def train_step(
     def loss_fn(learned: Any) -> tuple[jax.Array, Any]:
         logits, updated = model.apply(
             {"params": {**learned, **fixed}, "batch_stats": state.batch_stats},
-            images.astype(recipe.dtype),
+            images,
             train=True,
             mutable=["batch_stats"],
         )
@@ -205,7 +205,7 @@ def mean_logits(state: TrainState, images: jax.Array, setting: Setting) -> jax.A
     """The weighted mean of the logits ``[B, K]`` for the six views."""
 
     def logits(view: jax.Array) -> jax.Array:
-        x = normalize(view, setting.mean, setting.std).astype(setting.recipe.dtype)
+        x = normalize(view, setting.mean, setting.std)
         return setting.model.apply(state.variables, x, train=False)
 
     return jnp.tensordot(jnp.array(VIEW_WEIGHTS), lax.map(logits, views(images)), 1)
