@@ -16,7 +16,6 @@ _KINDS = {
     "_space_to_depth": "space_to_depth",
     "Conv": "conv",
     "BatchNorm": "batch_norm",
-    "BatchNormGelu": "batch_norm",
     "relu": "relu",
     "gelu": "gelu",
     "max_pool": "pool",

@@ -80,6 +80,4 @@ def orthogonalize(matrices: list[jax.Array], dtype: Any = jnp.float32) -> list[j
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
     cut = [x[i, : m.shape[0], : m.shape[1]].astype(m.dtype) for i, m in enumerate(wide)]
-    return [
-        c if m.shape[0] <= m.shape[1] else c.T for c, m in zip(cut, matrices, strict=True)
-    ]
+    return [c if m.shape[0] <= m.shape[1] else c.T for c, m in zip(cut, matrices, strict=True)]

@@ -13,6 +13,9 @@ seconds_strict_mean   from the images on the device to the accuracy on the host:
 compile_seconds       cold, and warm: with what an earlier compilation left on the disk
 tflop                 of convolutions and the head in a run; share_of_ceiling is beside the best
                       that a product of two matrices of the same type reached
+kernels               on a GPU: where the time of one run goes
+beside                with --beside: the author's own script, run before on the same data and card,
+                      and ratio, his seconds over ours
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import datetime
 import importlib.metadata
 import json
 import os
-import statistics
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +36,7 @@ import numpy as np
 
 from airbench.recipe import RECIPES, Recipe
 from cifar_jax import cli
-from cifar_jax.dataset import ImageFiles, Split, array_digest, split_off, stratified_choice
+from cifar_jax.dataset import ImageFiles, Split, array_digest, stratified_choice
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source, load_splits
 
@@ -54,6 +59,13 @@ def main() -> None:
         "--score", choices=("test", "val"), default="test", help="val: tune here, not on the test"
     )
     parser.add_argument(
+        "--beside",
+        type=Path,
+        metavar="SCRIPT",
+        help="that project's airbench94_muon.py, to run on the same card: needs torchvision",
+    )
+    parser.add_argument("--beside-runs", type=int, default=20, metavar="N", help="how many of it")
+    parser.add_argument(
         "--smoke", action="store_true", help="narrow, on a few shapes drawn here: does it work?"
     )
     arguments = parser.parse_args()
@@ -61,38 +73,53 @@ def main() -> None:
     source = "shapes" if arguments.smoke else arguments.data
     check_source(source)
 
-    import jax
-
-    from airbench.measure import ceiling_flops, compile_run, make_setting, run_flop, summary
-
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:  # which has no fast bfloat16
-        recipe = dataclasses.replace(recipe, dtype="float32")
     train, test, name, classes = _load(source, arguments)
-    setting = make_setting(recipe, train, classes)
-    device = jax.devices()[0].device_kind
-    print(f"{name}: {len(train):,} images to train on, {len(test):,} to score; on {device}")
-    print("compiling, cold and warm ...", end=" ", flush=True)
-    run, compile_seconds = compile_run(setting, train, test)
-    print(" and ".join(f"{seconds:.1f} s" for seconds in compile_seconds.values()))
+    print(f"{name}: {len(train):,} images to train on, {len(test):,} to score")
     found: dict[str, Any] = {
-        "device": f"{device}, {os.cpu_count()} cores" if on_cpu else device,
         "date": datetime.date.today().isoformat(),
         "data": name,
         "scored_on": arguments.score,
         "n_train": len(train),
         "n_test": len(test),
         "data_digest": array_digest(train, test),
-        "recipe": dataclasses.asdict(recipe),
-        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "compile_seconds": compile_seconds,
     }
+    if arguments.beside:  # before JAX takes the card's memory
+        print(f"{arguments.beside.name}, {arguments.beside_runs} runs ...", flush=True)
+        found["beside"] = _author(arguments.beside, train, test, arguments.beside_runs)
+        print(f"  {_described(found['beside'])}", flush=True)
+
+    import jax
+
+    from airbench.measure import (
+        ceiling_flops,
+        compile_run,
+        kernels,
+        make_setting,
+        run_flop,
+        summary,
+    )
+
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:  # which has no fast half precision
+        recipe = dataclasses.replace(recipe, dtype="float32")
+    setting = make_setting(recipe, train, classes)
+    device = jax.devices()[0].device_kind
+    print(f"compiling for {device}, cold and warm ...", end=" ", flush=True)
+    run, compile_seconds = compile_run(setting, train, test)
+    print(" and ".join(f"{seconds:.1f} s" for seconds in compile_seconds.values()))
+    found.update(
+        device=f"{device}, {os.cpu_count()} cores" if on_cpu else device,
+        recipe=dataclasses.asdict(recipe),
+        versions={package: importlib.metadata.version(package) for package in _PACKAGES},
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        compile_seconds=compile_seconds,
+    )
     flop = run_flop(setting, len(train), len(test), train.image_shape)
     ceiling = ceiling_flops(recipe.dtype, 2048 if on_cpu else 8192)
     if not on_cpu:
         for _ in range(2):  # the first fills the caches, the second captures what is launched
             run(0)
+        found["kernels"] = kernels(run)
     runs: list[dict[str, Any]] = []
     for seed in range(arguments.runs):
         row = run(seed)
@@ -108,20 +135,45 @@ def main() -> None:
             tflops=rate / 1e12,
             ceiling_tflops=ceiling / 1e12,
             share_of_ceiling=rate / ceiling,
-            runs=runs,
         )
-        write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
+        if arguments.beside:
+            found["ratio"] = found["beside"]["seconds_mean"] / found["seconds_mean"]
+        write_atomically(arguments.output, json.dumps({**found, "runs": runs}, indent=1) + "\n")
         print(
             f"  seed {seed}: {row['accuracy']:.2%} in {row['seconds']:.3f} s "
             f"({row['seconds_strict']:.3f} s strictly)",
             flush=True,
         )
-    spread = f" +- {100 * found['std']:.2f}" if found["std"] is not None else ""
     print(
-        f"{100 * found['mean_accuracy']:.2f}{spread} % over {len(runs)} runs of "
-        f"{statistics.mean(r['seconds'] for r in runs):.3f} s, {found['tflops']:.4g} TFLOP/s, "
-        f"{found['share_of_ceiling']:.0%} of the ceiling; in {arguments.output}"
+        f"{_described(found)}, {found['tflops']:.4g} TFLOP/s, {found['share_of_ceiling']:.0%} of "
+        f"the ceiling; in {arguments.output}"
     )
+
+
+def _described(found: dict[str, Any]) -> str:
+    spread = f" +- {100 * found['std']:.2f}" if found["std"] is not None else ""
+    accuracy = f"{100 * found['mean_accuracy']:.2f}{spread} %"
+    return f"{accuracy} over {found['n']} runs of {found['seconds_mean']:.3f} s"
+
+
+def _author(script: Path, train: Split, test: Split, n: int) -> dict[str, Any]:
+    """What the author's script reaches, and takes by its own clock."""
+    from airbench.measure import summary
+
+    with tempfile.TemporaryDirectory() as folder:
+        data, output = Path(folder) / "data.npz", Path(folder) / "author.json"
+        np.savez(
+            data,
+            train_images=train.pixels,
+            train_labels=train.labels,
+            test_images=test.pixels,
+            test_labels=test.labels,
+        )
+        command = [sys.executable, "-m", "airbench.author", str(script.resolve()), str(data)]
+        where = Path(__file__).parent
+        subprocess.run([*command, str(n), str(output)], check=True, cwd=where)
+        found: dict[str, Any] = json.loads(output.read_text())
+    return {**found, **summary(found["runs"])}
 
 
 def _load(source: str, arguments: argparse.Namespace) -> tuple[Split, Split, str, int]:

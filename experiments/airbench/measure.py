@@ -7,7 +7,9 @@ import math
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +27,8 @@ from cifar_jax.parallel import compile_lowered
 from cifar_jax.train_step import initial_train_state
 
 Run = Callable[[int], dict[str, Any]]
+
+_KERNELS_NAMED = 30
 
 
 def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
@@ -96,7 +100,9 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         margin = float(stats.t.ppf(0.975, n - 1)) * found["std"] / math.sqrt(n)
         found["interval_95"] = [mean - margin, mean + margin]
     for name in ("seconds", "seconds_strict"):
-        values = [run[name] for run in runs]
+        values = [run[name] for run in runs if name in run]
+        if not values:
+            continue
         found[f"{name}_mean"] = statistics.mean(values)
         found[f"{name}_std"] = statistics.stdev(values) if n > 1 else None
     return found
@@ -134,3 +140,46 @@ def ceiling_flops(dtype: str, side: int) -> float:
         jax.block_until_ready(results)
         times.append((time.perf_counter() - started) / 3)
     return 2 * side**3 / min(times)
+
+
+def kernels(run: Run) -> dict[str, Any]:
+    """Where a GPU's time goes in one run: seconds by kind of kernel, and those that take most.
+
+    Convolutions are told from the rest by their operations' names, which are XLA's.
+    """
+    seconds: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run(0)
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(trace))
+    for plane in profile.planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                operation = next((str(v) for name, v in event.stats if name == "hlo_op"), "")
+                name = operation if operation.startswith("cudnn-conv") else event.name
+                seconds[name] += event.duration_ns / 1e9
+                times[name] += 1
+    kinds: Counter[str] = Counter()
+    for name, value in seconds.items():
+        kinds[_kind(name)] += value
+    return {
+        "seconds_by_kind": dict(kinds.most_common()),
+        "longest": [
+            {"name": name[:120], "times": times[name], "seconds": value}
+            for name, value in seconds.most_common(_KERNELS_NAMED)
+        ],
+    }
+
+
+def _kind(name: str) -> str:
+    for start, kind in (
+        ("cudnn-conv-bw-input", "convolutions: gradient of the input"),
+        ("cudnn-conv-bw-filter", "convolutions: gradient of the kernel"),
+        ("cudnn-conv", "convolutions: forward"),
+        ("gemm", "products of matrices"),
+    ):
+        if name.startswith(start):
+            return kind
+    return "all else"

@@ -126,7 +126,7 @@ def draw_batches(
 
 def show(padded: jax.Array, batch: Batch, crop: int) -> jax.Array:
     """The images of ``batch``, uint8 ``[B, H, W, C]``, out of the padded ones."""
-    n, height, width, channels = padded.shape
+    _, height, width, channels = padded.shape
     size = (1, height - 2 * crop, width - 2 * crop, channels)
 
     def one(index: jax.Array, corner: jax.Array) -> jax.Array:

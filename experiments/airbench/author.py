@@ -1,0 +1,61 @@
+"""The author's own script on the same data: ``python -m airbench.author SCRIPT DATA N OUTPUT``.
+
+For ``airbench94_muon.py`` of https://github.com/KellerJordan/cifar10-airbench (commit f1c599c),
+which needs torch and torchvision. Its network is compiled and warmed up as its own main does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main() -> None:
+    script, data, n, output = sys.argv[1:]
+    import torch
+
+    found: dict[str, Any] = {"torch": torch.__version__, "runs": []}
+    arrays = np.load(data)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "cifar10").mkdir()
+        for split in ("train", "test"):
+            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+            # Its whitening is by the first 5,000, which are to be of all classes.
+            order = np.random.default_rng(0).permutation(len(labels))
+            tensors = {
+                "images": torch.tensor(images[order]),
+                "labels": torch.tensor(labels[order]).long(),
+                "classes": [],
+            }
+            torch.save(tensors, Path(folder) / "cifar10" / f"{split}.pt")
+        os.chdir(folder)
+        sys.argv = [script]  # which it reads itself from
+        spec = importlib.util.spec_from_file_location("author", script)
+        assert spec is not None
+        assert spec.loader is not None
+        author = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(author)
+
+        last: dict[str, Any] = {}
+        author.print_training_details = lambda variables, is_final_entry: last.update(variables)
+        model = author.CifarNet().cuda().to(memory_format=torch.channels_last)
+        model.compile(mode="max-autotune")
+        started = time.perf_counter()
+        author.main("warmup", model)
+        found["warmup_seconds"] = time.perf_counter() - started
+        for run in range(int(n)):
+            accuracy = author.main(run, model)
+            found["runs"].append({"accuracy": accuracy, "seconds": last["time_seconds"]})
+            Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
