@@ -45,7 +45,7 @@ class Recipe:
     decay: float = 0.004
     label_smoothing: float = 0.2
     crop: int = 2
-    dtype: str = "bfloat16"
+    dtype: str = "float16"
 
 
 # By the accuracy, in percent on the original images, that each is for.
