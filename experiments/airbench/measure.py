@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from scipy import stats
+from tqdm import tqdm
 
 from airbench.recipe import Recipe, make_optimizer
 from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
@@ -50,6 +51,12 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
         lambda seed: initial_train_state(setting.model, setting.tx, train.image_shape, seed)
     )
     state = begin(0)
+
+    def compile_for(setting: Setting) -> jax.stages.Compiled:
+        program = jax.jit(functools.partial(train_and_score, setting=setting))
+        lowered = program.lower(state, jax.random.key(0), *on_device)
+        return compile_lowered(lowered, jax.default_backend())
+
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         before = jax.config.jax_compilation_cache_dir
@@ -58,17 +65,20 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
             for name in ("cold", "warm"):
                 compilation_cache.reset_cache()  # it is opened once, and then goes on where it was
                 started = time.perf_counter()
-                program = jax.jit(functools.partial(train_and_score, setting=setting))
-                lowered = program.lower(state, jax.random.key(0), *on_device)
-                compiled = compile_lowered(lowered, jax.default_backend())
+                compiled = compile_for(setting)
                 seconds[name] = time.perf_counter() - started
                 jax.clear_caches()
         finally:
             jax.config.update("jax_compilation_cache_dir", before)
             compilation_cache.reset_cache()
     begin = begin.lower(0).compile()
+    steps = setting.recipe.epochs * (len(train) // setting.recipe.batch_size)
+    bar = tqdm(total=steps, unit="steps", leave=False, disable=None)
+    if jax.default_backend() == "cpu":  # where a run takes minutes
+        compiled = compile_for(setting._replace(on_step=bar.update))
 
     def run(seed: int) -> dict[str, Any]:
+        bar.reset()
         key = jax.block_until_ready(jax.random.key(seed))
         started = time.perf_counter()
         state = jax.block_until_ready(begin(seed))

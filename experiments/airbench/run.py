@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,13 +26,19 @@ class Examples(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a run is made of, and does not change as it goes; ``mean`` and ``std`` in 0..1."""
+    """What a run is made of, and does not change as it goes.
+
+    Attributes:
+        mean, std: of each channel, in units of 0..1.
+        on_step: called on the host after each step, where that may cost something.
+    """
 
     recipe: Recipe
     model: nn.Module
     tx: optax.GradientTransformation
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    on_step: Callable[[], None] | None = None
 
 
 class Batch(NamedTuple):
@@ -171,7 +178,9 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    return next_state, loss / len(labels[batch.index])
+    if setting.on_step:
+        jax.debug.callback(setting.on_step)
+    return next_state, loss / recipe.batch_size
 
 
 def score(state: TrainState, test: Examples, *, setting: Setting) -> jax.Array:
