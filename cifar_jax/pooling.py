@@ -46,12 +46,19 @@ def _max_pool_even(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.maximum, _corners(x))
 
 
-def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pool_and_winner(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     pooled = _max_pool_even(x)
     first, second, third, _ = (corner == pooled for corner in _corners(x))
     winner = jnp.where(first, 0, jnp.where(second, 1, jnp.where(third, 2, 3)))
-    # One byte is all that the backward pass needs. Together: a GPU would read x again for it later.
-    return lax.optimization_barrier((pooled, winner.astype(jnp.int8)))
+    return pooled, winner.astype(jnp.int8)  # one byte is all that the backward pass needs
+
+
+def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def together(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return lax.optimization_barrier(_pool_and_winner(x))
+
+    # A GPU's program would read x once for the maximum and once more for the winner.
+    return lax.platform_dependent(x, cpu=_pool_and_winner, default=together)
 
 
 def _backward(winner: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:

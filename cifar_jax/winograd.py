@@ -21,7 +21,9 @@ _Carried = tuple[jax.Array, None]
 Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
 
 _TILE = 4  # pixels of a row that are computed together
-_MIN_CHANNELS = 32  # with fewer, the sums cost what the products save
+# With fewer channels the sums cost what the products save; with part of a tile in vain, they need
+# more.
+_MIN_CHANNELS, _MIN_CHANNELS_IN_VAIN = 32, 64
 _IMAGES_AT_ONCE = 64
 
 # Of the taps of a filter: the six factors of each product, G in the paper.
@@ -39,15 +41,16 @@ _FACTORS = np.array(
 
 
 def pays(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether this form can be had, and is faster: enough channels, float32, rows to be tiled.
+    """Whether this form can be had, and is faster: enough channels, float32, rows of a tile or so.
 
     In an exported program the number of images is open, and so is how many to take at a time.
     """
     batch, _, width, _ = x.shape
+    whole = width % _TILE == 0
     return (
-        min(kernel.shape[2:]) >= _MIN_CHANNELS
+        min(kernel.shape[2:]) >= (_MIN_CHANNELS if whole else _MIN_CHANNELS_IN_VAIN)
         and x.dtype == kernel.dtype == jnp.float32
-        and width >= _TILE - 1  # what fills up the last tile of a row is computed in vain
+        and width >= _TILE - 1
         and isinstance(batch, int)
     )
 
