@@ -178,6 +178,8 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
         print(f"assumed: {_describe(_default_classes(num_classes))}; if not, give --classes")
     if config.model == "resnet9":
         print("assumed: logits are 0.125 times what the classifier gives, as resnet9's here are")
+    if config.model == "airbench":
+        print("assumed: logits are what the head gives over its inputs' number, as airbench's are")
     if config.dropout:
         print(f"assumed: dropout of {config.dropout}, which matters in training alone")
     return TrainedNetwork(

@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Of airbench's first convolution, which whitens: its name, the side of its kernel, and how many
+# images give it.
+WHITENING, WHITENING_SIDE, WHITENING_IMAGES = "Whitening", 2, 5000
+
 Shape = tuple[int, ...]
 Initializer = Callable[..., jax.Array]
 
@@ -46,6 +50,16 @@ def unit_deviation(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> ja
     """A kernel ``[F, K]``, uniform, with a standard deviation of 1."""
     kernel = uniform(shape[0])(key, shape, dtype)
     return kernel / kernel.std(ddof=1)
+
+
+def whiten(params: Any, images: jax.Array) -> Any:
+    """``params`` of airbench, whose first convolution whitens ``images``.
+
+    Args:
+        images: normalised, float32 ``[B, H, W, C]``.
+    """
+    kernel = whitening_kernel(images, WHITENING_SIDE)
+    return {**params, WHITENING: {**params[WHITENING], "kernel": kernel}}
 
 
 def whitening_kernel(images: jax.Array, side: int) -> jax.Array:

@@ -11,6 +11,8 @@ import jax
 
 from cifar_jax.train_step import Variables
 
+ACTIVATIONS = ("relu", "gelu")
+
 # The layers of models.py, by the names of their classes and functions.
 _KINDS = {
     "_space_to_depth": "space_to_depth",

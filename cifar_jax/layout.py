@@ -24,8 +24,6 @@ Array = NDArray[Any]
 Variables = dict[str, Any]  # {"params": {layer: {leaf: array}}, "batch_stats": the same}
 StateDict = Mapping[str, Array]
 
-_BATCH_NORM_MOMENTUM = 0.9
-
 # Flax's name of a leaf -> its collection, and PyTorch's name.
 _LEAVES = {
     "kernel": ("params", "weight"),
@@ -44,10 +42,12 @@ class TorchLayout:
         names: Flax's name of each layer with parameters -> PyTorch's, in the order of the network;
             ``{"Conv_0": "network.0", ...}``.
         flattened: the Dense layer that follows a flatten, and the ``(H, W, C)`` that is flattened.
+        scaled_norms: whether batch norms have a scale; where not, PyTorch keeps one of ones.
     """
 
     names: dict[str, str]
     flattened: tuple[str, tuple[int, int, int]] | None
+    scaled_norms: bool = True
 
 
 def nhwc_to_nchw(x: Array) -> Array:
@@ -97,6 +97,10 @@ def to_torch(variables: Variables, layout: TorchLayout) -> dict[str, Array]:
                 if leaf == "kernel":
                     array = _kernel_to_torch(layer, array, layout)
                 state_dict[f"{torch_name}.{torch_leaf}"] = array
+        if layer.startswith("BatchNorm") and not layout.scaled_norms:
+            # Ones, of which there may be more than memory holds.
+            ones = np.broadcast_to(np.float32(1), state_dict[f"{torch_name}.bias"].shape)
+            state_dict[f"{torch_name}.weight"] = ones
         if f"{torch_name}.running_mean" in state_dict:
             # A count that PyTorch keeps, demands, and with a fixed momentum never uses.
             state_dict[f"{torch_name}.num_batches_tracked"] = np.zeros((), np.int64)
@@ -106,16 +110,21 @@ def to_torch(variables: Variables, layout: TorchLayout) -> dict[str, Array]:
 def from_torch(state_dict: StateDict, layout: TorchLayout) -> Variables:
     """The inverse of :func:`to_torch`; also for gradients, which are laid out as parameters are.
 
+    A scale of a batch norm that our network has none of is left out, whatever it is.
+
     Raises:
         KeyError: ``state_dict`` has none of the tensors of some layer.
     """
+    unwanted = {True: "kernel", False: "scale"}  # both are PyTorch's weight
     variables: Variables = {"params": {}, "batch_stats": {}}
     for layer, torch_name in layout.names.items():
         has_statistics = layer.startswith("BatchNorm")
         found = False
         for leaf, (collection, torch_leaf) in _LEAVES.items():
             tensor = state_dict.get(f"{torch_name}.{torch_leaf}")
-            if tensor is None or leaf == ("kernel" if has_statistics else "scale"):
+            if tensor is None or leaf == unwanted[has_statistics]:
+                continue
+            if leaf == "scale" and not layout.scaled_norms:
                 continue
             array = np.asarray(tensor)
             if leaf == "kernel":
@@ -145,18 +154,21 @@ def _flattened_before(layer: str, layout: TorchLayout) -> tuple[int, int, int] |
     return None
 
 
-def torch_running_variance(variance: Array, *, start: Array, n: int, steps: int) -> Array:
+def torch_running_variance(
+    variance: Array, *, momentum: float, start: Array, n: int, steps: int
+) -> Array:
     """PyTorch's running variance where Flax has ``variance``, after the same training.
 
     Both average over the past with the same momentum; what Flax averages are the variances of
     batches, and PyTorch the same times n / (n - 1).
 
     Args:
+        momentum: as Flax counts it, of the old statistics.
         start: the running variance before the first step, of which no factor is due.
         n: values of which a batch's variance is taken, B * H * W; the same at every step.
         steps: training steps since ``start``.
     """
-    kept = start * _BATCH_NORM_MOMENTUM**steps
+    kept = start * momentum**steps
     return kept + (variance - kept) * (n / (n - 1))
 
 

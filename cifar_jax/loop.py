@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cifar_jax import __version__, checkpoint
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
-from cifar_jax.dataset import Dataset
+from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.distributed import (
     agreed_signal,
     check_agreement,
@@ -36,6 +36,7 @@ from cifar_jax.distributed import (
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.events import event_log
 from cifar_jax.files import write_atomically
+from cifar_jax.initializers import WHITENING_IMAGES, whiten
 from cifar_jax.metrics import (
     TABLE_HEADER,
     EpochRow,
@@ -44,7 +45,7 @@ from cifar_jax.metrics import (
     epochs_without_progress,
     table_row,
 )
-from cifar_jax.models import create_model
+from cifar_jax.models import Airbench, create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
     AXIS_NAME,
@@ -55,7 +56,14 @@ from cifar_jax.parallel import (
 )
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import StopSignals, signals_held
-from cifar_jax.train_step import Batch, Sums, TrainState, create_train_state, train_step
+from cifar_jax.train_step import (
+    Batch,
+    Sums,
+    TrainState,
+    create_train_state,
+    normalize,
+    train_step,
+)
 
 # Steps that may be under way before the host waits for the oldest: enough to keep a device busy.
 _STEPS_IN_FLIGHT = 2
@@ -133,6 +141,8 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     # On the host: the compiled steps place it on the devices, and a checkpoint restores to it.
     with signals_held():
         state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
+        if isinstance(model, Airbench):
+            state = jax.device_get(_whitened(state, dataset, _decoder(config)))
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(
         f"model: {config.model}, {n_params:,} parameters, on {len(devices)} "
@@ -190,14 +200,11 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
 
 def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
     """The data, decoded as ``config.input`` wants it."""
+    cache_mb = config.cache_mb
     if config.input == "device":
-        from cifar_jax.device_input import check_fits, decode, room_mb
+        from cifar_jax.device_input import check_fits, room_mb
 
         cache_mb = room_mb(devices)
-    else:
-        from cifar_jax.input_pipeline import decode
-
-        cache_mb = config.cache_mb
     dataset = load_dataset(
         config.data,
         data_dir=config.data_dir,
@@ -205,12 +212,36 @@ def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
         val_fraction=config.val_fraction,
         max_train_examples=config.max_train_examples,
         cache_mb=cache_mb,
-        decode=decode,
+        decode=_decoder(config),
         seed=config.seed,
     )
     if config.input == "device":
         check_fits(dataset, cache_mb)
     return dataset
+
+
+def _decoder(config: TrainConfig) -> Callable[[Split], Split]:
+    """From files to pixels, as ``config.input`` has them."""
+    if config.input == "device":
+        from cifar_jax.device_input import decode
+    else:
+        from cifar_jax.input_pipeline import decode
+    return decode
+
+
+def _whitened(state: TrainState, dataset: Dataset, decode: Callable[[Split], Split]) -> TrainState:
+    """``state`` of airbench, whose first convolution whitens the training images."""
+    train = dataset.train
+    # Evenly from all, which may be sorted by class.
+    some = train.take(np.arange(0, len(train), max(len(train) // WHITENING_IMAGES, 1)))
+    if isinstance(some.images, ImageFiles):
+        some = decode(some)
+
+    @jax.jit
+    def params_for(params: Any, pixels: jax.Array) -> Any:
+        return whiten(params, normalize(pixels, dataset.mean, dataset.std))
+
+    return state.replace(params=params_for(state.params, some.pixels))
 
 
 def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progress) -> None:

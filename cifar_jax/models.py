@@ -5,24 +5,29 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 from jax import lax
 
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import ALWAYS_NORMALISED, TrainConfig
 from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.initializers import partly_identity, uniform, unit_deviation
+from cifar_jax.initializers import (
+    WHITENING,
+    WHITENING_SIDE,
+    partly_identity,
+    uniform,
+    unit_deviation,
+)
 from cifar_jax.layout import TorchLayout
 from cifar_jax.pooling import max_pool
 
 Layer = Callable[[jax.Array], jax.Array]
 
-# Of airbench: the name of its first convolution, and the side of its kernel.
-WHITENING, WHITENING_SIDE = "Whitening", 2
+BATCH_NORM_MOMENTUM = 0.9  # PyTorch's default, which it calls 0.1
 
 
 def conv_block(
@@ -91,6 +96,8 @@ class ConvNet(nn.Module):
         axis_name: the pmap axis over which batch norm takes its statistics.
         dtype: of activations, where it is not that of the parameters; logits are of theirs.
     """
+
+    batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
 
     num_classes: int
     widths: Sequence[int]
@@ -170,6 +177,8 @@ class ResNet9(nn.Module):
         dropout, axis_name, dtype: as in :class:`ConvNet`.
     """
 
+    batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
+
     num_classes: int
     widths: Sequence[int] = (64, 128, 256, 512)
     dropout: float = 0.0
@@ -224,13 +233,15 @@ class Airbench(nn.Module):
     """The network of the record for 94 % (https://github.com/KellerJordan/cifar10-airbench).
 
     Its first convolution whitens the images and is not trained: a run sets it from its own
-    (:func:`cifar_jax.initializers.whitening_kernel`). Two convolutions at each of its widths, the
-    first of them pooled; no residual.
+    (:func:`cifar_jax.initializers.whiten`). Two convolutions at each of its widths, the first of
+    them pooled; no residual.
 
     Attributes:
         widths: channels of its stages.
         axis_name, dtype: as in :class:`ConvNet`.
     """
+
+    batch_norm_momentum: ClassVar[float] = 0.6  # of some 200 steps, the last few
 
     num_classes: int
     widths: Sequence[int] = (64, 256, 256)
@@ -246,7 +257,7 @@ class Airbench(nn.Module):
             return nn.BatchNorm(
                 use_running_average=not train,
                 use_scale=False,
-                momentum=0.6,  # of some 200 steps, the last few
+                momentum=self.batch_norm_momentum,
                 epsilon=1e-12,
                 axis_name=self.axis_name,
                 dtype=self.dtype,
@@ -292,7 +303,7 @@ class Airbench(nn.Module):
             for j in (0, 1):
                 names[f"Conv_{2 * i + j}"] = f"layers.{i + 1}.conv{j + 1}"
                 names[f"BatchNorm_{2 * i + j}"] = f"layers.{i + 1}.norm{j + 1}"
-        return TorchLayout({**names, "Dense_0": "head"}, None)
+        return TorchLayout({**names, "Dense_0": "head"}, None, scaled_norms=False)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -313,7 +324,7 @@ def _batch_norm(train: bool, axis_name: str | None, dtype: Any) -> Callable[[], 
     return functools.partial(
         nn.BatchNorm,
         use_running_average=not train,
-        momentum=0.9,  # PyTorch's default, which it calls 0.1
+        momentum=BATCH_NORM_MOMENTUM,
         epsilon=1e-5,
         use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits to cancellation
         axis_name=axis_name,
@@ -321,7 +332,9 @@ def _batch_norm(train: bool, axis_name: str | None, dtype: Any) -> Callable[[], 
     )
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+Model = ConvNet | ResNet9 | Airbench
+
+MODELS: dict[str, Callable[..., Model]] = {
     "linear": functools.partial(ConvNet, widths=(), hidden=()),
     "mlp": functools.partial(ConvNet, widths=(), hidden=(512, 256)),
     "cnn": functools.partial(ConvNet, widths=(16, 32, 64), hidden=(512, 256)),
@@ -336,17 +349,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 def create_model(
     config: TrainConfig, num_classes: int, axis_name: str | None, dtype: Any = None
-) -> nn.Module:
+) -> Model:
     """The network that ``config`` names, with its options; ``dtype`` is that of activations.
 
     ``config.dtype`` is of training alone: scores and predictions are made in float32.
     """
-    options: dict[str, Any] = {
-        "dropout": config.dropout,
-        "axis_name": axis_name,
-        "dtype": dtype,
-    }
-    if config.model != "resnet9":  # which always normalises
+    options: dict[str, Any] = {"axis_name": axis_name, "dtype": dtype}
+    if config.model != "airbench":
+        options["dropout"] = config.dropout
+    if config.model not in ALWAYS_NORMALISED:
         options["batch_norm"] = config.batch_norm
         options["patch_size"] = config.patch_size
     if config.widths:

@@ -41,7 +41,7 @@ def muon(
         sums = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, grads)
         directions = jax.tree.map(lambda m, g: _to_matrix(g + momentum * m), sums, grads)
         leaves, structure = jax.tree.flatten(directions)
-        directions = structure.unflatten(orthogonalize(leaves, dtype))
+        directions = jax.tree.unflatten(structure, orthogonalize(leaves, dtype))
         rate = schedule(state.step)
 
         def change(kernel: jax.Array, direction: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import optax
 from numpy.typing import NDArray
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.initializers import WHITENING
 from cifar_jax.muon import muon
 
 
@@ -69,10 +70,15 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
 
 
 def is_convolution(params: Any) -> Any:
-    """A tree of booleans: which leaves are kernels of convolutions."""
-    return jax.tree.map(lambda leaf: leaf.ndim == 4, params)
+    """A tree of booleans: which leaves are kernels of convolutions, to be trained."""
+    kernels = is_kernel(params)
+    return jax.tree.map(lambda leaf, kernel: kernel and leaf.ndim == 4, params, kernels)
 
 
 def is_kernel(params: Any) -> Any:
-    """A tree of booleans: which leaves are kernels, and not biases or batch-norm parameters."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    """A tree of booleans: which leaves are kernels, to be trained; not airbench's first."""
+
+    def is_one(path: Any, leaf: Any) -> bool:
+        return path[-1].key == "kernel" and path[0].key != WHITENING
+
+    return jax.tree_util.tree_map_with_path(is_one, params)

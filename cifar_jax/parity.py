@@ -21,12 +21,10 @@ from numpy.typing import NDArray
 from cifar_jax import layout, torch_reference
 from cifar_jax.config import TrainConfig
 from cifar_jax.layout import Array, Variables
-from cifar_jax.models import ConvNet, ResNet9
+from cifar_jax.models import Model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import compile_step, shard, to_floats
 from cifar_jax.train_step import TrainState, normalize, train_step
-
-Model = ConvNet | ResNet9
 
 
 def relative_difference(ours: Array, theirs: Array) -> float:
@@ -225,6 +223,7 @@ def _statistics_difference(
     for layer, ours in batch_stats.items():
         variance = layout.torch_running_variance(
             ours["var"],
+            momentum=pair.model.batch_norm_momentum,
             start=pair.variables["batch_stats"][layer]["var"],
             n=outputs[pair.layout.names[layer]][:, 0].size,
             steps=steps,

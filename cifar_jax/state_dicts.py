@@ -18,6 +18,7 @@ import safetensors.numpy
 from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.initializers import WHITENING_SIDE
 from cifar_jax.layout import (
     Array,
     StateDict,
@@ -27,7 +28,7 @@ from cifar_jax.layout import (
     from_torch,
     to_torch,
 )
-from cifar_jax.models import create_model
+from cifar_jax.models import Airbench, create_model
 
 Shape = tuple[int, ...]
 
@@ -150,12 +151,13 @@ def identify(
 
     config, image_shape, num_classes = min(candidates, key=distance)
     halvings = _halvings(config)
-    if image_shape[0] < 2**halvings:
+    smallest = 2**halvings + (WHITENING_SIDE - 1 if config.model == "airbench" else 0)
+    if image_shape[0] < smallest:
         raise CifarJaxError(
             ExitCode.USAGE,
             f"--image-size {image_shape[0]} is too small for {config.model}, which halves the "
             f"image {halvings} times",
-            fix=f"give {2**halvings} or more",
+            fix=f"give {smallest} or more",
         )
     return config, image_shape, num_classes
 
@@ -198,7 +200,21 @@ def variables_of(
             "name the network with --model if it is another one; one that is not of the zoo "
             "cannot be converted",
         )
+    if not layout.scaled_norms:
+        _check_unscaled(state_dict, layout, config, source)
     return from_torch(fold_bias_into_batch_norm(state_dict, layout), layout)
+
+
+def _check_unscaled(
+    state_dict: StateDict, layout: TorchLayout, config: TrainConfig, source: Path
+) -> None:
+    for layer, torch_name in layout.names.items():
+        name = f"{torch_name}.weight"
+        if layer.startswith("BatchNorm") and (state_dict[name] != 1).any():
+            raise _refuse(
+                f"{name} in {source} is not all ones, and {config.model}'s norms have no scale",
+                "train with that weight fixed, as the network's author does",
+            )
 
 
 def _candidates(
@@ -214,8 +230,12 @@ def _candidates(
     hidden: Shape = ()
     if own.widths:
         widths = tuple(shape[0] for shape in kernels)
+    kernel = kernels[0] if kernels else None
     if name == "resnet9":  # conv1 to conv4 come first, then the residual blocks
         widths = widths[:4] if len(widths) >= 4 else ()
+    elif name == "airbench":  # two of each width, then the first of all, called whiten
+        widths = widths[:-1:2]
+        kernel = kernels[-1] if kernels else None
     elif name != "linear":
         hidden = tuple(shape[0] for shape in weights[:-1])
     choices = itertools.product((1, _USUAL_PATCH), (False, True), (0.0, _USUAL_DROPOUT))
@@ -231,7 +251,6 @@ def _candidates(
             )
         except CifarJaxError:
             continue  # an option that this model does not have
-        kernel = kernels[0] if kernels else None
         weight = weights[0] if weights else None
         yield config, _image_shape(config, kernel, weight, image_size), num_classes
 
@@ -259,7 +278,7 @@ def _image_shape(
 
 def takes_one_size(config: TrainConfig) -> bool:
     """Whether the network flattens, so that its tensors tell the size of the images."""
-    return config.model not in ("cnn-gap", "resnet9")
+    return config.model not in ("cnn-gap", "resnet9", "airbench")
 
 
 def _halvings(config: TrainConfig) -> int:
@@ -267,6 +286,8 @@ def _halvings(config: TrainConfig) -> int:
     if config.model == "resnet9":
         return 3
     model = create_model(config, 1, None)
+    if isinstance(model, Airbench):
+        return len(model.widths)
     return len(model.widths) // model.convs_per_pool + math.ceil(math.log2(config.patch_size))
 
 

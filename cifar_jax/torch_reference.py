@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -30,7 +31,8 @@ from torch.nn import functional as F
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.models import ConvNet, ResNet9
+from cifar_jax.initializers import WHITENING_SIDE
+from cifar_jax.models import Airbench, Model, ResNet9
 
 StateDict = dict[str, NDArray[Any]]
 
@@ -88,13 +90,55 @@ class ResidualNetwork(nn.Module):
         return 0.125 * self.classifier(out)
 
 
-def make_twin(model: ConvNet | ResNet9, image_shape: ImageShape) -> nn.Module:
+class UnscaledBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose scale stays 1."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, eps=1e-12, momentum=1 - Airbench.batch_norm_momentum)
+        self.weight.requires_grad_(False)
+
+
+class AirbenchGroup(nn.Module):
+    """Two convolutions of ``Airbench``, the first of them pooled."""
+
+    def __init__(self, in_channels: int, features: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, features, 3, padding=1, bias=False)
+        self.norm1 = UnscaledBatchNorm(features)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
+        self.norm2 = UnscaledBatchNorm(features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)), approximate="tanh")
+        return F.gelu(self.norm2(self.conv2(x)), approximate="tanh")
+
+
+class AirbenchNetwork(nn.Module):
+    """``Airbench``, under its author's names."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        whitened = 2 * channels * WHITENING_SIDE**2
+        self.whiten = nn.Conv2d(channels, whitened, WHITENING_SIDE)
+        self.whiten.weight.requires_grad_(False)
+        groups = itertools.starmap(AirbenchGroup, itertools.pairwise((whitened, *widths)))
+        self.layers = nn.Sequential(nn.GELU(approximate="tanh"), *groups)
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.layers(self.whiten(x)).amax((2, 3))
+        return self.head(features) / features.shape[1]
+
+
+def make_twin(model: Model, image_shape: ImageShape) -> nn.Module:
     """The network of ``model`` in PyTorch, with PyTorch's own initial weights.
 
     Args:
         image_shape: ``(H, W, C)``.
     """
     height, width, channels = image_shape
+    if isinstance(model, Airbench):
+        return AirbenchNetwork(channels, tuple(model.widths), model.num_classes)
     if isinstance(model, ResNet9):
         return ResidualNetwork(channels, tuple(model.widths), model.num_classes, model.dropout)
     layers: list[nn.Module] = []
@@ -122,7 +166,7 @@ def make_twin(model: ConvNet | ResNet9, image_shape: ImageShape) -> nn.Module:
     return Network(*layers)
 
 
-def initial_state_dict(model: ConvNet | ResNet9, image_shape: ImageShape, seed: int) -> StateDict:
+def initial_state_dict(model: Model, image_shape: ImageShape, seed: int) -> StateDict:
     """The weights that PyTorch itself would begin with."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -173,7 +217,11 @@ def loss_and_gradients(
     twin = copy.deepcopy(twin).train()
     loss = F.cross_entropy(twin(torch.tensor(images)), torch.tensor(labels).long())
     loss.backward()
-    return loss.item(), {name: p.grad.numpy() for name, p in twin.named_parameters()}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad  # of what is not trained
+        for name, p in twin.named_parameters()
+    }
+    return loss.item(), {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
 def make_optimizer(

@@ -50,6 +50,9 @@ def parse(*argv: str) -> TrainConfig:
         (["--patch-size", "2", "--model", "resnet9"], "--patch-size with --model resnet9", "drop"),
         (["--model", "mlp", "--widths", "8"], "--widths with --model mlp", "drop --widths"),
         (["--model", "linear", "--dropout", "0.5"], "--dropout with --model linear", "mlp"),
+        (["--model", "airbench", "--dropout", "0.5"], "--dropout with --model airbench", "resnet9"),
+        (["--model", "airbench", "--hidden", "8"], "--hidden with --model airbench", "drop"),
+        (["--model", "airbench", "--patch-size", "2"], "--patch-size with --model air", "drop"),
         (["--model", "resnet9", "--widths", "8,8"], "2 numbers for resnet9", "64,128,256,512"),
     ],
 )

@@ -53,6 +53,8 @@ ZOO = {
     "patches-flat": TrainConfig(model="cnn", widths=(4,), hidden=(7,), patch_size=2),
     "cnn-gap-hidden": TrainConfig(model="cnn-gap", widths=(4,), hidden=(6,), dropout=0.5),
     "resnet9": TrainConfig(model="resnet9", widths=(2, 3, 4, 5)),
+    "airbench": TrainConfig(model="airbench", widths=(3, 5, 4)),
+    "airbench-two": TrainConfig(model="airbench", widths=(3, 5)),
 }
 
 

@@ -28,6 +28,7 @@ NARROW = {
     "cnn-wide": TrainConfig(model="cnn-wide", widths=(4, 4, 4, 4, 4, 4), hidden=(4,)),
     "cnn-gap": TrainConfig(model="cnn-gap", widths=(4, 4, 4)),
     "resnet9": TrainConfig(model="resnet9", widths=(4, 4, 4, 4)),
+    "airbench": TrainConfig(model="airbench", widths=(4, 4)),
     "patches": TrainConfig(model="cnn-gap", patch_size=2, widths=(4, 4)),
 }
 

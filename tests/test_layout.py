@@ -53,6 +53,9 @@ CASES: dict[str, tuple[TrainConfig, tuple[int, int, int]]] = {
         TrainConfig(model="resnet9", widths=(4, 6, 8, 8), dropout=0.5),
         (16, 24, 1),
     ),
+    # Once odd and once even where a pool comes.
+    "airbench": (TrainConfig(model="airbench", widths=(4, 6)), (12, 10, 3)),
+    "airbench greyscale": (TrainConfig(model="airbench", widths=(6, 4)), (11, 14, 1)),
 }
 
 
@@ -197,7 +200,9 @@ def test_running_variance_is_that_of_pytorchs_batch_norm() -> None:
         batch = rng.normal(1, 2, (2, 5, 3, 4))
         norm(torch.from_numpy(batch))
         flax = 0.9 * flax + 0.1 * batch.var(axis=(0, 2, 3))
-        ours = layout.torch_running_variance(flax, start=start, n=2 * 3 * 4, steps=steps)
+        ours = layout.torch_running_variance(
+            flax, momentum=0.9, start=start, n=2 * 3 * 4, steps=steps
+        )
         np.testing.assert_allclose(ours, norm.running_var, rtol=1e-14)
         assert not np.allclose(flax, norm.running_var, rtol=1e-3)  # the factor is seen
 

@@ -42,6 +42,13 @@ COUNTS = {
     + (3 * 3 * 256 * 512 + 2 * 512)
     + 2 * (3 * 3 * 512 * 512 + 2 * 512)
     + 512 * 10,
+    # As its author's has it.
+    "airbench": (2 * 2 * 3 * 24 + 24)
+    + (3 * 3 * 24 * 64 + 64)
+    + (3 * 3 * 64 * 64 + 64)
+    + (3 * 3 * 64 * 256 + 256)
+    + 3 * (3 * 3 * 256 * 256 + 256)
+    + 256 * 10,
 }
 
 
@@ -128,7 +135,7 @@ def test_another_image_size_is_explained(name: typing.Any) -> None:
         jax.eval_shape(model.apply, variables, images)
 
 
-@pytest.mark.parametrize("name", ["cnn-gap", "resnet9"])
+@pytest.mark.parametrize("name", ["cnn-gap", "resnet9", "airbench"])
 def test_some_networks_take_any_image_size(name: typing.Any) -> None:
     variables = shapes_of(TrainConfig(model=name), (16, 16, 3))
     model = create_model(TrainConfig(model=name), 10, None)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,11 +83,43 @@ def test_momentum_and_nesterov() -> None:
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (16, 16)])
 def test_muons_direction_has_singular_values_of_about_one(shape: tuple[int, int]) -> None:
     matrix = np.random.default_rng(0).normal(size=shape)
-    turned = np.asarray(orthogonalize(jnp.asarray(matrix, jnp.float32)))
+    (turned,) = np.asarray(orthogonalize([jnp.asarray(matrix, jnp.float32)]))
     u, before, v = np.linalg.svd(matrix, full_matrices=False)
     after = np.diag(u.T @ turned @ v.T)
     np.testing.assert_allclose(u @ np.diag(after) @ v, turned, atol=1e-4)  # the same vectors
     assert 0.6 < after[before > 0.2 * before[0]].min() < after.max() < 1.3
+
+
+def test_matrices_made_orthogonal_together_are_those_made_so_alone() -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(8, 27), (12, 12), (40, 12)]
+    matrices = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    for matrix, together in zip(matrices, orthogonalize(matrices), strict=True):
+        (alone,) = orthogonalize([matrix])
+        assert together.shape == matrix.shape
+        np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_half_precision_makes_nearly_the_same_direction() -> None:
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(16, 72)), jnp.float32)
+    (exact,), (rounded,) = orthogonalize([matrix]), orthogonalize([matrix], jnp.bfloat16)
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_allclose(rounded, exact, atol=0.02)
+    assert not np.array_equal(rounded, exact)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+def test_airbenchs_whitening_is_left_as_it_is(optimizer: Any) -> None:
+    """Its gradient is 0; decay, and Muon's hold on norms, would change it all the same."""
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 24)), jnp.float32)
+    params = {"Whitening": {"kernel": kernel}, "Conv_0": {"kernel": jnp.ones((3, 3, 24, 4))}}
+    grads = {**jax.tree.map(jnp.ones_like, params), "Whitening": {"kernel": 0 * kernel}}
+    decay = 0.0 if optimizer == "muon" else 0.1
+    config = TrainConfig(model="airbench", optimizer=optimizer, weight_decay=decay)
+    tx = make_optimizer(config, make_schedule(config, 10))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates["Whitening"]["kernel"], 0)
+    assert (np.asarray(updates["Conv_0"]["kernel"]) != 0).all()
 
 
 def test_muon_is_for_kernels_of_convolutions_whose_norms_it_holds() -> None:
@@ -108,7 +142,8 @@ def test_muon_is_for_kernels_of_convolutions_whose_norms_it_holds() -> None:
         gradient = np.asarray(grads["Conv_0"]["kernel"]).reshape(36, 8)
         running = 0.6 * running + gradient
         kernel = kernel * np.sqrt(8) / np.linalg.norm(kernel)
-        expected = kernel - 0.2 * np.asarray(orthogonalize(gradient + 0.6 * running))
+        (direction,) = orthogonalize([jnp.asarray(gradient + 0.6 * running)])
+        expected = kernel - 0.2 * np.asarray(direction)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(
             params["Conv_0"]["kernel"].reshape(36, 8), expected, rtol=1e-4, atol=1e-5

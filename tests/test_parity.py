@@ -148,7 +148,9 @@ def test_every_layer_agrees_in_evaluation(
     assert worst(differences) < LAYER[dtype]
 
 
-@pytest.mark.parametrize("case", [name for name in TRAINABLE if "batch norm" in name] + ["resnet9"])
+@pytest.mark.parametrize(
+    "case", [name for name in TRAINABLE if "batch norm" in name] + ["resnet9", "airbench"]
+)
 def test_every_layer_agrees_in_training(case: str, dtype: str) -> None:
     """Where batch norm takes the statistics of the batch; other networks do as in evaluation."""
     config, image_shape = CASES[case]
@@ -199,7 +201,7 @@ def test_optimizers_agree_for_one_step_and_for_many(recipe: str, dtype: str) -> 
 
 @pytest.mark.parametrize("dtype", ["float64"], indirect=True)
 @pytest.mark.parametrize(
-    "case", ["linear", "mlp", "cnn", "cnn-wide batch norm", "cnn-gap", "resnet9"]
+    "case", ["linear", "mlp", "cnn", "cnn-wide batch norm", "cnn-gap", "resnet9", "airbench"]
 )
 def test_every_model_trains_alike(case: str, dtype: str) -> None:
     """In float64 alone; what float32 adds depends on the network's size and learning rate."""

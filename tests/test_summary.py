@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_images_too_small_for_the_pools_are_an_error() -> None:
-    for model in ("cnn", "cnn-gap", "resnet9"):
+    for model in ("cnn", "cnn-gap", "resnet9", "airbench"):
         with pytest.raises(CifarJaxError, match="1x1 pixels are left") as caught:
             main(["--model", model, "--image-size", "7"] if model == "cnn" else
                  ["--model", model, "--image-size", "4"])  # fmt: skip

@@ -18,7 +18,7 @@ from cifar_jax.dataset import ImageShape, stratified_choice
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.labelled import LabelledImages, load_labelled, logits_of
 from cifar_jax.layer_table import layer_table
-from cifar_jax.layers import Layer, trace_layers
+from cifar_jax.layers import ACTIVATIONS, Layer, trace_layers
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.report.run import Run
 from cifar_jax.scores import Scores, score, wilson_interval
@@ -377,14 +377,14 @@ def _trace_shapes(network: TrainedNetwork) -> list[Layer]:
 
 
 def _feature_maps(network: TrainedNetwork, samples: list[Example]) -> list[FeatureMaps]:
-    """Each ReLU after a convolution, on :func:`images_with_maps`; its most active channels."""
+    """Each activation after a convolution, on :func:`images_with_maps`; its liveliest channels."""
     pixels = np.stack([each.pixels for each in images_with_maps(samples)])
     shapes = _trace_shapes(network)
-    chosen: dict[int, str] = {}  # the place of the ReLU, the convolution's name
+    chosen: dict[int, str] = {}  # its place, the convolution's name
     conv = None
     for place, layer in enumerate(shapes):
         conv = layer.name if layer.kind == "conv" else conv
-        if layer.kind == "relu" and conv is not None and len(layer.output.shape) == 4:
+        if layer.kind in ACTIVATIONS and conv is not None and len(layer.output.shape) == 4:
             chosen[place] = conv
 
     def run(variables: Any, images: Any) -> list[Any]:

@@ -31,7 +31,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import png, png_uri, read_image
 from cifar_jax.inference import make_logits, softmax
 from cifar_jax.labelled import load_labelled
-from cifar_jax.layers import trace_layers
+from cifar_jax.layers import ACTIVATIONS, trace_layers
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.sources import is_here
 from cifar_jax.train_step import normalize
@@ -164,7 +164,8 @@ def make_predict(network: TrainedNetwork) -> Predict:
     features = None
     if "conv" in kinds:
         first = kinds.index("conv")
-        shown = kinds.index("relu", first) if "relu" in kinds[first:] else first
+        after = [i for i, kind in enumerate(kinds) if kind in ACTIVATIONS and i > first]
+        shown = after[0] if after else first
         lowered = jax.jit(lambda *given: trace(*given)[shown].output).lower(variables, black)
         features = compile_lowered(lowered, jax.default_backend())
     logits = make_logits(network)

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from airbench.recipe import Recipe, make_optimizer
 from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
 from cifar_jax.dataset import Split, channel_statistics
+from cifar_jax.initializers import WHITENING
 from cifar_jax.layer_table import layer_table
-from cifar_jax.models import WHITENING, Airbench
+from cifar_jax.models import Airbench
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.train_step import initial_train_state
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cifar_jax.models import WHITENING
+from cifar_jax.initializers import WHITENING
 from cifar_jax.muon import muon
 
 
@@ -23,7 +23,6 @@ class Recipe:
     Attributes:
         widths: channels of the three stages.
         epochs: a whole number of passes; what does not fill a batch is left out.
-        whitening_images: so many give the whitening kernel.
         whitening_epochs: so many at the start train the whitening's bias, which then is fixed.
         kernel_rate, kernel_momentum: Muon's, for the 3x3 kernels.
         bias_rate, head_rate, momentum, decay: of Nesterov SGD for all else; decay is decoupled.
@@ -35,7 +34,6 @@ class Recipe:
     widths: tuple[int, ...] = (64, 256, 256)
     epochs: int = 8
     batch_size: int = 2000
-    whitening_images: int = 5000
     whitening_epochs: int = 3
     kernel_rate: float = 0.24
     kernel_momentum: float = 0.6

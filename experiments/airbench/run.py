@@ -13,8 +13,7 @@ import optax
 from jax import lax
 
 from airbench.recipe import Recipe
-from cifar_jax.initializers import whitening_kernel
-from cifar_jax.models import WHITENING, WHITENING_SIDE
+from cifar_jax.initializers import WHITENING, WHITENING_IMAGES, whiten
 from cifar_jax.train_step import TrainState, classification_sums, normalize
 
 
@@ -74,7 +73,9 @@ def train_whole(
 ) -> tuple[TrainState, jax.Array]:
     """Every epoch; the state after them, and the mean loss of each batch ``[steps]``."""
     recipe = setting.recipe
-    state = whiten(state, train.images, setting)
+    # Evenly from all, which may be sorted by class.
+    some = train.images[:: max(len(train.images) // WHITENING_IMAGES, 1)]
+    state = state.replace(params=whiten(state.params, normalize(some, setting.mean, setting.std)))
     padded = reflect_pad(train.images, recipe.crop)
     flip_key, epochs_key = jax.random.split(key)
     mirrored_at_first = jax.random.bernoulli(flip_key, shape=(len(train.labels),))
@@ -94,15 +95,6 @@ def train_whole(
     state, first_losses = lax.scan(functools.partial(epoch, True), state, first)
     state, losses = lax.scan(functools.partial(epoch, False), state, rest)
     return state, jnp.concatenate([first_losses.ravel(), losses.ravel()])
-
-
-def whiten(state: TrainState, images: jax.Array, setting: Setting) -> TrainState:
-    """The same state, whose first convolution whitens ``images``."""
-    # Evenly from all, which may be sorted by class.
-    some = images[:: max(len(images) // setting.recipe.whitening_images, 1)]
-    kernel = whitening_kernel(normalize(some, setting.mean, setting.std), WHITENING_SIDE)
-    params = {**state.params, WHITENING: {**state.params[WHITENING], "kernel": kernel}}
-    return state.replace(params=params)
 
 
 def reflect_pad(images: jax.Array, pixels: int) -> jax.Array:

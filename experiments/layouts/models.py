@@ -17,12 +17,13 @@ DRIFT_STEPS = 200
 BATCH_SIZE = 8
 _MEAN, _STD = 0.5, 0.25
 
-_SLOW = ("cnn-wide", "resnet9")
+_SLOW = ("cnn-wide", "resnet9", "airbench")
 _NARROW = {
     "cnn": (4, 8, 16),
     "cnn-wide": (4, 4, 8, 8, 16, 16),
     "cnn-gap": (8, 16, 32),
     "resnet9": (4, 8, 8, 16),
+    "airbench": (4, 8, 8),
 }
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,353 @@
+"""Each ingredient of the speedrun, in float32, against a plain form of it; and small runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+from jax import lax
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+from airbench import measure
+from airbench.recipe import RECIPES, Recipe, make_optimizer
+from airbench.run import (
+    VIEW_WEIGHTS,
+    Batch,
+    Examples,
+    Setting,
+    draw_batches,
+    mean_logits,
+    reflect_pad,
+    score,
+    show,
+    train_and_score,
+    train_step,
+    train_whole,
+    views,
+)
+from cifar_jax import layout, models, shapes, torch_reference
+from cifar_jax.dataset import Split
+from cifar_jax.layer_table import layer_table
+from cifar_jax.models import Airbench, gelu
+from cifar_jax.train_step import TrainState, initial_train_state, normalize
+
+SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
+SHAPE = (12, 12, 3)
+
+
+@functools.cache
+def small_split(n: int = 60) -> Split:
+    """Shapes, a corner of each."""
+    images, labels = shapes.draw(n, seed=0)
+    return Split(np.ascontiguousarray(images[:, 8:20, 8:20]), labels)
+
+
+def small(recipe: Recipe = SMALL) -> tuple[Setting, TrainState, Examples]:
+    split = small_split()
+    setting = measure.make_setting(recipe, split, 10)
+    make_state = functools.partial(initial_train_state, setting.model, setting.tx, SHAPE)
+    examples = Examples(jnp.asarray(split.pixels), jnp.asarray(split.labels))
+    return setting, jax.jit(make_state)(0), examples
+
+
+def test_two_epochs_show_each_image_both_ways() -> None:
+    first_ways = jnp.asarray(np.random.default_rng(0).random(60) < 0.5)
+    shown = []
+    for epoch in range(4):
+        batches = draw_batches(jax.random.key(epoch), first_ways, epoch, SMALL)
+        ways = np.empty(60, bool)
+        ways[batches.index.ravel()] = np.asarray(batches.mirrored).ravel()
+        shown.append(ways)
+    np.testing.assert_array_equal(shown[0], first_ways)
+    np.testing.assert_array_equal(shown[1], ~shown[0])
+    np.testing.assert_array_equal(shown[2], shown[0])
+    np.testing.assert_array_equal(shown[3], shown[1])
+
+
+def test_an_epoch_is_in_another_order_each_time_and_has_each_image_once() -> None:
+    nothing = jnp.zeros(65, bool)
+    a, b = (draw_batches(jax.random.key(seed), nothing, 0, SMALL) for seed in (0, 1))
+    assert a.index.shape == (3, 20)  # what does not fill a batch is left out
+    assert len(set(np.asarray(a.index).ravel().tolist())) == 60
+    assert not np.array_equal(a.index, b.index)
+    corners = np.asarray(a.corner).reshape(-1, 2)
+    assert set(corners.ravel().tolist()) == set(range(2 * SMALL.crop + 1))
+
+
+def test_a_batch_is_cut_from_the_padded_images() -> None:
+    images = small_split().pixels
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    batch = Batch(
+        jnp.array([5, 0, 7]), jnp.array([[0, 4], [2, 2], [3, 1]]), jnp.array([False, True, True])
+    )
+    shown = np.asarray(show(reflect_pad(jnp.asarray(images), 2), batch, 2))
+    np.testing.assert_array_equal(shown[0], padded[5, 0:12, 4:16])
+    np.testing.assert_array_equal(shown[1], images[0][:, ::-1])  # the middle is the image itself
+    np.testing.assert_array_equal(shown[2], padded[7, 3:15, 1:13][:, ::-1])
+
+
+def test_the_mean_answer_is_that_of_six_views() -> None:
+    setting, state, examples = small()
+    image = np.asarray(examples.images[:1])
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    expected, weights = 0.0, 0.0
+    for x, weight in ((image, 0.5), (padded[:, :12, :12], 0.25), (padded[:, 2:, 2:], 0.25)):
+        for way in (x, x[:, :, ::-1]):
+            normalised = normalize(jnp.asarray(way), setting.mean, setting.std)
+            logits = setting.model.apply(state.variables, normalised, train=False)
+            expected, weights = expected + weight / 2 * logits, weights + weight / 2
+    assert weights == sum(VIEW_WEIGHTS) == 1
+    assert views(examples.images[:1]).shape == (6, 1, *SHAPE)
+    np.testing.assert_allclose(
+        mean_logits(state, examples.images[:1], setting), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_score_counts_what_the_mean_answer_names_right() -> None:
+    setting, state, examples = small()
+    right = mean_logits(state, examples.images, setting).argmax(-1) == examples.labels
+    assert float(score(state, examples, setting=setting)) == int(right.sum())
+
+
+@pytest.mark.parametrize("size", [10, 11, 12])
+def test_the_trimmed_convolutions_give_what_the_full_ones_do(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients; with the rows that a pool leaves out, or without."""
+    model = Airbench(10, widths=(4, 40))  # of 40 channels by Winograd's form, on a CPU
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, size, size, 3)), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    def loss_fn(params: Any) -> jax.Array:
+        logits, _ = model.apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        return (logits**2).sum()
+
+    trimmed = jax.jit(jax.value_and_grad(loss_fn))(variables["params"])
+    paddings = []
+
+    def full(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **_: Any) -> jax.Array:
+        paddings.append(tuple(map(tuple, padding)))
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    monkeypatch.setattr(models, "conv3x3", full)
+    in_full = jax.jit(jax.value_and_grad(loss_fn))(variables["params"])
+    assert ((1, 0), (1, 0)) in paddings  # so there was something to trim
+    for ours, theirs in zip(jax.tree.leaves(trimmed), jax.tree.leaves(in_full), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_the_scan_is_a_loop_over_steps() -> None:
+    setting, state, examples = small()
+    key = jax.random.key(3)
+    scanned, losses = jax.jit(functools.partial(train_whole, setting=setting))(state, key, examples)
+    # The same, step by step.
+    from cifar_jax.initializers import whiten
+
+    images = normalize(examples.images, setting.mean, setting.std)
+    state = state.replace(params=whiten(state.params, images))
+    padded = reflect_pad(examples.images, SMALL.crop)
+    flip_key, epochs_key = jax.random.split(key)
+    first_ways = jax.random.bernoulli(flip_key, shape=(60,))
+    step = jax.jit(
+        functools.partial(train_step, setting=setting), static_argnames="learn_whitening"
+    )
+    expected = []
+    for epoch in range(3):
+        batches = draw_batches(jax.random.fold_in(epochs_key, epoch), first_ways, epoch, SMALL)
+        for i in range(3):
+            batch = jax.tree.map(lambda x, i=i: x[i], batches)
+            before = state.params["Whitening"]
+            state, loss = step(padded, examples.labels, state, batch, learn_whitening=epoch < 2)
+            expected.append(loss)
+            after = state.params["Whitening"]
+            np.testing.assert_array_equal(after["kernel"], before["kernel"])
+            assert np.array_equal(after["bias"], before["bias"]) == (epoch == 2)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    for ours, theirs in zip(
+        jax.tree.leaves(scanned.params), jax.tree.leaves(state.params), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def author_steps(
+    twin: Any, batches: list[tuple[Any, Any]], recipe: Recipe, steps_per_epoch: int
+) -> list[float]:
+    """Its author's loop in PyTorch, ``airbench94_muon.py``, written out: trains ``twin``."""
+    total, of_whitening = recipe.epochs * steps_per_epoch, recipe.whitening_epochs * steps_per_epoch
+    kernels = [p for p in twin.parameters() if p.ndim == 4 and p.requires_grad]
+    biases = [p for n, p in twin.named_parameters() if "norm" in n and p.requires_grad]
+    groups = [
+        {"params": [twin.whiten.bias], "lr": recipe.bias_rate},
+        {"params": biases, "lr": recipe.bias_rate},
+        {"params": [twin.head.weight], "lr": recipe.head_rate},
+    ]
+    for group in groups:
+        group["initial"], group["weight_decay"] = group["lr"], recipe.decay / group["lr"]
+    sgd = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=True)
+    sums = [torch.zeros_like(p) for p in kernels]
+    losses = []
+    for step, (images, labels) in enumerate(batches):
+        learn = step < of_whitening
+        twin.train()
+        twin.whiten.bias.requires_grad_(learn)
+        loss = torch.nn.functional.cross_entropy(
+            twin(images), labels, label_smoothing=recipe.label_smoothing, reduction="sum"
+        )
+        losses.append(loss.item() / len(labels))
+        loss.backward()
+        fall = 1 - step / total
+        sgd.param_groups[0]["lr"] = recipe.bias_rate * max(1 - step / of_whitening, 0)
+        sgd.param_groups[1]["lr"] = recipe.bias_rate * fall
+        sgd.param_groups[2]["lr"] = recipe.head_rate * fall
+        sgd.step()
+        with torch.no_grad():
+            for p, total_gradient in zip(kernels, sums, strict=True):
+                total_gradient.mul_(recipe.kernel_momentum).add_(p.grad)
+                g = p.grad.add(total_gradient, alpha=recipe.kernel_momentum)
+                p.mul_(len(p) ** 0.5 / p.norm())
+                p.add_(
+                    newton_schulz(g.reshape(len(g), -1)).view(g.shape),
+                    alpha=-recipe.kernel_rate * fall,
+                )
+        twin.zero_grad(set_to_none=True)
+    return losses
+
+
+def newton_schulz(g: Any) -> Any:
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g / (g.norm() + 1e-7)
+    x = x.T if g.shape[0] > g.shape[1] else x
+    for _ in range(3):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def test_it_trains_as_its_author_does() -> None:
+    """The same batches from the same start, in PyTorch and here: losses and all parameters."""
+    setting, state, examples = small()
+    padded = reflect_pad(examples.images, SMALL.crop)
+    torch_layout = setting.model.torch_layout(SHAPE)
+    twin = torch_reference.make_twin(setting.model, SHAPE)
+    torch_reference.load(twin, layout.to_torch(jax.device_get(state.variables), torch_layout))
+    step = jax.jit(
+        functools.partial(train_step, setting=setting), static_argnames="learn_whitening"
+    )
+    batches, losses = [], []
+    for epoch in range(3):
+        drawn = draw_batches(jax.random.key(epoch), jnp.zeros(60, bool), epoch, SMALL)
+        for i in range(3):
+            batch = jax.tree.map(lambda x, i=i: x[i], drawn)
+            images = normalize(show(padded, batch, SMALL.crop), setting.mean, setting.std)
+            labels = np.asarray(examples.labels)[np.asarray(batch.index)]
+            nchw = layout.nhwc_to_nchw(np.asarray(images))
+            batches.append((torch.from_numpy(nchw), torch.from_numpy(labels).long()))
+            state, loss = step(padded, examples.labels, state, batch, learn_whitening=epoch < 2)
+            losses.append(float(loss))
+    start = torch_reference.state_dict_of(twin)
+    np.testing.assert_allclose(losses, author_steps(twin, batches, SMALL, 3), rtol=2e-3)
+    theirs = torch_reference.state_dict_of(twin)
+    ours = layout.to_torch(jax.device_get(state.variables), torch_layout)
+    for name, value in theirs.items():
+        if name.endswith(("weight", "bias")) and np.any(value != start[name]):
+            moved = np.linalg.norm(value - start[name])
+            assert np.linalg.norm(ours[name] - value) < 0.05 * moved, name
+
+
+def test_gelu_is_near_the_exact_one() -> None:
+    x = jnp.linspace(-6, 6, 2001)
+    np.testing.assert_allclose(gelu(x), nn.gelu(x, approximate=True), atol=1e-6)
+    np.testing.assert_allclose(gelu(x), nn.gelu(x, approximate=False), atol=5e-4)
+
+
+def test_the_count_of_operations_is_that_of_the_table() -> None:
+    """By hand: trimmed, as the program does it, and whole, as its author publishes it."""
+    recipe = RECIPES["94"]
+    assert recipe == Recipe()
+    setting = Setting(recipe, Airbench(10), make_optimizer(recipe, 25), (0.5,) * 3, (0.25,) * 3)
+    whitening = 31 * 31 * 24 * 2 * 2 * 3
+    first = 30 * 30 * 64 * 9 * 24
+    others = (15 * 15 * 64 * 9 * 64) + (14 * 14 * 256 * 9 * 64)
+    others += (7 * 7 + 6 * 6 + 3 * 3) * 256 * 9 * 256 + 256 * 10
+    training = 50_000 * (8 * (whitening + 3 * (first + others)) - 5 * first)
+    test = 6 * 10_000 * (whitening + first + others)
+    assert measure.run_flop(setting, 50_000, 10_000, (32, 32, 3)) == 2 * (training + test)
+    assert round((whitening + first + others) / 1e6, 1) == 105.4
+    # With the rows and columns that the pools leave out: the published 118.1 and 290 TFLOP.
+    rows = {row.name: row.macs for row in layer_table(setting.model, (32, 32, 3), 1)}
+    whole = sum(
+        macs * (n / (n - 1)) ** 2
+        if (n := {"Conv_0": 31, "Conv_2": 15, "Conv_4": 7}.get(name, 0))
+        else macs
+        for name, macs in rows.items()
+    )
+    assert round(whole / 1e6, 1) == 118.1
+
+
+def test_a_short_run_learns() -> None:
+    recipe = dataclasses.replace(SMALL, widths=(8, 16, 16), epochs=4, batch_size=50)
+    train, test = (Split(*shapes.draw(n, seed)) for n, seed in ((1000, 0), (200, 1)))
+    setting = measure.make_setting(recipe, train, 10)
+    run, compile_seconds = measure.compile_run(setting, train, test)
+    assert compile_seconds["warm"] < compile_seconds["cold"]
+    first, again, other = run(0), run(0), run(1)
+    assert first["accuracy"] > 0.6  # 0.1 by chance
+    assert first["loss"].shape == (80,)
+    assert first["loss"][-5:].mean() < 0.6 * first["loss"][0]
+    assert first["seconds"] < first["seconds_strict"]
+    np.testing.assert_array_equal(first["loss"], again["loss"])
+    assert not np.array_equal(first["loss"], other["loss"])
+
+
+def test_steps_are_told_of_where_that_is_wanted() -> None:
+    setting, state, examples = small()
+    told = []
+    setting = setting._replace(on_step=lambda: told.append(1))
+    program = jax.jit(functools.partial(train_and_score, setting=setting))
+    jax.block_until_ready(program(state, jax.random.key(0), examples, examples))
+    jax.effects_barrier()
+    assert len(told) == 9
+
+
+def test_the_interval_is_students() -> None:
+    runs = [{"accuracy": a, "seconds": 1.0} for a in (0.940, 0.941, 0.942, 0.943)]
+    found = measure.summary(runs)
+    assert found["mean_accuracy"] == pytest.approx(0.9415)
+    margin = 3.182 * found["std"] / 2  # 3 degrees of freedom
+    np.testing.assert_allclose(found["interval_95"], [0.9415 - margin, 0.9415 + margin], rtol=1e-5)
+    assert measure.summary(runs[:1])["interval_95"] is None
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """As a person calls it, on a machine without a GPU: under three minutes, with every figure."""
+    output = tmp_path / "smoke.json"
+    command = [sys.executable, str(EXPERIMENTS / "speedrun.py"), "--smoke", "--output", str(output)]
+    finished = subprocess.run(
+        [*command, "--runs", "2"], capture_output=True, text=True, timeout=170, check=True
+    )
+    found = json.loads(output.read_text())
+    assert found["n"] == len(found["runs"]) == 2
+    assert found["mean_accuracy"] > 0.9
+    for name in ("std", "seconds_mean", "seconds_strict_mean", "tflops", "share_of_ceiling"):
+        assert found[name] >= 0, name
+    assert set(found["compile_seconds"]) == {"cold", "warm"}
+    assert len(found["data_digest"]) == 64
+    assert "2,000 images to train on" in finished.stdout
+    assert finished.stderr == ""
