@@ -35,7 +35,11 @@ _ALL_ROUND: Padding = ((1, 1), (1, 1))
 
 
 def conv3x3(
-    x: jax.Array, kernel: jax.Array, strides: object, padding: Padding, **kwargs: object
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: object = (1, 1),
+    padding: Padding = _ALL_ROUND,
+    **kwargs: object,
 ) -> jax.Array:
     """Stride 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
 

@@ -98,9 +98,7 @@ def to_torch(variables: Variables, layout: TorchLayout) -> dict[str, Array]:
                     array = _kernel_to_torch(layer, array, layout)
                 state_dict[f"{torch_name}.{torch_leaf}"] = array
         if layer.startswith("BatchNorm") and not layout.scaled_norms:
-            # Ones, of which there may be more than memory holds.
-            ones = np.broadcast_to(np.float32(1), state_dict[f"{torch_name}.bias"].shape)
-            state_dict[f"{torch_name}.weight"] = ones
+            state_dict[f"{torch_name}.weight"] = np.ones_like(state_dict[f"{torch_name}.bias"])
         if f"{torch_name}.running_mean" in state_dict:
             # A count that PyTorch keeps, demands, and with a fixed momentum never uses.
             state_dict[f"{torch_name}.num_batches_tracked"] = np.zeros((), np.int64)

@@ -263,11 +263,11 @@ class Airbench(nn.Module):
                 dtype=self.dtype,
             )
 
-        def conv(features: int, pad_below: int, pad_right: int) -> nn.Conv:
+        def conv(features: int, below: int = 1, right: int = 1) -> nn.Conv:
             return nn.Conv(
                 features,
                 (3, 3),
-                padding=((1, pad_below), (1, pad_right)),
+                padding=((1, below), (1, right)),
                 use_bias=False,
                 kernel_init=partly_identity,
                 dtype=self.dtype,
@@ -288,9 +288,8 @@ class Airbench(nn.Module):
         height, width = height - side + 1, width - side + 1
         layers: list[Layer] = [whiten, gelu]
         for features in self.widths:
-            # Of an odd number of rows the pool leaves out the last: it need not be computed.
-            layers += [conv(features, 1 - height % 2, 1 - width % 2), max_pool, norm(), gelu]
-            layers += [conv(features, 1, 1), norm(), gelu]
+            layers += [conv(features, *map(_padding_at_end, (height, width))), max_pool]
+            layers += [norm(), gelu, conv(features), norm(), gelu]
             height, width = height // 2, width // 2
         head = nn.Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation)
         return nn.Sequential([*layers, global_max_pool, head, scale])(x)
@@ -304,6 +303,11 @@ class Airbench(nn.Module):
                 names[f"Conv_{2 * i + j}"] = f"layers.{i + 1}.conv{j + 1}"
                 names[f"BatchNorm_{2 * i + j}"] = f"layers.{i + 1}.norm{j + 1}"
         return TorchLayout({**names, "Dense_0": "head"}, None, scaled_norms=False)
+
+
+def _padding_at_end(size: int) -> int:
+    """Of a convolution before a pool, which leaves out the last of an odd number of rows."""
+    return 0 if size % 2 and size > 1 else 1
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -86,9 +86,10 @@ class Tutorial(nn.Module):
 def random_state_dict(module: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
     """Numbers that no symmetry hides, and running statistics that are not at their start."""
     rng = np.random.default_rng(seed)
+    fixed = [n for n, p in module.named_parameters() if "norm" in n and not p.requires_grad]
     return {
         name: torch.from_numpy(rng.uniform(0.5, 1.5, tensor.shape).astype(np.float32))
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() and name not in fixed
         else tensor
         for name, tensor in module.state_dict().items()
     }
@@ -147,6 +148,15 @@ def test_every_network_goes_there_and_back_bit_for_bit(name: str, tmp_path: Path
     assert_same_tensors(torch.load(tmp_path / "back.pt", weights_only=True), tensors)
     twin.load_state_dict(safetensors.torch.load_file(tmp_path / "net.safetensors"))
     assert_same_tensors(twin.state_dict(), tensors)
+
+
+def test_a_scale_that_airbench_has_none_of_is_refused(tmp_path: Path) -> None:
+    twin = make_twin(create_model(ZOO["airbench"], 10, None), (32, 32, 3))
+    tensors = random_state_dict(twin)
+    tensors["layers.2.norm1.weight"][1] = 1.5
+    torch.save(tensors, tmp_path / "net.pth")
+    with pytest.raises(CifarJaxError, match=r"layers\.2\.norm1\.weight .* is not all ones.*Fix: "):
+        convert(tmp_path / "net.pth", tmp_path / "run", ConvertOptions())
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,26 +10,31 @@ from jax import lax
 
 from cifar_jax import winograd
 from cifar_jax.convolution import conv3x3
+from cifar_jax.winograd import Padding
+
+ALL_ROUND: Padding = ((1, 1), (1, 1))
+PADDINGS: list[Padding] = [ALL_ROUND, ((1, 0), (1, 0)), ((1, 1), (1, 0)), ((1, 0), (1, 1))]
 
 
-def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def plain(x: jax.Array, kernel: jax.Array, padding: Padding = ALL_ROUND) -> jax.Array:
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(
     ("size", "channels", "features"),
     [((8, 6), 3, 16), ((4, 4), 1, 32), ((5, 6), 3, 16), ((6, 6), 3, 64), ((6, 6), 8, 16)],
 )
 def test_every_form_is_the_convolution_forward_and_backward(
-    size: tuple[int, int], channels: int, features: int
+    size: tuple[int, int], channels: int, features: int, padding: Padding
 ) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, *size, channels)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, channels, features)).astype(np.float32)
 
-    y, pull_back = jax.vjp(conv3x3, x, kernel)
-    true_y, true_pull_back = jax.vjp(plain, x, kernel)
+    y, pull_back = jax.vjp(functools.partial(conv3x3, padding=padding), x, kernel)
+    true_y, true_pull_back = jax.vjp(functools.partial(plain, padding=padding), x, kernel)
     np.testing.assert_allclose(y, true_y, rtol=1e-5, atol=1e-5)
     gradient = rng.normal(size=y.shape).astype(np.float32)
     for ours, truth in zip(pull_back(gradient), true_pull_back(gradient), strict=True):
@@ -36,10 +43,18 @@ def test_every_form_is_the_convolution_forward_and_backward(
 
 @pytest.mark.parametrize("batch", [1, 13, 96])  # one image, not to be cut, in two parts
 @pytest.mark.parametrize(
-    ("size", "channels", "features"), [((3, 4), 32, 32), ((8, 12), 64, 32), ((4, 4), 33, 70)]
+    ("size", "channels", "features", "padding"),
+    [
+        ((3, 4), 32, 32, ALL_ROUND),
+        ((8, 12), 64, 32, ALL_ROUND),
+        ((4, 4), 33, 70, ((1, 0), (1, 1))),
+        ((5, 7), 64, 66, ALL_ROUND),  # the last tile of each row is filled up
+        ((3, 3), 66, 64, ((1, 0), (1, 0))),
+        ((4, 9), 64, 64, ((1, 1), (1, 0))),  # without its last column, rows of whole tiles
+    ],
 )
 def test_the_form_of_half_the_multiplications_is_the_convolution(
-    batch: int, size: tuple[int, int], channels: int, features: int
+    batch: int, size: tuple[int, int], channels: int, features: int, padding: Padding
 ) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, *size, channels)).astype(np.float32)
@@ -47,11 +62,12 @@ def test_the_form_of_half_the_multiplications_is_the_convolution(
     assert winograd.pays(x, kernel)
 
     def both(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> list[tuple[jax.Array, ...]]:
-        y, pull_back = jax.vjp(conv3x3, x, kernel)
-        true_y, true_pull_back = jax.vjp(plain, x, kernel)
+        y, pull_back = jax.vjp(functools.partial(conv3x3, padding=padding), x, kernel)
+        true_y, true_pull_back = jax.vjp(functools.partial(plain, padding=padding), x, kernel)
         return [(y, *pull_back(gradient)), (true_y, *true_pull_back(gradient))]
 
-    gradient = rng.normal(size=(batch, *size, features)).astype(np.float32)
+    shape = (batch, *(n - 1 + end for n, (_, end) in zip(size, padding, strict=True)), features)
+    gradient = rng.normal(size=shape).astype(np.float32)
     program = jax.jit(both).lower(x, kernel, gradient).compile()
     assert program.as_text().count(" convolution(") == 6 * 3 + 3, "of each the six and the plain"
     for ours, truth in zip(*program(x, kernel, gradient), strict=True):
@@ -65,7 +81,7 @@ def test_the_form_of_half_the_multiplications_is_the_convolution(
         (np.zeros((2, 8, 6, 32), np.float32), np.zeros((3, 3, 32, 32), np.float32)),
         (np.zeros((2, 8, 8, 32), jnp.bfloat16), np.zeros((3, 3, 32, 32), jnp.bfloat16)),
     ],
-    ids=["few channels", "rows of no whole tiles", "bfloat16"],
+    ids=["few channels", "few for rows of no whole tiles", "bfloat16"],
 )
 def test_where_it_does_not_pay_the_form_is_plain(x: jax.Array, kernel: jax.Array) -> None:
     assert not winograd.pays(x, kernel)

@@ -47,7 +47,7 @@ ZOO = {
     ),
     "cnn-gap": (TrainConfig(model="cnn-gap", widths=(4, 5), patch_size=2), (8, 8, 3)),
     "resnet9": (TrainConfig(model="resnet9", widths=(4, 5, 6, 7), dropout=0.5), (8, 8, 3)),
-    "airbench": (TrainConfig(model="airbench", widths=(4, 5)), (10, 11, 3)),
+    "airbench": (TrainConfig(model="airbench", widths=(6, 9)), (18, 19, 3)),
 }
 CLASSES = ("bird", "cat", "Ærø")
 

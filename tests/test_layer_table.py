@@ -94,7 +94,8 @@ def test_what_an_output_sees_is_where_its_gradient_is(name: str, size: int) -> N
     model = create_model(NARROW[name], 10, None)
     # All positive, so that no ReLU is in the way; several, so that each pixel wins some maximum.
     images = jax.random.uniform(jax.random.key(0), (16, size, size, 3))
-    variables = jax.tree.map(abs, jax.jit(model.init)(jax.random.key(1), images))
+    drawn = jax.jit(model.init)(jax.random.key(1), images)
+    variables = jax.tree.map(lambda x: abs(x) + 0.01, drawn)
 
     @jax.jit
     def pulled_back(images: Any, cotangents: Any) -> Any:
