@@ -1,0 +1,158 @@
+"""What does each choice of the speedrun give? A training step with all, and without each, in turn.
+
+    python experiments/speedrun_gains.py --output experiments/results/speedrun_gains.json
+
+On a GPU a few minutes, most of them compiling. An epoch of steps on random images, after the
+whitening's bias has been fixed: milliseconds a step, the median and the least of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from airbench.measure import make_setting
+from airbench.recipe import Recipe
+from airbench.run import draw_batches, reflect_pad, train_step
+from cifar_jax import cli, models, muon
+from cifar_jax.dataset import Split
+from cifar_jax.files import write_atomically
+from cifar_jax.parallel import compile_lowered
+from cifar_jax.train_step import initial_train_state
+
+_STEPS = 10
+_together = muon.orthogonalize
+
+
+def _full_conv(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def _linen_max_pool(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
+
+
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    return nn.gelu(x, approximate=False)
+
+
+def _one_by_one(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
+    return [_together([matrix], dtype)[0] for matrix in matrices]
+
+
+def _none(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
+    return matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What is replaced to do without it; or other options of the recipe, or of the step."""
+
+    replaced: tuple[Any, str, Any] = (models, "gelu", models.gelu)
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    learn_whitening: bool = False
+
+
+_PARTS = {
+    "nothing": _Part(),
+    "leaving out what a pool does not read (models.py)": _Part((models, "conv3x3", _full_conv)),
+    "max-pooling's own gradient (pooling.py)": _Part((models, "max_pool", _linen_max_pool)),
+    "GELU in its form with a sigmoid (models.py)": _Part((models, "gelu", _exact_gelu)),
+    "Muon on all kernels together (muon.py)": _Part((muon, "orthogonalize", _one_by_one)),
+    "Muon's products, without which it is not Muon": _Part((muon, "orthogonalize", _none)),
+    "fixing the whitening's bias": _Part(learn_whitening=True),
+    "float16, in bfloat16": _Part(recipe={"dtype": "bfloat16"}),
+    "float16, in float32": _Part(recipe={"dtype": "float32"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--smoke", action="store_true", help="a narrow network: does it work?")
+    arguments = parser.parse_args()
+    recipe = Recipe()
+    if arguments.smoke:
+        recipe = dataclasses.replace(recipe, widths=(4, 8), batch_size=20)
+    if jax.default_backend() == "cpu":
+        recipe = dataclasses.replace(recipe, dtype="float32")
+    programs: dict[str, Callable[[], Any]] = {}
+    for name, part in _PARTS.items():
+        print(f"compiling without {name} ...", flush=True)
+        programs[name] = _program(recipe, part)
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(arguments.rounds):
+        for name, program in programs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(program())
+            times[name].append((time.perf_counter() - started) / _STEPS * 1e3)
+    rows = [
+        {"without": name, "step_ms_median": statistics.median(values), "step_ms_min": min(values)}
+        for name, values in times.items()
+    ]
+    device = jax.devices()[0].device_kind
+    found = {
+        "device": f"{device}, {os.cpu_count()} cores" if device == "cpu" else device,
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "recipe": dataclasses.asdict(recipe),
+        "rows": rows,
+    }
+    write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['step_ms_median']:8.3f} ms without {row['without']}")
+
+
+def _program(recipe: Recipe, without: _Part) -> Callable[[], Any]:
+    """An epoch, compiled and run once."""
+    recipe = dataclasses.replace(recipe, **without.recipe)
+    n = recipe.batch_size * _STEPS
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    split = Split(pixels, rng.integers(0, 10, n).astype(np.int32))
+    setting = make_setting(recipe, split, 10)
+    padded = reflect_pad(jnp.asarray(split.pixels), recipe.crop)
+    labels, key = jnp.asarray(split.labels), jax.random.key(0)
+
+    def epoch(state: Any, padded: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+        step = functools.partial(
+            train_step,
+            padded,
+            labels,
+            learn_whitening=without.learn_whitening,
+            setting=setting,
+        )
+        return lax.scan(step, state, draw_batches(key, jnp.zeros(n, bool), 0, recipe))
+
+    with mock.patch.object(*without.replaced):
+        begin = functools.partial(initial_train_state, setting.model, setting.tx, (32, 32, 3))
+        state = jax.jit(begin)(0)
+        lowered = jax.jit(epoch).lower(state, padded, labels, key)
+        compiled = compile_lowered(lowered, jax.default_backend())
+    program = functools.partial(compiled, state, padded, labels, key)
+    jax.block_until_ready(program())
+    return program
+
+
+if __name__ == "__main__":
+    cli.run(main)
