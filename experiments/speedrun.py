@@ -56,7 +56,7 @@ def main() -> None:
         "--recipe",
         choices=RECIPES,
         default="94",
-        help="the percentage that it was made for; 95 takes six times as long",
+        help="the percentage that it was made for; 95 has five times the work",
     )
     parser.add_argument(
         "--score", choices=("test", "val"), default="test", help="val: tune here, not on the test"

@@ -20,13 +20,16 @@ import jax
 import numpy as np
 import pytest
 from conftest import write_images
+from jax import lax
 
-from cifar_jax import host_input
+from cifar_jax import host_input, trained
 from cifar_jax.checkpoint import restore, saved_steps
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
+from cifar_jax.sources import load_dataset
 from cifar_jax.train import main, train_and_evaluate
+from cifar_jax.train_step import normalize
 
 STEPS_PER_EPOCH = 5  # of 16 images: 81 are trained on, of 90
 
@@ -598,6 +601,30 @@ def test_tensorflow_is_kept_off_the_accelerators() -> None:
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "where", [{"input": "device"}, {"cache_mb": 0}], ids=["device", "streamed"]
+)
+def test_airbench_whitens_its_own_training_images(
+    where: dict[str, Any], image_folder: Path, tmp_path: Path
+) -> None:
+    """Decoded beforehand or not; training leaves that kernel as it is, and so does resuming."""
+    preset = PRESETS["airbench"]
+    config = dataclasses.replace(
+        preset, data=str(image_folder), widths=(4,), batch_size=16, epochs=2, **where
+    )
+    with signal_at_step(7, signal.SIGINT), contextlib.suppress(Stopped):
+        train_and_evaluate(config, tmp_path / "run")
+    train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path / "run")
+    assert len(read_rows(tmp_path / "run")) == 2
+    kernel = trained.load(tmp_path / "run").variables["params"]["Whitening"]["kernel"]
+    dataset = load_dataset(str(image_folder))
+    images = normalize(dataset.train.pixels, dataset.mean, dataset.std)
+    outputs = lax.conv_general_dilated(
+        images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ).reshape(-1, 24)[:, :12]
+    np.testing.assert_allclose(outputs.T @ outputs / len(outputs), np.eye(12), atol=0.01)
 
 
 def test_the_command_names_a_new_workdir_by_itself(
