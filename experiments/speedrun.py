@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ import numpy as np
 from airbench.recipe import RECIPES, Recipe
 from cifar_jax import cli
 from cifar_jax.dataset import ImageFiles, Split, array_digest, stratified_choice
+from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source, load_splits
 
@@ -72,11 +74,19 @@ def main() -> None:
         "--smoke", action="store_true", help="narrow, on a few shapes drawn here: does it work?"
     )
     arguments = parser.parse_args()
+    _check(arguments)
     recipe = _SMOKE if arguments.smoke else RECIPES[arguments.recipe]
     source = "shapes" if arguments.smoke else arguments.data
     check_source(source)
 
     train, test, name, classes = _load(source, arguments)
+    if len(train) < recipe.batch_size:
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"--data {source} has {len(train):,} images to train on, and a step takes "
+            f"{recipe.batch_size:,}",
+            fix="give more images",
+        )
     print(f"{name}: {len(train):,} images to train on, {len(test):,} to score")
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -128,7 +138,11 @@ def main() -> None:
         row = run(seed)
         losses = row.pop("loss")
         if not np.isfinite(losses).all():
-            raise SystemExit(f"seed {seed}: the loss is {losses[-1]}")
+            raise CifarJaxError(
+                ExitCode.NUMERICS,
+                f"seed {seed}: the loss is {losses[-1]} in the end",
+                fix="report it; the runs before it are kept",
+            )
         row["loss_first_and_last"] = [float(losses[0]), float(losses[-1])]
         runs.append(row)
         found.update(summary(runs))
@@ -151,6 +165,35 @@ def main() -> None:
         f"{_described(found)}, {found['tflops']:.4g} TFLOP/s, {found['share_of_ceiling']:.0%} of "
         f"the ceiling; in {arguments.output}"
     )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise what would otherwise come up after minutes."""
+    for option, value in (("--runs", arguments.runs), ("--beside-runs", arguments.beside_runs)):
+        if value < 1:
+            raise CifarJaxError(
+                ExitCode.USAGE, f"{option} {value} is out of range", fix="give 1 or more"
+            )
+    if not arguments.output.parent.is_dir():
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--output {arguments.output}: there is no folder {arguments.output.parent}",
+            fix="make it, or give another",
+        )
+    if arguments.beside:
+        if not arguments.beside.is_file():
+            raise CifarJaxError(
+                ExitCode.USAGE,
+                f"--beside {arguments.beside} is no file",
+                fix="give airbench94_muon.py, or leave it out",
+            )
+        for package in ("torch", "torchvision"):
+            if importlib.util.find_spec(package) is None:
+                raise CifarJaxError(
+                    ExitCode.ENVIRONMENT,
+                    f"--beside needs the package {package}",
+                    fix=f"pip install {package}, or leave --beside out",
+                )
 
 
 def _described(found: dict[str, Any]) -> str:

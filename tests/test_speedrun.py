@@ -21,6 +21,7 @@ from jax import lax
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import speedrun
 from airbench import measure
 from airbench.recipe import RECIPES, Recipe, make_optimizer
 from airbench.run import (
@@ -40,6 +41,7 @@ from airbench.run import (
 )
 from cifar_jax import layout, models, shapes, torch_reference
 from cifar_jax.dataset import Split
+from cifar_jax.errors import CifarJaxError
 from cifar_jax.layer_table import layer_table
 from cifar_jax.models import Airbench, gelu
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
@@ -335,6 +337,30 @@ def test_the_interval_is_students() -> None:
     margin = 3.182 * found["std"] / 2  # 3 degrees of freedom
     np.testing.assert_allclose(found["interval_95"], [0.9415 - margin, 0.9415 + margin], rtol=1e-5)
     assert measure.summary(runs[:1])["interval_95"] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "what"),
+    [
+        (["--runs", "0"], "--runs 0 is out of range. Fix: give 1 or more"),
+        (["--output", "none/x.json"], "there is no folder none. Fix: make it"),
+        (["--beside", "none.py"], "--beside none.py is no file. Fix: give airbench94_muon.py"),
+        (["--data", "none"], "--data none does not exist. Fix: give a folder"),
+    ],
+)
+def test_wrong_options_are_told_at_once(
+    argv: list[str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--output", str(tmp_path / "x.json"), *argv])
+    with pytest.raises(CifarJaxError, match=what):
+        speedrun.main()
+
+
+def test_too_few_images_are_told(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["speedrun.py", "--output", "x.json", "--data", str(image_folder)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(CifarJaxError, match=r"has \d+ images to train on, and a step takes 2,000"):
+        speedrun.main()
 
 
 def test_the_command(tmp_path: Path) -> None:

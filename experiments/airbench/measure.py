@@ -74,8 +74,9 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
             compilation_cache.reset_cache()
     begin = begin.lower(0).compile()
     steps = setting.recipe.epochs * (len(train) // setting.recipe.batch_size)
-    bar = tqdm(total=steps, unit="steps", leave=False, disable=None)
-    if jax.default_backend() == "cpu":  # where a run takes minutes
+    takes_minutes = jax.default_backend() == "cpu"
+    bar = tqdm(total=steps, unit="steps", leave=False, disable=None if takes_minutes else True)
+    if takes_minutes:
         compiled = compile_for(setting._replace(on_step=bar.update))
 
     def run(seed: int) -> dict[str, Any]:
