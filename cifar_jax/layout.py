@@ -91,14 +91,15 @@ def to_torch(variables: Variables, layout: TorchLayout) -> dict[str, Array]:
     state_dict: dict[str, Array] = {}
     for layer, torch_name in layout.names.items():
         for leaf, (collection, torch_leaf) in _LEAVES.items():
-            value = variables.get(collection, {}).get(layer, {}).get(leaf)
+            leaves = variables.get(collection, {}).get(layer, {})
+            value = leaves.get(leaf)
+            if leaf == "scale" and layer.startswith("BatchNorm") and not layout.scaled_norms:
+                value = np.ones_like(leaves["bias"])
             if value is not None:
                 array = np.asarray(value)
                 if leaf == "kernel":
                     array = _kernel_to_torch(layer, array, layout)
                 state_dict[f"{torch_name}.{torch_leaf}"] = array
-        if layer.startswith("BatchNorm") and not layout.scaled_norms:
-            state_dict[f"{torch_name}.weight"] = np.ones_like(state_dict[f"{torch_name}.bias"])
         if f"{torch_name}.running_mean" in state_dict:
             # A count that PyTorch keeps, demands, and with a fixed momentum never uses.
             state_dict[f"{torch_name}.num_batches_tracked"] = np.zeros((), np.int64)

@@ -76,7 +76,7 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
     steps = setting.recipe.epochs * (len(train) // setting.recipe.batch_size)
     takes_minutes = jax.default_backend() == "cpu"
     bar = tqdm(total=steps, unit="steps", leave=False, disable=None if takes_minutes else True)
-    if takes_minutes:
+    if not bar.disable:
         compiled = compile_for(setting._replace(on_step=bar.update))
 
     def run(seed: int) -> dict[str, Any]:
