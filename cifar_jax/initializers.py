@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Of airbench's first convolution, which whitens: its name, the side of its kernel, and how many
-# images give it.
-WHITENING, WHITENING_SIDE, WHITENING_IMAGES = "Whitening", 2, 5000
+# Of airbench's first convolution, which whitens: its name, and the side of its kernel.
+WHITENING, WHITENING_SIDE = "Whitening", 2
 
 Shape = tuple[int, ...]
 Initializer = Callable[..., jax.Array]
 
 # Added to the variances, so that directions without any are not blown up.
 _WHITENING_EPS = 5e-4
+_WHITENING_IMAGES = 5000  # that many give the kernel
 
 
 def uniform(inputs: int) -> Initializer:
@@ -60,6 +60,11 @@ def whiten(params: Any, images: jax.Array) -> Any:
     """
     kernel = whitening_kernel(images, WHITENING_SIDE)
     return {**params, WHITENING: {**params[WHITENING], "kernel": kernel}}
+
+
+def whitening_stride(n: int) -> int:
+    """Each how-manieth of ``n`` images to whiten by: evenly, as they may be sorted by class."""
+    return max(n // _WHITENING_IMAGES, 1)
 
 
 def whitening_kernel(images: jax.Array, side: int) -> jax.Array:

@@ -114,14 +114,13 @@ def from_torch(state_dict: StateDict, layout: TorchLayout) -> Variables:
     Raises:
         KeyError: ``state_dict`` has none of the tensors of some layer.
     """
-    unwanted = {True: "kernel", False: "scale"}  # both are PyTorch's weight
     variables: Variables = {"params": {}, "batch_stats": {}}
     for layer, torch_name in layout.names.items():
         has_statistics = layer.startswith("BatchNorm")
         found = False
         for leaf, (collection, torch_leaf) in _LEAVES.items():
             tensor = state_dict.get(f"{torch_name}.{torch_leaf}")
-            if tensor is None or leaf == unwanted[has_statistics]:
+            if tensor is None or leaf == ("kernel" if has_statistics else "scale"):
                 continue
             if leaf == "scale" and not layout.scaled_norms:
                 continue

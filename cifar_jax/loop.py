@@ -36,7 +36,7 @@ from cifar_jax.distributed import (
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.events import event_log
 from cifar_jax.files import write_atomically
-from cifar_jax.initializers import WHITENING_IMAGES, whiten
+from cifar_jax.initializers import whiten, whitening_stride
 from cifar_jax.metrics import (
     TABLE_HEADER,
     EpochRow,
@@ -232,8 +232,7 @@ def _decoder(config: TrainConfig) -> Callable[[Split], Split]:
 def _whitened(state: TrainState, dataset: Dataset, decode: Callable[[Split], Split]) -> TrainState:
     """``state`` of airbench, whose first convolution whitens the training images."""
     train = dataset.train
-    # Evenly from all, which may be sorted by class.
-    some = train.take(np.arange(0, len(train), max(len(train) // WHITENING_IMAGES, 1)))
+    some = train.take(np.arange(0, len(train), whitening_stride(len(train))))
     if isinstance(some.images, ImageFiles):
         some = decode(some)
 

@@ -164,8 +164,8 @@ def make_predict(network: TrainedNetwork) -> Predict:
     features = None
     if "conv" in kinds:
         first = kinds.index("conv")
-        after = [i for i, kind in enumerate(kinds) if kind in ACTIVATIONS and i > first]
-        shown = after[0] if after else first
+        after = (i for i, kind in enumerate(kinds) if kind in ACTIVATIONS and i > first)
+        shown = next(after, first)
         lowered = jax.jit(lambda *given: trace(*given)[shown].output).lower(variables, black)
         features = compile_lowered(lowered, jax.default_backend())
     logits = make_logits(network)

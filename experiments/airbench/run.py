@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from airbench.recipe import Recipe
-from cifar_jax.initializers import WHITENING, WHITENING_IMAGES, whiten
+from cifar_jax.initializers import WHITENING, whiten, whitening_stride
 from cifar_jax.train_step import TrainState, classification_sums, normalize
 
 
@@ -73,8 +73,7 @@ def train_whole(
 ) -> tuple[TrainState, jax.Array]:
     """Every epoch; the state after them, and the mean loss of each batch ``[steps]``."""
     recipe = setting.recipe
-    # Evenly from all, which may be sorted by class.
-    some = train.images[:: max(len(train.images) // WHITENING_IMAGES, 1)]
+    some = train.images[:: whitening_stride(len(train.images))]
     state = state.replace(params=whiten(state.params, normalize(some, setting.mean, setting.std)))
     padded = reflect_pad(train.images, recipe.crop)
     flip_key, epochs_key = jax.random.split(key)
