@@ -18,6 +18,7 @@ to 70 times slower. Written in that form they take the same time everywhere, and
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from cifar_jax.winograd import Padding
 _MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
 
+Convolution = Callable[..., jax.Array]
 _Gradients = tuple[jax.Array, jax.Array]
 
 _ALL_ROUND: Padding = ((1, 1), (1, 1))
@@ -39,6 +41,8 @@ def conv3x3(
     kernel: jax.Array,
     strides: object = (1, 1),
     padding: Padding = _ALL_ROUND,
+    *,
+    paired: bool = False,
     **kwargs: object,
 ) -> jax.Array:
     """Stride 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
@@ -48,9 +52,10 @@ def conv3x3(
     Args:
         padding: 1 above and to the left; without it below or to the right, the last row or column
             of the output is not computed.
+        paired: take neighbouring columns together on a GPU, for fewer channels than it runs well.
     """
     above_and_below, left_and_right = (tuple(pair) for pair in padding)
-    return _conv3x3(x, kernel, (above_and_below, left_and_right))
+    return _conv3x3(x, kernel, (above_and_below, left_and_right), paired)
 
 
 def _plain(
@@ -66,7 +71,8 @@ def _plain(
     )
 
 
-def _four_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _four_at_once(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    del padding  # 1 all round
     batch, height, width, _ = x.shape
     features = kernel.shape[-1]
     # [4, 4, C, 4D]: the kernel at its four places in the window, side by side.
@@ -80,41 +86,83 @@ def _four_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, features)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv3x3(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    plain = functools.partial(_plain, padding=padding)
+def _on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> Convolution:
     _, height, width, channels = x.shape
     small = channels <= _MAX_IN_CHANNELS and kernel.shape[-1] <= _MAX_OUT_CHANNELS
     if small and height % 2 == width % 2 == 0 and padding == _ALL_ROUND:
-        return lax.platform_dependent(x, kernel, cpu=_four_at_once, default=plain)
-    if winograd.pays(x, kernel):
-        fast = functools.partial(winograd.convolve, padding=padding)
-        return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
-    return plain(x, kernel)
+        return _four_at_once
+    return winograd.convolve if winograd.pays(x, kernel) else _plain
+
+
+def _on_gpu(paired: bool) -> Convolution:
+    return _in_pairs if paired else _plain
+
+
+def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """No padding, stride 1: ``[B, H, W, C]`` and ``[2, 2, C, D]`` -> ``[B, H-1, W-1, D]``."""
+    none: Padding = ((0, 0), (0, 0))
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_plain, padding=none),
+        default=functools.partial(_in_pairs, padding=none),
+    )
+
+
+def _in_pairs(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """Two neighbouring columns as one pixel, of twice the channels, in and out.
+
+    ``[B, H, W, C]`` and ``[S, S, C, D]``, S at most 3 -> ``[B, H, W, D]``.
+    """
+    side, _, channels, features = kernel.shape
+    (above, below), (left, right) = padding
+    width = x.shape[2] + left + right - side + 1
+    odd = width % 2
+    unaligned = -channels % 4  # so that a pair is a multiple of 16 bytes
+    x = jnp.pad(x, ((0, 0), (above, below), (left, right + odd + 3 - side), (0, unaligned)))
+    x = x.reshape(*x.shape[:2], -1, 2 * x.shape[3])  # nothing moves in memory
+    # A pair of outputs reads four columns: the kernel at its two places among them, side by side.
+    kernels = [
+        jnp.pad(kernel, ((0, 0), (place, 4 - side - place), (0, unaligned), (0, 0)))
+        for place in (0, 1)
+    ]
+    both = jnp.concatenate(kernels, axis=-1).reshape(side, 2, x.shape[3], 2 * features)
+    y = _plain(x, both, padding=((0, 0), (0, 0)))
+    return y.reshape(*y.shape[:2], width + odd, features)[:, :, :width]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv3x3(x: jax.Array, kernel: jax.Array, padding: Padding, paired: bool) -> jax.Array:
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_on_cpu(x, kernel, padding), padding=padding),
+        default=functools.partial(_on_gpu(paired), padding=padding),
+    )
 
 
 def _forward(
-    x: jax.Array, kernel: jax.Array, padding: Padding
+    x: jax.Array, kernel: jax.Array, padding: Padding, paired: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv3x3(x, kernel, padding), (x, kernel)
+    return _conv3x3(x, kernel, padding, paired), (x, kernel)
 
 
 def _backward(
-    padding: Padding, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
+    padding: Padding, paired: bool, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> _Gradients:
     return lax.platform_dependent(
         *inputs,
         gradient,
         cpu=functools.partial(_gradients_as_convolutions, padding),
-        default=functools.partial(_gradients, padding),
+        default=functools.partial(_gradients, padding, paired),
     )
 
 
 def _gradients(
-    padding: Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
+    padding: Padding, paired: bool, x: jax.Array, kernel: jax.Array, gradient: jax.Array
 ) -> _Gradients:
-    plain = functools.partial(_plain, padding=padding)
-    of_x, of_kernel = jax.vjp(plain, x, kernel)[1](gradient)
+    convolve = functools.partial(_on_gpu(paired), padding=padding)
+    of_x, of_kernel = jax.vjp(convolve, x, kernel)[1](gradient)
     return of_x, of_kernel
 
 

@@ -17,6 +17,7 @@ ACTIVATIONS = ("relu", "gelu")
 _KINDS = {
     "_space_to_depth": "space_to_depth",
     "Conv": "conv",
+    "Whitening": "conv",
     "BatchNorm": "batch_norm",
     "relu": "relu",
     "gelu": "gelu",

@@ -3,7 +3,7 @@
 #
 #     bash experiments/speedrun.sh cifar10.tar.gz results/ [airbench94_muon.py]
 #
-# What each choice gives; then 200 runs, after 20 of the author's own script if it is given (from
+# What each choice gives; 200 runs; then 20 of the author's own script if it is given (from
 # https://github.com/KellerJordan/cifar10-airbench; it needs torch and torchvision, and compiles for
 # minutes).
 set -euo pipefail

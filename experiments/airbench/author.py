@@ -51,6 +51,7 @@ def main() -> None:
         started = time.perf_counter()
         author.main("warmup", model)
         found["warmup_seconds"] = time.perf_counter() - started
+        print(f"  compiled and warmed up in {found['warmup_seconds']:.0f} s", flush=True)
         for run in range(int(n)):
             accuracy = author.main(run, model)
             found["runs"].append({"accuracy": accuracy, "seconds": last["time_seconds"]})
