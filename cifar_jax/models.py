@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -259,10 +260,12 @@ class Airbench(nn.Module):
 
     Its first convolution whitens the images and is not trained: a run sets it from its own
     (:func:`cifar_jax.initializers.whiten`). Two convolutions at each of its widths, the first of
-    them pooled; no residual.
+    them pooled.
 
     Attributes:
         widths: channels of its stages.
+        deep: a third convolution in each stage, and a residual around the last two: its author's
+            network for 96 %.
         axis_name, dtype: as in :class:`ConvNet`.
     """
 
@@ -270,6 +273,7 @@ class Airbench(nn.Module):
 
     num_classes: int
     widths: Sequence[int] = (64, 256, 256)
+    deep: bool = False
     axis_name: str | None = None
     dtype: Any = None
 
@@ -299,12 +303,21 @@ class Airbench(nn.Module):
                 conv_general_dilated=functools.partial(conv3x3, paired=paired),
             )
 
+        def residual(features: int) -> Layer:
+            branch = nn.Sequential([conv(features), norm(), gelu, conv(features), norm()])
+
+            def add(x: jax.Array) -> jax.Array:
+                return x + branch(x)
+
+            return add
+
         height, width = (size - WHITENING_SIDE + 1 for size in x.shape[1:3])
         layers: list[Layer] = [Whitening(self.dtype, name=WHITENING), gelu]
         for i, features in enumerate(self.widths):
             below, right = map(_padding_at_end, (height, width))
-            layers += [conv(features, below, right, paired=i == 0), max_pool]
-            layers += [norm(), gelu, conv(features), norm(), gelu]
+            layers += [conv(features, below, right, paired=i == 0), max_pool, norm(), gelu]
+            layers += [residual(features)] if self.deep else [conv(features), norm()]
+            layers.append(gelu)
             height, width = height // 2, width // 2
         head = nn.Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation)
         return nn.Sequential([*layers, global_max_pool, head, scale])(x)
@@ -313,10 +326,10 @@ class Airbench(nn.Module):
         """Under its author's names."""
         del image_shape  # nothing is flattened but [B, 1, 1, C]
         names = {WHITENING: "whiten"}
-        for i in range(len(self.widths)):
-            for j in (0, 1):
-                names[f"Conv_{2 * i + j}"] = f"layers.{i + 1}.conv{j + 1}"
-                names[f"BatchNorm_{2 * i + j}"] = f"layers.{i + 1}.norm{j + 1}"
+        convs = 3 if self.deep else 2
+        for i, (stage, j) in enumerate(itertools.product(range(len(self.widths)), range(convs))):
+            names[f"Conv_{i}"] = f"layers.{stage + 1}.conv{j + 1}"
+            names[f"BatchNorm_{i}"] = f"layers.{stage + 1}.norm{j + 1}"
         return TorchLayout({**names, "Dense_0": "head"}, None, scaled_norms=False)
 
 

@@ -99,29 +99,39 @@ class UnscaledBatchNorm(nn.BatchNorm2d):
 
 
 class AirbenchGroup(nn.Module):
-    """Two convolutions of ``Airbench``, the first of them pooled."""
+    """A stage of ``Airbench``."""
 
-    def __init__(self, in_channels: int, features: int) -> None:
+    def __init__(self, in_channels: int, features: int, deep: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, features, 3, padding=1, bias=False)
         self.norm1 = UnscaledBatchNorm(features)
         self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
         self.norm2 = UnscaledBatchNorm(features)
+        self.deep = deep
+        if deep:
+            self.conv3 = nn.Conv2d(features, features, 3, padding=1, bias=False)
+            self.norm3 = UnscaledBatchNorm(features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)), approximate="tanh")
-        return F.gelu(self.norm2(self.conv2(x)), approximate="tanh")
+    def forward(self, xb: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(xb), 2)), approximate="tanh")
+        out = self.norm2(self.conv2(x))
+        if self.deep:
+            out = x + self.norm3(self.conv3(F.gelu(out, approximate="tanh")))
+        return F.gelu(out, approximate="tanh")
 
 
 class AirbenchNetwork(nn.Module):
     """``Airbench``, under its author's names."""
 
-    def __init__(self, channels: int, widths: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self, channels: int, widths: tuple[int, ...], num_classes: int, deep: bool
+    ) -> None:
         super().__init__()
         whitened = 2 * channels * WHITENING_SIDE**2
         self.whiten = nn.Conv2d(channels, whitened, WHITENING_SIDE)
         self.whiten.weight.requires_grad_(False)
-        groups = itertools.starmap(AirbenchGroup, itertools.pairwise((whitened, *widths)))
+        ends = itertools.pairwise((whitened, *widths))
+        groups = (AirbenchGroup(before, features, deep) for before, features in ends)
         self.layers = nn.Sequential(nn.GELU(approximate="tanh"), *groups)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
 
@@ -138,7 +148,7 @@ def make_twin(model: Model, image_shape: ImageShape) -> nn.Module:
     """
     height, width, channels = image_shape
     if isinstance(model, Airbench):
-        return AirbenchNetwork(channels, tuple(model.widths), model.num_classes)
+        return AirbenchNetwork(channels, tuple(model.widths), model.num_classes, model.deep)
     if isinstance(model, ResNet9):
         return ResidualNetwork(channels, tuple(model.widths), model.num_classes, model.dropout)
     layers: list[nn.Module] = []

@@ -49,6 +49,18 @@ def write_images(
             Image.fromarray(pixels, mode).save(folder / name / f"{i:03d}.png")
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The form of a computation that is for a CPU; then, computed here too, that for a GPU."""
+    if request.param == "gpu":
+
+        def for_gpu(*args: Any, cpu: Any, default: Any) -> Any:
+            return default(*args)
+
+        monkeypatch.setattr(jax.lax, "platform_dependent", for_gpu)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``train/`` with 3 x 30 and ``test/`` with 3 x 7 images of 8x8 pixels."""

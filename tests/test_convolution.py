@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax import lax
 
 from cifar_jax import winograd
-from cifar_jax.convolution import conv3x3
+from cifar_jax.convolution import conv3x3, paired_conv
 from cifar_jax.winograd import Padding
 
 ALL_ROUND: Padding = ((1, 1), (1, 1))
@@ -27,18 +28,31 @@ def plain(x: jax.Array, kernel: jax.Array, padding: Padding = ALL_ROUND) -> jax.
     [((8, 6), 3, 16), ((4, 4), 1, 32), ((5, 6), 3, 16), ((6, 6), 3, 64), ((6, 6), 8, 16)],
 )
 def test_every_form_is_the_convolution_forward_and_backward(
-    size: tuple[int, int], channels: int, features: int, padding: Padding
+    size: tuple[int, int], channels: int, features: int, padding: Padding, form: str
 ) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, *size, channels)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, channels, features)).astype(np.float32)
+    ours = functools.partial(conv3x3, padding=padding, paired=form == "gpu")
+    assert_the_same(ours, functools.partial(plain, padding=padding), x, kernel)
 
-    y, pull_back = jax.vjp(functools.partial(conv3x3, padding=padding), x, kernel)
-    true_y, true_pull_back = jax.vjp(functools.partial(plain, padding=padding), x, kernel)
+
+@pytest.mark.parametrize("size", [(5, 6), (4, 7)])
+def test_that_of_a_small_kernel_too(size: tuple[int, int], form: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+    kernel = rng.normal(size=(2, 2, 3, 24)).astype(np.float32)
+    assert_the_same(paired_conv, functools.partial(plain, padding=((0, 0), (0, 0))), x, kernel)
+
+
+def assert_the_same(ours: Any, truth: Any, x: Any, kernel: Any) -> None:
+    """Forward and backward."""
+    y, pull_back = jax.vjp(ours, x, kernel)
+    true_y, true_pull_back = jax.vjp(truth, x, kernel)
     np.testing.assert_allclose(y, true_y, rtol=1e-5, atol=1e-5)
-    gradient = rng.normal(size=y.shape).astype(np.float32)
-    for ours, truth in zip(pull_back(gradient), true_pull_back(gradient), strict=True):
-        np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-4)
+    gradient = np.random.default_rng(1).normal(size=y.shape).astype(np.float32)
+    for found, expected in zip(pull_back(gradient), true_pull_back(gradient), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 13, 96])  # one image, not to be cut, in two parts
@@ -92,6 +106,14 @@ def test_images_take_the_fast_form_on_a_cpu() -> None:
     images, kernel = np.zeros((2, 8, 8, 3), np.float32), np.zeros((3, 3, 3, 16), np.float32)
     compiled = jax.jit(conv3x3).lower(images, kernel).as_text()
     assert "tensor<4x4x3x64xf32>" in compiled  # the four kernels, side by side
+
+
+def test_only_a_gpu_takes_columns_in_pairs() -> None:
+    x, kernel = np.zeros((2, 7, 7, 24), np.float32), np.zeros((3, 3, 24, 64), np.float32)
+    pairs = "tensor<3x2x48x128xf32>"
+    ours = jax.jit(functools.partial(conv3x3, paired=True)).trace(x, kernel)
+    assert pairs in ours.lower(lowering_platforms=("cuda",)).as_text()
+    assert pairs not in ours.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_gradients_in_a_loop_have_the_form_that_a_cpu_runs_fast() -> None:

@@ -14,7 +14,7 @@ def linen_max_pool(x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 3)])
-def test_it_is_max_pooling_forward_and_backward(size: tuple[int, int]) -> None:
+def test_it_is_max_pooling_forward_and_backward(size: tuple[int, int], form: str) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, *size, 5)).astype(np.float32)
     pooled, pull_back = jax.vjp(max_pool, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -28,6 +29,7 @@ from airbench.run import (
     Batch,
     Examples,
     Setting,
+    cut_out,
     draw_batches,
     mean_logits,
     reflect_pad,
@@ -46,6 +48,7 @@ from cifar_jax.models import Airbench, gelu
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
 
 SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
+DEEP = dataclasses.replace(SMALL, deep=True, crop=3, cutout=5)
 SHAPE = (12, 12, 3)
 
 
@@ -98,6 +101,20 @@ def test_a_batch_is_cut_from_the_padded_images() -> None:
     np.testing.assert_array_equal(shown[0], padded[5, 0:12, 4:16])
     np.testing.assert_array_equal(shown[1], images[0][:, ::-1])  # the middle is the image itself
     np.testing.assert_array_equal(shown[2], padded[7, 3:15, 1:13][:, ::-1])
+
+
+def test_a_square_is_cut_out_anywhere_in_the_image() -> None:
+    hole = jax.random.uniform(jax.random.key(0), (500, 2))
+    cut = np.asarray(cut_out(jnp.ones((500, 6, 8, 3)), hole, 4))
+    corners = set()
+    for image in cut:
+        rows, columns = ((image == 0).any(axis).any(-1).nonzero()[0] for axis in (1, 0))
+        assert len(rows) == len(columns) == 4
+        assert (image == 0).sum() == 4 * 4 * 3
+        assert np.ptp(rows) == np.ptp(columns) == 3
+        corners.add((int(rows[0]), int(columns[0])))
+    assert corners == {(row, column) for row in range(3) for column in range(5)}
+    assert draw_batches(jax.random.key(0), jnp.zeros(60, bool), 0, SMALL).hole is None
 
 
 def test_the_mean_answer_is_that_of_six_views() -> None:
@@ -250,10 +267,11 @@ def newton_schulz(g: Any) -> Any:
     return x.T if g.shape[0] > g.shape[1] else x
 
 
-def test_it_trains_as_its_author_does() -> None:
+@pytest.mark.parametrize("recipe", [SMALL, DEEP], ids=["94", "96"])
+def test_it_trains_as_its_author_does(recipe: Recipe) -> None:
     """The same batches from the same start, in PyTorch and here: losses and all parameters."""
-    setting, state, examples = small()
-    padded = reflect_pad(examples.images, SMALL.crop)
+    setting, state, examples = small(recipe)
+    padded = reflect_pad(examples.images, recipe.crop)
     torch_layout = setting.model.torch_layout(SHAPE)
     twin = torch_reference.make_twin(setting.model, SHAPE)
     torch_reference.load(twin, layout.to_torch(jax.device_get(state.variables), torch_layout))
@@ -262,17 +280,19 @@ def test_it_trains_as_its_author_does() -> None:
     )
     batches, losses = [], []
     for epoch in range(3):
-        drawn = draw_batches(jax.random.key(epoch), jnp.zeros(60, bool), epoch, SMALL)
+        drawn = draw_batches(jax.random.key(epoch), jnp.zeros(60, bool), epoch, recipe)
         for i in range(3):
             batch = jax.tree.map(lambda x, i=i: x[i], drawn)
-            images = normalize(show(padded, batch, SMALL.crop), setting.mean, setting.std)
+            images = normalize(show(padded, batch, recipe.crop), setting.mean, setting.std)
+            if recipe.cutout:
+                images = cut_out(images, batch.hole, recipe.cutout)
             labels = np.asarray(examples.labels)[np.asarray(batch.index)]
             nchw = layout.nhwc_to_nchw(np.asarray(images))
             batches.append((torch.from_numpy(nchw), torch.from_numpy(labels).long()))
             state, loss = step(padded, examples.labels, state, batch, learn_whitening=epoch < 2)
             losses.append(float(loss))
     start = torch_reference.state_dict_of(twin)
-    np.testing.assert_allclose(losses, author_steps(twin, batches, SMALL, 3), rtol=2e-3)
+    np.testing.assert_allclose(losses, author_steps(twin, batches, recipe, 3), rtol=2e-3)
     theirs = torch_reference.state_dict_of(twin)
     ours = layout.to_torch(jax.device_get(state.variables), torch_layout)
     for name, value in theirs.items():
@@ -285,6 +305,8 @@ def test_gelu_is_near_the_exact_one() -> None:
     x = jnp.linspace(-6, 6, 2001)
     np.testing.assert_allclose(gelu(x), nn.gelu(x, approximate=True), atol=1e-6)
     np.testing.assert_allclose(gelu(x), nn.gelu(x, approximate=False), atol=5e-4)
+    slopes = (jax.grad(lambda x, f=f: f(x).sum())(x) for f in (gelu, nn.gelu))
+    np.testing.assert_allclose(*slopes, atol=1e-5)
 
 
 def test_the_count_of_operations_is_that_of_the_table() -> None:

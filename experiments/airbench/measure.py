@@ -35,7 +35,8 @@ _KERNELS_NAMED = 30
 
 def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
     """The network, optimizer and normalisation for ``train``."""
-    model = Airbench(num_classes, recipe.widths, dtype=jnp.dtype(recipe.dtype))
+    dtype = jnp.dtype(recipe.dtype)
+    model = Airbench(num_classes, recipe.widths, recipe.deep, dtype=dtype)
     tx = make_optimizer(recipe, len(train) // recipe.batch_size)
     return Setting(recipe, model, tx, *channel_statistics(train.pixels))
 

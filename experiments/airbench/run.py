@@ -47,11 +47,13 @@ class Batch(NamedTuple):
         index: int32 ``[B]``.
         corner: int32 ``[B, 2]``, of the crop in the padded image.
         mirrored: bool ``[B]``.
+        hole: float32 ``[B, 2]``, the corner of what is blanked, 0 to 1 of where it can be; or none.
     """
 
     index: jax.Array
     corner: jax.Array
     mirrored: jax.Array
+    hole: jax.Array | None = None
 
 
 def train_and_score(
@@ -110,16 +112,17 @@ def draw_batches(
     epochs show both ways (Jordan, 2024, arXiv:2404.00498, section 3.6).
     """
     n = len(mirrored_at_first)
-    order_key, corner_key = jax.random.split(key)
+    order_key, corner_key, hole_key = jax.random.split(key, 3)
     order = jax.random.permutation(order_key, n)
     corners = jax.random.randint(corner_key, (n, 2), 0, 2 * recipe.crop + 1)
     mirrored = (mirrored_at_first ^ (epoch % 2 == 1))[order]
+    hole = jax.random.uniform(hole_key, (n, 2)) if recipe.cutout else None
     steps = n // recipe.batch_size
 
     def cut(x: jax.Array) -> jax.Array:
         return x[: steps * recipe.batch_size].reshape(steps, recipe.batch_size, *x.shape[1:])
 
-    return Batch(*map(cut, (order, corners, mirrored)))
+    return jax.tree.map(cut, Batch(order, corners, mirrored, hole))
 
 
 def show(padded: jax.Array, batch: Batch, crop: int) -> jax.Array:
@@ -134,6 +137,22 @@ def show(padded: jax.Array, batch: Batch, crop: int) -> jax.Array:
     return jnp.where(batch.mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
+def cut_out(images: jax.Array, hole: jax.Array, side: int) -> jax.Array:
+    """``images`` ``[B, H, W, C]``, in each a square of 0, the mean (arXiv:1708.04552).
+
+    Args:
+        hole: as in :class:`Batch`; all of the square is in the image.
+    """
+
+    def inside(size: int, at: jax.Array) -> jax.Array:
+        first = jnp.floor(at * (size - side + 1)).astype(jnp.int32)[:, None]
+        return (jnp.arange(size) >= first) & (jnp.arange(size) < first + side)
+
+    _, height, width, _ = images.shape
+    rows, columns = inside(height, hole[:, 0]), inside(width, hole[:, 1])
+    return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], 0, images)
+
+
 def train_step(
     padded: jax.Array,
     labels: jax.Array,
@@ -146,6 +165,8 @@ def train_step(
     """One step; the next state, and the mean loss of the batch."""
     recipe, model = setting.recipe, setting.model
     images = normalize(show(padded, batch, recipe.crop), setting.mean, setting.std)
+    if batch.hole is not None:
+        images = cut_out(images, batch.hole, recipe.cutout)
     targets = jax.nn.one_hot(labels[batch.index], model.num_classes)
     targets = optax.smooth_labels(targets, recipe.label_smoothing)
     fixed = {} if learn_whitening else {WHITENING: state.params[WHITENING]}
