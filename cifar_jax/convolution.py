@@ -58,7 +58,7 @@ def conv3x3(
     return _conv3x3(x, kernel, (above_and_below, left_and_right), paired)
 
 
-def _plain(
+def plain_conv(
     x: jax.Array, kernel: jax.Array, padding: Padding = _ALL_ROUND, stride: int = 1
 ) -> jax.Array:
     return lax.conv_general_dilated(
@@ -81,7 +81,7 @@ def _four_at_once(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Arra
         jnp.pad(kernel, ((row, 1 - row), (column, 1 - column), (0, 0), (0, 0)))
         for row, column in places
     ]
-    y = _plain(x, jnp.concatenate(kernels, axis=-1), stride=2)
+    y = plain_conv(x, jnp.concatenate(kernels, axis=-1), stride=2)
     y = y.reshape(batch, height // 2, width // 2, 2, 2, features)
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, features)
 
@@ -91,11 +91,11 @@ def _on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> Convolution:
     small = channels <= _MAX_IN_CHANNELS and kernel.shape[-1] <= _MAX_OUT_CHANNELS
     if small and height % 2 == width % 2 == 0 and padding == _ALL_ROUND:
         return _four_at_once
-    return winograd.convolve if winograd.pays(x, kernel) else _plain
+    return winograd.convolve if winograd.pays(x, kernel) else plain_conv
 
 
 def _on_gpu(paired: bool) -> Convolution:
-    return _in_pairs if paired else _plain
+    return in_pairs if paired else plain_conv
 
 
 def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -104,12 +104,12 @@ def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=functools.partial(_plain, padding=none),
-        default=functools.partial(_in_pairs, padding=none),
+        cpu=functools.partial(plain_conv, padding=none),
+        default=functools.partial(in_pairs, padding=none),
     )
 
 
-def _in_pairs(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+def in_pairs(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """Two neighbouring columns as one pixel, of twice the channels, in and out.
 
     ``[B, H, W, C]`` and ``[S, S, C, D]``, S at most 3 -> ``[B, H, W, D]``.
@@ -127,7 +127,7 @@ def _in_pairs(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
         for place in (0, 1)
     ]
     both = jnp.concatenate(kernels, axis=-1).reshape(side, 2, x.shape[3], 2 * features)
-    y = _plain(x, both, padding=((0, 0), (0, 0)))
+    y = plain_conv(x, both, padding=((0, 0), (0, 0)))
     return y.reshape(*y.shape[:2], width + odd, features)[:, :, :width]
 
 
@@ -176,9 +176,9 @@ def _gradients_as_convolutions(
     if winograd.pays(x, kernel):
         of_kernel = winograd.kernel_gradient(x, gradient, padding)
         return winograd.convolve(gradient, turned, back), of_kernel
-    of_x = _plain(gradient, turned, back)
+    of_x = plain_conv(gradient, turned, back)
     # [C, H, W, B] by [H, W, B, D] -> [C, 3, 3, D]: the images are the channels here.
-    of_kernel = _plain(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)
+    of_kernel = plain_conv(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)
     return of_x, of_kernel.transpose(1, 2, 0, 3)
 
 

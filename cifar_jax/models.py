@@ -348,10 +348,10 @@ def gelu(x: jax.Array) -> jax.Array:
     Hendrycks and Gimpel, 2016, arXiv:1606.08415, in the form that is within 5e-4 of that; their
     tanh as a sigmoid, as a GPU has an exponential.
     """
-    return x * _gelu_share(x)
+    return x * gelu_share(x)
 
 
-def _gelu_share(x: jax.Array) -> jax.Array:
+def gelu_share(x: jax.Array) -> jax.Array:
     return nn.sigmoid(_GELU_SCALE * (x + _GELU_CUBE * x**3))
 
 
@@ -361,7 +361,7 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    share = _gelu_share(x)
+    share = gelu_share(x)
     slope = _GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x)
     return (gradient * (share + x * share * (1 - share) * slope),)
 

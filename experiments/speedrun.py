@@ -177,12 +177,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise CifarJaxError(
                 ExitCode.USAGE, f"{option} {value} is out of range", fix="give 1 or more"
             )
-    if not arguments.output.parent.is_dir():
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"--output {arguments.output}: there is no folder {arguments.output.parent}",
-            fix="make it, or give another",
-        )
+    check_output(arguments.output)
     if arguments.beside:
         if not arguments.beside.is_file():
             raise CifarJaxError(
@@ -197,6 +192,16 @@ def _check(arguments: argparse.Namespace) -> None:
                     f"--beside needs the package {package}",
                     fix=f"pip install {package}, or leave --beside out",
                 )
+
+
+def check_output(output: Path) -> None:
+    """Raise if nothing could be written there."""
+    if not output.parent.is_dir():
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--output {output}: there is no folder {output.parent}",
+            fix="make it, or give another",
+        )
 
 
 def _described(found: dict[str, Any]) -> str:

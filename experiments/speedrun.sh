@@ -3,9 +3,9 @@
 #
 #     bash experiments/speedrun.sh cifar10.tar.gz results/ [airbench94_muon.py]
 #
-# What each choice gives; 200 runs; then 20 of the author's own script if it is given (from
+# 200 runs; then 20 of the author's own script if it is given (from
 # https://github.com/KellerJordan/cifar10-airbench; it needs torch and torchvision, and compiles for
-# minutes).
+# minutes); then what each choice gives.
 set -euo pipefail
 data=$(realpath "$1")
 mkdir -p "$2"
@@ -15,7 +15,7 @@ beside=()
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
-python3 experiments/speedrun_gains.py --output "$out/speedrun_gains.json"
 python3 experiments/speedrun.py --runs 200 --data "$data" --data-dir "$out/data" "${beside[@]}" \
     --output "$out/speedrun.json"
 rm -rf "$out/data"
+python3 experiments/speedrun_gains.py --output "$out/speedrun_gains.json"

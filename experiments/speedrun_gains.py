@@ -30,19 +30,23 @@ from jax import lax
 from airbench.measure import make_setting
 from airbench.recipe import Recipe
 from airbench.run import draw_batches, reflect_pad, train_step
-from cifar_jax import cli, models, muon
+from cifar_jax import cli, convolution, models, muon
+from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import Split
+from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.train_step import initial_train_state
+from speedrun import check_output
 
 _STEPS = 10
 _together = muon.orthogonalize
 
 
-def _full_conv(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+def _full_conv(
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, paired: bool, **kwargs: Any
+) -> jax.Array:
+    return conv3x3(x, kernel, strides, paired=paired)
 
 
 def _linen_max_pool(x: jax.Array) -> jax.Array:
@@ -51,6 +55,10 @@ def _linen_max_pool(x: jax.Array) -> jax.Array:
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
     return nn.gelu(x, approximate=False)
+
+
+def _gelu_as_it_is(x: jax.Array) -> jax.Array:
+    return x * models.gelu_share(x)
 
 
 def _one_by_one(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
@@ -70,11 +78,15 @@ class _Part:
     learn_whitening: bool = False
 
 
-_PARTS = {
+PARTS = {
     "nothing": _Part(),
     "leaving out what a pool does not read (models.py)": _Part((models, "conv3x3", _full_conv)),
     "max-pooling's own gradient (pooling.py)": _Part((models, "max_pool", _linen_max_pool)),
+    "taking columns in pairs (convolution.py)": _Part(
+        (convolution, "in_pairs", convolution.plain_conv)
+    ),
     "GELU in its form with a sigmoid (models.py)": _Part((models, "gelu", _exact_gelu)),
+    "GELU's own gradient (models.py)": _Part((models, "gelu", _gelu_as_it_is)),
     "Muon on all kernels together (muon.py)": _Part((muon, "orthogonalize", _one_by_one)),
     "Muon's products, without which it is not Muon": _Part((muon, "orthogonalize", _none)),
     "fixing the whitening's bias": _Part(learn_whitening=True),
@@ -88,16 +100,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of an epoch of each")
     parser.add_argument("--smoke", action="store_true", help="a narrow network: does it work?")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        raise CifarJaxError(
+            ExitCode.USAGE, f"--rounds {arguments.rounds} is out of range", fix="give 1 or more"
+        )
+    check_output(arguments.output)
     recipe = Recipe()
     if arguments.smoke:
         recipe = dataclasses.replace(recipe, widths=(4, 8), batch_size=20)
     if jax.default_backend() == "cpu":
         recipe = dataclasses.replace(recipe, dtype="float32")
     programs: dict[str, Callable[[], Any]] = {}
-    for name, part in _PARTS.items():
+    for name, part in PARTS.items():
         print(f"compiling without {name} ...", flush=True)
         programs[name] = _program(recipe, part)
     times: dict[str, list[float]] = {name: [] for name in programs}
@@ -125,14 +142,21 @@ def main() -> None:
 
 def _program(recipe: Recipe, without: _Part) -> Callable[[], Any]:
     """An epoch, compiled and run once."""
+    traced, arguments = trace(recipe, without)
+    compiled = compile_lowered(traced.lower(), jax.default_backend())
+    program = functools.partial(compiled, *arguments)
+    jax.block_until_ready(program())
+    return program
+
+
+def trace(recipe: Recipe, without: _Part) -> tuple[jax.stages.Traced, tuple[Any, ...]]:
+    """An epoch, and what it takes."""
     recipe = dataclasses.replace(recipe, **without.recipe)
     n = recipe.batch_size * _STEPS
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
     split = Split(pixels, rng.integers(0, 10, n).astype(np.int32))
     setting = make_setting(recipe, split, 10)
-    padded = reflect_pad(jnp.asarray(split.pixels), recipe.crop)
-    labels, key = jnp.asarray(split.labels), jax.random.key(0)
 
     def epoch(state: Any, padded: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         step = functools.partial(
@@ -146,12 +170,9 @@ def _program(recipe: Recipe, without: _Part) -> Callable[[], Any]:
 
     with mock.patch.object(*without.replaced):
         begin = functools.partial(initial_train_state, setting.model, setting.tx, (32, 32, 3))
-        state = jax.jit(begin)(0)
-        lowered = jax.jit(epoch).lower(state, padded, labels, key)
-        compiled = compile_lowered(lowered, jax.default_backend())
-    program = functools.partial(compiled, state, padded, labels, key)
-    jax.block_until_ready(program())
-    return program
+        padded = reflect_pad(jnp.asarray(split.pixels), recipe.crop)
+        arguments = (jax.jit(begin)(0), padded, jnp.asarray(split.labels), jax.random.key(0))
+        return jax.jit(epoch).trace(*arguments), arguments
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import speedrun
+import speedrun_gains
 from airbench import measure
 from airbench.recipe import RECIPES, Recipe, make_optimizer
 from airbench.run import (
@@ -374,6 +376,27 @@ def test_wrong_options_are_told_at_once(
     monkeypatch.setattr(sys, "argv", ["speedrun.py", "--output", str(tmp_path / "x.json"), *argv])
     with pytest.raises(CifarJaxError, match=what):
         speedrun.main()
+
+
+def test_each_choice_taken_away_is_another_program_for_a_gpu() -> None:
+    recipe = Recipe(widths=(4, 8), batch_size=20)
+    programs = {
+        name: speedrun_gains.trace(recipe, part)[0].lower(lowering_platforms=("cuda",)).as_text()
+        for name, part in speedrun_gains.PARTS.items()
+    }
+    assert len(set(programs.values())) == len(programs) > 5
+
+
+def test_what_a_choice_gives_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "gains.json"
+    argv = ["speedrun_gains.py", "--smoke", "--rounds", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", argv)
+    parts = dict(itertools.islice(speedrun_gains.PARTS.items(), 2))
+    monkeypatch.setattr(speedrun_gains, "PARTS", parts)
+    speedrun_gains.main()
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["without"] for row in rows] == list(parts)
+    assert all(0 < row["step_ms_min"] <= row["step_ms_median"] for row in rows)
 
 
 def test_too_few_images_are_told(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
