@@ -95,7 +95,7 @@ class FeatureMaps:
     """What some channels of a layer give for some images: ``maps`` is ``[images, H, W, shown]``.
 
     Attributes:
-        layer: the convolution that they are of, after its ReLU.
+        layer: the convolution that they are of, after its activation.
         channels: the numbers of those shown, out of ``n_channels``.
     """
 
