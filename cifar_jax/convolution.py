@@ -1,6 +1,6 @@
-"""The 3x3 convolution of every network, in the forms that XLA runs well on a CPU.
+"""The convolutions of the networks, in the forms that XLA runs well; all to within rounding.
 
-Three things are slow there as JAX gives them. No form changes a result by more than rounding.
+Three things are slow on a CPU as JAX gives them.
 
 The first layer: XLA multiplies one pixel's window by the kernel, and with three input channels and
 a few output channels that product is too small to run well. Computing the four pixels of a 2x2
@@ -13,6 +13,10 @@ needs half.
 The gradients, inside a loop: XLA brings a convolution into the form of its fast routine (batch,
 rows, columns, channels) only outside of loops, and in ``lax.scan`` runs a gradient's convolution up
 to 70 times slower. Written in that form they take the same time everywhere, and give the same bits.
+
+On a GPU, airbench's first two are slow: 3 and 24 channels leave its matrix units idle. With two
+neighbouring columns as one pixel of twice the channels, in and out, they do 4/3 of the arithmetic
+in 0.6 of the time (experiments/airbench/README.md). Of other shapes, most gain nothing by it.
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ def conv3x3(
 def plain_conv(
     x: jax.Array, kernel: jax.Array, padding: Padding = _ALL_ROUND, stride: int = 1
 ) -> jax.Array:
+    """As JAX gives it: ``[B, H, W, C]`` and ``[S, S, C, D]`` -> ``[B, H, W, D]``."""
     return lax.conv_general_dilated(
         x,
         kernel,

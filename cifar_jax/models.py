@@ -352,6 +352,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def gelu_share(x: jax.Array) -> jax.Array:
+    """What share of its input :func:`gelu` passes on."""
     return nn.sigmoid(_GELU_SCALE * (x + _GELU_CUBE * x**3))
 
 
