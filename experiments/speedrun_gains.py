@@ -142,15 +142,15 @@ def main() -> None:
 
 def _program(recipe: Recipe, without: _Part) -> Callable[[], Any]:
     """An epoch, compiled and run once."""
-    traced, arguments = trace(recipe, without)
+    traced, begin, others = trace(recipe, without)
     compiled = compile_lowered(traced.lower(), jax.default_backend())
-    program = functools.partial(compiled, *arguments)
+    program = functools.partial(compiled, jax.jit(begin)(0), *others)
     jax.block_until_ready(program())
     return program
 
 
-def trace(recipe: Recipe, without: _Part) -> tuple[jax.stages.Traced, tuple[Any, ...]]:
-    """An epoch, and what it takes."""
+def trace(recipe: Recipe, without: _Part) -> tuple[jax.stages.Traced, Callable[[int], Any], Any]:
+    """An epoch, not yet compiled; what makes its first state, of a seed; and what else it takes."""
     recipe = dataclasses.replace(recipe, **without.recipe)
     n = recipe.batch_size * _STEPS
     rng = np.random.default_rng(0)
@@ -168,11 +168,11 @@ def trace(recipe: Recipe, without: _Part) -> tuple[jax.stages.Traced, tuple[Any,
         )
         return lax.scan(step, state, draw_batches(key, jnp.zeros(n, bool), 0, recipe))
 
+    padded = reflect_pad(jnp.asarray(split.pixels), recipe.crop)
+    others = (padded, jnp.asarray(split.labels), jax.random.key(0))
+    begin = functools.partial(initial_train_state, setting.model, setting.tx, (32, 32, 3))
     with mock.patch.object(*without.replaced):
-        begin = functools.partial(initial_train_state, setting.model, setting.tx, (32, 32, 3))
-        padded = reflect_pad(jnp.asarray(split.pixels), recipe.crop)
-        arguments = (jax.jit(begin)(0), padded, jnp.asarray(split.labels), jax.random.key(0))
-        return jax.jit(epoch).trace(*arguments), arguments
+        return jax.jit(epoch).trace(jax.eval_shape(begin, 0), *others), begin, others
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from cifar_jax.models import Airbench, gelu
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
 
 SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
-DEEP = dataclasses.replace(SMALL, deep=True, crop=3, cutout=5)
+DEEP = dataclasses.replace(SMALL, deep=True, whitening_epochs=3, crop=3, cutout=5)
 SHAPE = (12, 12, 3)
 
 
@@ -291,7 +291,13 @@ def test_it_trains_as_its_author_does(recipe: Recipe) -> None:
             labels = np.asarray(examples.labels)[np.asarray(batch.index)]
             nchw = layout.nhwc_to_nchw(np.asarray(images))
             batches.append((torch.from_numpy(nchw), torch.from_numpy(labels).long()))
-            state, loss = step(padded, examples.labels, state, batch, learn_whitening=epoch < 2)
+            state, loss = step(
+                padded,
+                examples.labels,
+                state,
+                batch,
+                learn_whitening=epoch < recipe.whitening_epochs,
+            )
             losses.append(float(loss))
     start = torch_reference.state_dict_of(twin)
     np.testing.assert_allclose(losses, author_steps(twin, batches, recipe, 3), rtol=2e-3)
