@@ -32,8 +32,14 @@ def cutout(key: jax.Array, image: jax.Array, size: int, fill: jax.Array) -> jax.
     The square's centre lies anywhere in the image, so that part of the square may lie outside
     (DeVries and Taylor, 2017, arXiv:1708.04552).
     """
+    corner = _random_integers(key, jnp.array(image.shape[:2])) - size // 2
+    return blank(image, corner, size, fill)
+
+
+def blank(image: jax.Array, corner: jax.Array, size: int, fill: jax.Array | float) -> jax.Array:
+    """Fill the square of side ``size`` that begins at ``corner``, int32 ``[2]``, with ``fill``."""
     height, width, _ = image.shape
-    top, left = _random_integers(key, jnp.array([height, width])) - size // 2
+    top, left = corner
     rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
     inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
     return jnp.where(inside, fill, image)

@@ -34,7 +34,7 @@ from cifar_jax.winograd import Padding
 _MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
 
-Convolution = Callable[..., jax.Array]
+_Convolution = Callable[..., jax.Array]
 _Gradients = tuple[jax.Array, jax.Array]
 
 _ALL_ROUND: Padding = ((1, 1), (1, 1))
@@ -77,7 +77,6 @@ def plain_conv(
 
 
 def _four_at_once(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    del padding  # 1 all round
     batch, height, width, _ = x.shape
     features = kernel.shape[-1]
     # [4, 4, C, 4D]: the kernel at its four places in the window, side by side.
@@ -86,12 +85,12 @@ def _four_at_once(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Arra
         jnp.pad(kernel, ((row, 1 - row), (column, 1 - column), (0, 0), (0, 0)))
         for row, column in places
     ]
-    y = plain_conv(x, jnp.concatenate(kernels, axis=-1), stride=2)
+    y = plain_conv(x, jnp.concatenate(kernels, axis=-1), padding, stride=2)
     y = y.reshape(batch, height // 2, width // 2, 2, 2, features)
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, features)
 
 
-def _on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> Convolution:
+def _on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> _Convolution:
     _, height, width, channels = x.shape
     small = channels <= _MAX_IN_CHANNELS and kernel.shape[-1] <= _MAX_OUT_CHANNELS
     if small and height % 2 == width % 2 == 0 and padding == _ALL_ROUND:
@@ -99,7 +98,7 @@ def _on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> Convolution:
     return winograd.convolve if winograd.pays(x, kernel) else plain_conv
 
 
-def _on_gpu(paired: bool) -> Convolution:
+def _on_gpu(paired: bool) -> _Convolution:
     return in_pairs if paired else plain_conv
 
 

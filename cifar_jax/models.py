@@ -71,6 +71,16 @@ def space_to_depth(x: jax.Array, side: int) -> jax.Array:
     return squares.reshape(batch, height // side, width // side, channels * side**2)
 
 
+def residual(layers: list[Layer]) -> Layer:
+    """What comes in, and what the ``layers`` make of it, added."""
+    branch = nn.Sequential(layers)
+
+    def add(x: jax.Array) -> jax.Array:
+        return x + branch(x)
+
+    return add
+
+
 def flatten(x: jax.Array) -> jax.Array:
     """``[B, H, W, C]`` -> ``[B, H*W*C]``."""
     return x.reshape(x.shape[0], -1)
@@ -195,14 +205,6 @@ class ResNet9(nn.Module):
         def block(features: int, pool: bool = False) -> list[Layer]:
             return conv_block(features, norm=norm, pool=pool, dtype=self.dtype)
 
-        def residual(features: int) -> Layer:
-            branch = nn.Sequential([*block(features), *block(features)])
-
-            def add(x: jax.Array) -> jax.Array:
-                return x + branch(x)
-
-            return add
-
         def scale(x: jax.Array) -> jax.Array:
             # The small factor keeps the first logits, and so the first gradients, small.
             return 0.125 * x
@@ -211,10 +213,10 @@ class ResNet9(nn.Module):
         layers = [
             *block(first),
             *block(second, pool=True),
-            residual(second),
+            residual([*block(second), *block(second)]),
             *block(third, pool=True),
             *block(fourth, pool=True),
-            residual(fourth),
+            residual([*block(fourth), *block(fourth)]),
             global_max_pool,
         ]
         if self.dropout:
@@ -303,21 +305,15 @@ class Airbench(nn.Module):
                 conv_general_dilated=functools.partial(conv3x3, paired=paired),
             )
 
-        def residual(features: int) -> Layer:
-            branch = nn.Sequential([conv(features), norm(), gelu, conv(features), norm()])
-
-            def add(x: jax.Array) -> jax.Array:
-                return x + branch(x)
-
-            return add
-
         height, width = (size - WHITENING_SIDE + 1 for size in x.shape[1:3])
         layers: list[Layer] = [Whitening(self.dtype, name=WHITENING), gelu]
         for i, features in enumerate(self.widths):
             below, right = map(_padding_at_end, (height, width))
             layers += [conv(features, below, right, paired=i == 0), max_pool, norm(), gelu]
-            layers += [residual(features)] if self.deep else [conv(features), norm()]
-            layers.append(gelu)
+            rest = [conv(features), norm()]
+            if self.deep:
+                rest = [residual([*rest, gelu, conv(features), norm()])]
+            layers += [*rest, gelu]
             height, width = height // 2, width // 2
         head = nn.Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation)
         return nn.Sequential([*layers, global_max_pool, head, scale])(x)

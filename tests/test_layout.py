@@ -55,6 +55,7 @@ CASES: dict[str, tuple[TrainConfig, tuple[int, int, int]]] = {
     ),
     # Once odd and once even where a pool comes.
     "airbench": (TrainConfig(model="airbench", widths=(4, 6)), (12, 10, 3)),
+    "airbench greyscale": (TrainConfig(model="airbench", widths=(6, 4)), (11, 14, 1)),
 }
 
 

@@ -149,7 +149,7 @@ def test_the_score_counts_what_the_mean_answer_names_right() -> None:
     assert 0 < counted < len(examples.labels)
 
 
-@pytest.mark.parametrize("size", [10, 11])
+@pytest.mark.parametrize("size", [10, 11, 12])
 def test_the_trimmed_convolutions_give_what_the_full_ones_do(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +402,13 @@ def test_what_a_choice_gives_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
     (row,) = json.loads(output.read_text())["rows"]
     assert row["without"] == "nothing"
     assert 0 < row["step_ms_min"] <= row["step_ms_median"]
+
+
+def test_when_the_authors_script_fails_that_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(CifarJaxError, match=r"script.py ended with status 3.*our own runs are"):
+        speedrun._author(script, small_split(), small_split(), 1)
 
 
 def test_too_few_images_are_told(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

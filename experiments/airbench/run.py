@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from airbench.recipe import Recipe
+from cifar_jax.augment import blank
 from cifar_jax.initializers import WHITENING, whiten, whitening_stride
 from cifar_jax.train_step import TrainState, classification_sums, normalize
 
@@ -138,19 +139,15 @@ def show(padded: jax.Array, batch: Batch, crop: int) -> jax.Array:
 
 
 def cut_out(images: jax.Array, hole: jax.Array, side: int) -> jax.Array:
-    """``images`` ``[B, H, W, C]``, in each a square of 0, the mean (arXiv:1708.04552).
+    """Normalised images ``[B, H, W, C]``, in each a square of 0, the mean.
 
     Args:
-        hole: as in :class:`Batch`; all of the square is in the image.
+        hole: as in :class:`Batch`. All of the square is in the image, as its author has it, other
+            than in :func:`cifar_jax.augment.cutout`.
     """
-
-    def inside(size: int, at: jax.Array) -> jax.Array:
-        first = jnp.floor(at * (size - side + 1)).astype(jnp.int32)[:, None]
-        return (jnp.arange(size) >= first) & (jnp.arange(size) < first + side)
-
-    _, height, width, _ = images.shape
-    rows, columns = inside(height, hole[:, 0]), inside(width, hole[:, 1])
-    return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], 0, images)
+    places = jnp.array(images.shape[1:3]) - side + 1
+    corners = jnp.floor(hole * places).astype(jnp.int32)
+    return jax.vmap(lambda image, corner: blank(image, corner, side, 0.0))(images, corners)
 
 
 def train_step(
