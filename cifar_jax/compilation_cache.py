@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 from pathlib import Path
 
 from cifar_jax.errors import CifarJaxError, ExitCode
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
+_LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _MOST_BYTES = 1 << 30  # some hundred programs
 
 
 def use_compilation_cache() -> None:
-    """Tell JAX, which is yet to be imported, where to keep what it compiles.
+    """Tell JAX where to keep what it compiles.
 
     JAX's own variables have the last word: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
     ``JAX_ENABLE_COMPILATION_CACHE=0`` does without.
@@ -30,7 +32,12 @@ def use_compilation_cache() -> None:
         except OSError:  # a home that cannot be written, say: then each command compiles anew
             return
         os.environ[_FOLDER] = str(folder)
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        os.environ.setdefault(_LEAST_SECONDS, "0.3")
+        if "jax" in sys.modules:  # which reads its variables when it is imported
+            import jax
+
+            jax.config.update(_FOLDER.lower(), os.environ[_FOLDER])
+            jax.config.update(_LEAST_SECONDS.lower(), float(os.environ[_LEAST_SECONDS]))
     if os.path.isdir(given := os.environ[_FOLDER]):
         found = os.stat(given)
         if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:

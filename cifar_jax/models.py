@@ -266,8 +266,8 @@ class Airbench(nn.Module):
 
     Attributes:
         widths: channels of its stages.
-        deep: a third convolution in each stage, and a residual around the last two: its author's
-            network for 96 %.
+        deep: a third convolution in each stage, and a residual around the last two: the layers of
+            its author's network for 96 %.
         axis_name, dtype: as in :class:`ConvNet`.
     """
 

@@ -11,7 +11,9 @@ mkdir -p "$2"
 out=$(realpath "$2")
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-common=(--data "$data" --data-dir "$out/data" --input device)
+decoded=$(mktemp -d)
+trap 'rm -rf "$decoded"' EXIT
+common=(--data "$data" --data-dir "$decoded" --input device)
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader > "$out/gpu.txt"
 python3 experiments/scaling.py --output "$out/scaling_gpu.json"
@@ -24,4 +26,4 @@ for run in 1 2; do
 done
 grep -h params_sha256 "$out"/runs/same?/report.json > "$out/deterministic.txt"
 python3 experiments/nhwc_vs_nchw.py --quick --output "$out/nhwc_vs_nchw_gpu.json"
-rm -rf "$out/data" "$out"/runs/*/checkpoints
+rm -rf "$out"/runs/*/checkpoints

@@ -85,8 +85,8 @@ PARTS = {
     "taking columns in pairs (convolution.py)": _Part(
         (convolution, "in_pairs", convolution.plain_conv)
     ),
-    "GELU in its form with a sigmoid (models.py)": _Part((models, "gelu", _exact_gelu)),
-    "GELU's own gradient (models.py)": _Part((models, "gelu", _gelu_as_it_is)),
+    "a GELU of its own, and its gradient (models.py)": _Part((models, "gelu", _exact_gelu)),
+    "GELU's gradient alone (models.py)": _Part((models, "gelu", _gelu_as_it_is)),
     "Muon on all kernels together (muon.py)": _Part((muon, "orthogonalize", _one_by_one)),
     "Muon's products, without which it is not Muon": _Part((muon, "orthogonalize", _none)),
     "fixing the whitening's bias": _Part(learn_whitening=True),

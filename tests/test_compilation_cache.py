@@ -7,46 +7,47 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from cifar_jax import compilation_cache
 from cifar_jax.compilation_cache import use_compilation_cache
 
-PROGRAM = """if True:
-    from cifar_jax.compilation_cache import use_compilation_cache
-    use_compilation_cache()
-    import jax
-    print(jax.jit(lambda x: 2 * x + 1)(20.5))
-"""
+SET_UP = "from cifar_jax.compilation_cache import use_compilation_cache; use_compilation_cache()"
+COMPUTE = "print(jax.jit(lambda x: 2 * x + 1)(20.5))"
+PROGRAM = f"{SET_UP}; import jax; {COMPUTE}"
+JAX_FIRST = f"import jax; {SET_UP}; {COMPUTE}"
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home where nothing is said of a folder."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # this process goes on
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
-def run_program() -> str:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+def run_program(program: str = PROGRAM) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.fault("B13")
+@pytest.mark.parametrize("program", [PROGRAM, JAX_FIRST])
 def test_programs_are_kept_for_the_next_command(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    program: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    assert run_program() == "42.0\n"
+    assert run_program(program) == "42.0\n"
     (folder,) = (home / ".cache" / "cifar_jax").iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     (kept,) = folder.glob("jit__lambda*-cache")
-    program = kept.read_bytes()
-    kept.write_bytes(program[: len(program) // 2])  # as of a kill
-    assert run_program() == "42.0\n"
+    compiled = kept.read_bytes()
+    kept.write_bytes(compiled[: len(compiled) // 2])  # as of a kill
+    assert run_program(program) == "42.0\n"
 
 
 def test_the_oldest_are_deleted_where_all_take_too_much(

@@ -22,7 +22,9 @@ def main() -> None:
     script, data, n, output = sys.argv[1:]
     import torch
 
-    found: dict[str, Any] = {"torch": torch.__version__, "runs": []}
+    # How much is tried in compiling it.
+    settings = {k: v for k, v in os.environ.items() if k.startswith("TORCHINDUCTOR_MAX_AUTOTUNE")}
+    found: dict[str, Any] = {"torch": torch.__version__, **settings, "runs": []}
     arrays = np.load(data)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "cifar10").mkdir()

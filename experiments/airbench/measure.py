@@ -19,7 +19,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from scipy import stats
 from tqdm import tqdm
 
-from airbench.recipe import Recipe, make_optimizer
+from airbench.optimizer import make_optimizer
+from airbench.recipe import Recipe
 from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
 from cifar_jax.dataset import Split, channel_statistics
 from cifar_jax.initializers import WHITENING
@@ -122,11 +123,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> float:
-    """Floating-point operations of convolutions and the head in a run, as the program does them.
+    """Floating-point operations of convolutions and the head in a run.
 
-    A multiply-accumulate is two. A layer's forward pass, the gradient of its kernel and that of its
-    input cost the same. Of the whitening only the first is needed, of the layer after it the last
-    only while the whitening's bias learns.
+    Of the convolutions as they are written, whatever form of them computes it: Winograd's, on a
+    CPU, multiplies less, and pairs of columns, on a GPU, more. A multiply-accumulate is two. A
+    layer's forward pass, the gradient of its kernel and that of its input cost the same. Of the
+    whitening only the first is needed, of the layer after it the last only while the whitening's
+    bias learns.
     """
     recipe = setting.recipe
     rows = [row for row in layer_table(setting.model, image_shape, 1) if row.macs]
