@@ -27,9 +27,14 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # error, which reaches Python as an exception, five lines more. JAX's own default is 1.
 _level = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if _level == "1" else _level
+# Keras 3, which it would bring along, is a quarter of its import's time; an older one, which it would
+# bring instead, is mostly not installed.
+_keras = os.environ.get("TF_USE_LEGACY_KERAS", "")
+os.environ["TF_USE_LEGACY_KERAS"] = "1"
 import tensorflow as tf
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = _level
+os.environ["TF_USE_LEGACY_KERAS"] = _keras
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 
