@@ -190,10 +190,10 @@ def main() -> None:
 
 
 def _widths(text: str) -> tuple[int, ...]:
-    widths = tuple(map(int, text.split(",")))
-    if min(widths) < 1:
-        raise ValueError
-    return widths
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form 16,64,64")
+    return tuple(map(int, numbers))
 
 
 def _write(found: dict[str, Any], output: Path) -> None:

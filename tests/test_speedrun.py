@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -358,10 +359,9 @@ def test_the_count_of_operations_is_that_of_the_table() -> None:
 @pytest.mark.parametrize(("name", "tflop"), [("95", 1216), ("96", 4563)])
 def test_a_recipe_is_a_program_of_the_work_that_is_told(name: str, tflop: int) -> None:
     """As a GPU gets it, on all images; no more than traced, as here it would compute for hours."""
-    pixels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None, None], (256, 32, 32, 3))
-    few = Split(pixels, np.zeros(256, np.int32))
-    setting = measure.make_setting(dataclasses.replace(RECIPES[name], batch_size=1), few, 10)
-    setting = setting._replace(recipe=RECIPES[name], tx=make_optimizer(RECIPES[name], 25))
+    recipe = RECIPES[name]
+    model = Airbench(10, recipe.widths, recipe.deep, dtype=jnp.float16)
+    setting = Setting(recipe, model, make_optimizer(recipe, 25), (0.5,) * 3, (0.25,) * 3)
     assert round(measure.run_flop(setting, 50_000, 10_000, (32, 32, 3)) / 1e12) == tflop
     state = jax.eval_shape(
         functools.partial(initial_train_state, setting.model, setting.tx, (32, 32, 3)), 0
@@ -374,7 +374,7 @@ def test_a_recipe_is_a_program_of_the_work_that_is_told(name: str, tflop: int) -
     )
     program = functools.partial(train_and_score, setting=setting)
     result = jax.eval_shape(program, state, jax.random.key(0), train, test)
-    assert result["loss"].shape == (RECIPES[name].epochs * 25,)
+    assert result["loss"].shape == (recipe.epochs * 25,)
     assert result["correct"].shape == ()
 
 
@@ -397,7 +397,7 @@ def test_the_interval_is_students() -> None:
         (["--data", "none"], "--data none does not exist. Fix: give a folder"),
         (["--beside", "x.py", "--recipe", "96"], "recipe 94, and another is asked for"),
         (["--beside", "x.py", "--smoke"], "recipe 94, and another is asked for"),
-        (["--smoke", "--widths", "4,8"], "--smoke has a recipe, data and score of its own"),
+        (["--smoke", "--widths", "4,8,8"], "--smoke has a recipe, data and score of its own"),
     ],
 )
 def test_wrong_options_are_told_at_once(
@@ -406,6 +406,12 @@ def test_wrong_options_are_told_at_once(
     monkeypatch.setattr(sys, "argv", ["speedrun.py", "--output", str(tmp_path / "x.json"), *argv])
     with pytest.raises(CifarJaxError, match=what):
         speedrun.main()
+
+
+@pytest.mark.parametrize("widths", ["16,64", "16,64,x", "16,0,64"])
+def test_widths_are_three_numbers(widths: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{widths} is not of the form 16,64,64"):
+        speedrun._widths(widths)
 
 
 def test_each_choice_taken_away_is_another_program_for_a_gpu() -> None:
