@@ -27,7 +27,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # error, which reaches Python as an exception, five lines more. JAX's own default is 1.
 _level = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if _level == "1" else _level
-# Keras 3, which it brings along, takes a quarter of its import's time; an older one, which it then
+# Keras 3, which it brings along, takes a fifth of its import's time; an older one, which it then
 # looks for instead, is hardly ever installed.
 _keras = os.environ.get("TF_USE_LEGACY_KERAS", "")
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
