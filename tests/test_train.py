@@ -603,6 +603,18 @@ def test_tensorflow_is_kept_off_the_accelerators() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_tensorflow_is_imported_without_keras() -> None:
+    """Which it would not need, and takes a fifth of its import's time; who asks for it gets it."""
+    program = """if True:
+        import sys
+        from cifar_jax import input_pipeline
+        assert "keras" not in sys.modules
+        assert input_pipeline.tf.keras.__version__.startswith("3.")
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "where", [{"input": "device"}, {"cache_mb": 0}], ids=["device", "streamed"]
 )
