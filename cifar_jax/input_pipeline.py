@@ -44,6 +44,7 @@ Batch = dict[str, NDArray[Any]]
 Refused = dict[bytes, CifarJaxError]
 
 _PREFETCHED_BATCHES = 4
+_ONE_A_CORE = tf.data.AUTOTUNE  # where nothing is tuned; 16 at most
 _DECODED_AT_ONCE = 500
 
 
@@ -122,7 +123,7 @@ def _fetch(indices: tf.data.Dataset, split: Split) -> Iterator[Batch]:
         def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
             return {"image": tf.gather(pixels, index), "label": tf.gather(labels, index)}
 
-    batches = indices.map(fetch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    batches = indices.map(fetch, num_parallel_calls=_ONE_A_CORE, deterministic=True)
     return _elements(batches, images, refused)
 
 
@@ -139,7 +140,7 @@ def decode(split: Split) -> Split:
     batches = (
         tf.data.Dataset.from_tensor_slices(files.paths)
         .batch(_DECODED_AT_ONCE)
-        .map(_decoder(files, refused), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(_decoder(files, refused), num_parallel_calls=_ONE_A_CORE, deterministic=True)
     )
     start = 0
     with tqdm(total=len(files), unit="images", desc="decoding", disable=None) as progress:
@@ -191,10 +192,15 @@ def _elements(
     dataset: tf.data.Dataset, images: ImageFiles | NDArray[np.uint8], refused: Refused
 ) -> Iterator[Any]:
     """The elements of ``dataset`` in NumPy, read ahead of."""
+    # Not tuned as it goes: now and then the thread that does so sleeps on for seconds when a
+    # pipeline is to end, and what ends it waits. It was slower, too.
+    options = tf.data.Options()
+    options.autotune.enabled = False
 
     def elements() -> Generator[Any, None, None]:
         try:
-            yield from dataset.prefetch(_PREFETCHED_BATCHES).as_numpy_iterator()
+            read_ahead = dataset.prefetch(_PREFETCHED_BATCHES).with_options(options)
+            yield from read_ahead.as_numpy_iterator()
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # they hold the pipeline
             if isinstance(error, tf.errors.OpError):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,6 +240,26 @@ sys.exit(5)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
     assert ended.returncode == 5, ended.stderr
+
+
+def test_a_pipeline_is_not_tuned(
+    numbered: Split, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what ends it now and then waits for the thread that tunes."""
+    tuned = []
+
+    def as_numpy_iterator(self: tf.data.Dataset) -> Any:
+        tuned.append(self.options().autotune.enabled)
+        return unchanged(self)
+
+    unchanged = tf.data.Dataset.as_numpy_iterator
+    monkeypatch.setattr(tf.data.Dataset, "as_numpy_iterator", as_numpy_iterator)
+    files = load_splits(str(image_folder)).train
+    next(train_batches(numbered, batch_size=8, seed=0, epochs=1))
+    next(train_batches(files, batch_size=8, seed=0, epochs=1))
+    next(eval_batches(numbered, batch_size=8))
+    decode(files)
+    assert tuned == [False] * 4
 
 
 def test_an_error_of_no_file_is_left_as_it_is(numbered: Split) -> None:
