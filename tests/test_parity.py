@@ -73,12 +73,17 @@ TRAINED = (TrainConfig(widths=(4,), hidden=(16,), batch_norm=True), (4, 6, 3))
 @pytest.fixture(params=["float64", "float32"])
 def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
     """The type to compute in; one thread for PyTorch, whose threads would wait for XLA's."""
-    threads = torch.get_num_threads()
+    wide, threads = request.param == "float64", torch.get_num_threads()
+    before = jax.config.read("jax_disable_most_optimizations")
     torch.set_num_threads(1)
+    # float32 as it is trained with. Most of the time is compiling, and XLA's code for float64 takes
+    # it three times as long.
+    jax.config.update("jax_disable_most_optimizations", wide)
     try:
-        with jax.enable_x64(request.param == "float64"):
+        with jax.enable_x64(wide):
             yield request.param
     finally:
+        jax.config.update("jax_disable_most_optimizations", before)
         torch.set_num_threads(threads)
 
 
