@@ -212,8 +212,8 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> st
         f"{about['data']['name']}; {machines}; jax {about['versions']['jax']}, torch "
         f"{about['versions']['torch']}, Python {about['versions']['python']}; until "
         f"{about['date']}. "
-        "`cifar10.tar.gz` is a JPEG copy of CIFAR-10. n: independent repetitions (seeds, rounds); "
-        "spreads are standard deviations.",
+        "`cifar10.tar.gz` is a JPEG copy of CIFAR-10. n: repetitions (seeds, rounds, steps "
+        "or resamplings, by the claim's code); spreads are standard deviations.",
         "",
         "| question | claim | verdict | what was found | n | |",
         "|---|---|---|---|---|---|",

@@ -15,8 +15,10 @@ import pytest
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+from cifar_jax.dataset import Split
 from claims import CLAIMS, code
 from claims.claim import CAVEAT, FAILS, HOLDS
+from claims.study import some_of
 
 BY_QUESTION = {claim.question: claim for claim in CLAIMS}
 
@@ -24,6 +26,15 @@ BY_QUESTION = {claim.question: claim for claim in CLAIMS}
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, EXPERIMENTS / "claims.py", *arguments]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+def test_some_images_of_a_folder_are_of_all_classes_and_in_no_order() -> None:
+    labels = np.repeat(np.arange(10, dtype=np.int32), 100)  # as a folder's images come
+    split = Split(np.zeros((1000, 2, 2, 3), np.uint8), labels)
+    chosen = some_of(split, 200).labels
+    assert (np.bincount(chosen) == 20).all()
+    assert len(set(chosen[:50])) == 10
+    assert (some_of(split, 200).labels == chosen).all(), "always the same"
 
 
 @pytest.fixture(scope="module")

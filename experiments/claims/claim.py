@@ -33,7 +33,8 @@ class Measured:
 
     Attributes:
         values: the numbers that the verdict rests on, and no others.
-        n: how many independent repetitions each rests on: seeds, rounds; 1 where it is arithmetic.
+        n: how many repetitions each rests on: seeds, rounds, steps, resamplings of one sample; 1
+            where it is arithmetic.
         figure: the name of a picture in ``study.figures``, if there is one.
     """
 

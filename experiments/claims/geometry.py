@@ -35,7 +35,7 @@ from cifar_jax.pooling import max_pool
 from cifar_jax.train_step import normalize
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
 from claims.spread import difference, percent, spread
-from claims.study import Fitted, Study, score
+from claims.study import Fitted, Study, score, some_of
 
 Floats = NDArray[np.floating]
 
@@ -205,7 +205,7 @@ def measure_max_pool(study: Study) -> Measured:
     values move as much as unpooled ones; qualified above 5 %. Full cost: seconds, and the training
     of question 6.
     """
-    images = _normalized(study, study.dataset.test.pixels[: study.scaled(1000, 100)])
+    images = _normalized(study, some_of(study.dataset.test, study.scaled(1000, 100)).pixels)
     shifts = list(range(9))
     removed = 100 * (1 - max_pool(images).size / images.size)
     curves: dict[str, list[Floats]] = {name: [] for name in _POOLS}
@@ -321,7 +321,7 @@ def measure_receptive_field(study: Study) -> Measured:
 
         return _seen(np.asarray(jax.grad(centre)(probe)))
 
-    images = _normalized(study, study.dataset.test.pixels[: study.scaled(500, 100)])
+    images = _normalized(study, some_of(study.dataset.test, study.scaled(500, 100)).pixels)
     maps: list[Floats] = []
     sides: list[list[int]] = []
     energy_sides: list[int] = []
@@ -666,8 +666,8 @@ def measure_corners(study: Study) -> Measured:
     centre = np.zeros((32, 32), bool)
     centre[8:24, 8:23] = True  # 240 pixels as well
     val = study.dataset.val
-    images = _normalized(study, val.pixels[: study.scaled(1000, 100)])
-    labels = jnp.asarray(val.labels[: len(images)])
+    some = some_of(val, study.scaled(1000, 100))
+    images, labels = _normalized(study, some.pixels), jnp.asarray(some.labels)
     white = _normalized(study, np.full((1, 32, 32, images.shape[-1]), 255, np.uint8))
     ratios, frames, centres, whole, artefacts = [], [], [], [], []
     for seed in study.seeds:
@@ -796,7 +796,7 @@ def measure_sizes(study: Study) -> Measured:
     sides = list(range(16, 65))
     shown = [16, 20, 24, 28, 32, 40, 48, 56, 64]
     shown = shown if not study.quick else [16, 32, 64]
-    test = study.dataset.test.take(np.arange(min(len(study.dataset.test), 2000)))
+    test = some_of(study.dataset.test, 2000)
     accuracies: dict[int, list[float]] = {side: [] for side in shown}
     for seed in study.seeds:
         fitted = study.fit(_config(study, 10), seed=seed, n_train=_n_train(study), model=gap)

@@ -167,7 +167,8 @@ def judge_kernel_size(values: Values) -> Verdict:
         return Verdict(
             CAVEAT,
             f"two 3x3 in a stack are not better here than one 5x5: {stacked:+.1f} points in "
-            f"{times:.1f} times the time; {found}",
+            f"{times:.1f} times the time (with more weights, as the second of each two has as many "
+            f"channels in as out); {found}",
         )
     return Verdict(HOLDS, found)
 
