@@ -14,9 +14,9 @@ compile_seconds       cold, and warm: with what an earlier compilation left on t
 tflop                 of convolutions and the head in a run, as written, whatever form computes
                       them; share_of_ceiling is beside the best that a product of two matrices of
                       the same type reached
-kernels               on a GPU: where the time of one run goes
 beside                with --beside: the author's own script, run after on the same data and card,
                       and ratio, his seconds over ours
+kernels               on a GPU: where the time of one run goes
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from airbench.recipe import RECIPES, Recipe
 from cifar_jax import cli
 from cifar_jax.dataset import ImageFiles, Split, array_digest, stratified_choice
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.files import write_atomically
+from cifar_jax.files import check_is_new, write_atomically
 from cifar_jax.sources import check_source, load_splits
 
 _SMOKE = Recipe(widths=(16, 32, 32), epochs=4, batch_size=100, whitening_epochs=2)
@@ -116,7 +117,7 @@ def main() -> None:
         kernels,
         make_setting,
         run_flop,
-        summary,
+        shows_progress,
     )
 
     on_cpu = jax.default_backend() == "cpu"
@@ -131,62 +132,108 @@ def main() -> None:
     print(f"compiling for {device}, cold and warm ...", end=" ", flush=True)
     run, compile_seconds = compile_run(setting, train, test)
     print(" and ".join(f"{seconds:.1f} s" for seconds in compile_seconds.values()))
+    flop = run_flop(setting, len(train), len(test), train.image_shape)
     found.update(
         device=f"{device}, {os.cpu_count()} cores" if on_cpu else device,
         recipe=dataclasses.asdict(recipe),
         versions={package: importlib.metadata.version(package) for package in _PACKAGES},
         xla_flags=os.environ.get("XLA_FLAGS", ""),
+        progress_bar=shows_progress(),
         compile_seconds=compile_seconds,
+        tflop=flop / 1e12,
+        ceiling_tflops=ceiling_flops(recipe.dtype, 2048 if on_cpu else 8192) / 1e12,
     )
-    flop = run_flop(setting, len(train), len(test), train.image_shape)
-    ceiling = ceiling_flops(recipe.dtype, 2048 if on_cpu else 8192)
     if not on_cpu:
         for _ in range(2):  # the first fills the caches, the second captures what is launched
             run(0)
-        found["kernels"] = kernels(run)
-    runs: list[dict[str, Any]] = []
-    for seed in range(arguments.runs):
-        row = run(seed)
-        losses = row.pop("loss")
-        if not np.isfinite(losses).all():
-            raise CifarJaxError(
-                ExitCode.NUMERICS,
-                f"seed {seed}: the loss is {losses[-1]} in the end",
-                fix="report it; the runs before it are kept",
-            )
-        row["loss_first_and_last"] = [float(losses[0]), float(losses[-1])]
-        runs.append(row)
-        found.update(summary(runs))
-        rate = flop / found["seconds_mean"]
-        found.update(
-            tflop=flop / 1e12,
-            tflops=rate / 1e12,
-            ceiling_tflops=ceiling / 1e12,
-            share_of_ceiling=rate / ceiling,
-        )
-        _write({**found, "runs": runs}, arguments.output)
-        print(
-            f"  seed {seed}: {row['accuracy']:.2%} in {row['seconds']:.3f} s "
-            f"({row['seconds_strict']:.3f} s strictly)",
-            flush=True,
-        )
+    run_seeds(run, arguments.runs, found, arguments.output)
     print(
         f"{_described(found)}, {found['tflops']:.4g} TFLOP/s, {found['share_of_ceiling']:.0%} of "
         f"the ceiling; in {arguments.output}"
     )
     if arguments.beside:
         print(f"{arguments.beside.name}, {arguments.beside_runs} runs ...", flush=True)
-        beside, status = run_beside(arguments.beside, train, test, arguments.beside_runs)
-        if beside["runs"]:
-            ratio = beside["seconds_mean"] / found["seconds_mean"]
-            _write({**found, "beside": beside, "ratio": ratio, "runs": runs}, arguments.output)
-            print(f"{_described(beside)}: {ratio:.2f} times ours")
-        if status:
+        run_beside(arguments.beside, train, test, arguments.beside_runs, found, arguments.output)
+    if not on_cpu:  # last, as all else is stored by now
+        found["kernels"] = kernels(run)
+        _write(found, arguments.output)
+
+
+def run_seeds(
+    run: Callable[[int], dict[str, Any]], n: int, found: dict[str, Any], output: Path
+) -> None:
+    """Seeds 0 .. n - 1, and what they come to: into ``found`` and ``output`` after each.
+
+    Raises:
+        CifarJaxError: numerics; a loss is not finite.
+    """
+    from airbench.measure import summary
+
+    runs: list[dict[str, Any]] = []
+    for seed in range(n):
+        row = run(seed)
+        losses = row.pop("loss")
+        if not np.isfinite(losses).all():
             raise CifarJaxError(
-                ExitCode.ENVIRONMENT,
-                f"--beside {arguments.beside} ended with status {status}, after what it says above",
-                fix="mend it, or leave it out; all runs before that are stored",
+                ExitCode.NUMERICS,
+                f"seed {seed}: the loss is {losses[-1]} in the end",
+                fix="report it" + (f"; the runs before it are in {output}" if runs else ""),
             )
+        row["loss_first_and_last"] = [float(losses[0]), float(losses[-1])]
+        runs.append(row)
+        found.update(summary(runs))
+        found["tflops"] = found["tflop"] / found["seconds_mean"]
+        found["share_of_ceiling"] = found["tflops"] / found["ceiling_tflops"]
+        found["runs"] = runs
+        _write(found, output)
+        print(
+            f"  seed {seed}: {row['accuracy']:.2%} in {row['seconds']:.3f} s "
+            f"({row['seconds_strict']:.3f} s strictly)",
+            flush=True,
+        )
+
+
+def run_beside(
+    script: Path, train: Split, test: Split, n: int, found: dict[str, Any], output: Path
+) -> None:
+    """What the author's script reaches, and takes by its own clock: into ``found`` and ``output``.
+
+    Also if it is cut off: what it found until then lies beside ``output``, run by run.
+
+    Raises:
+        CifarJaxError: environment; it failed, and said above why.
+    """
+    from airbench.measure import summary
+
+    theirs = output.with_suffix(".author.json").absolute()
+    theirs.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.npz"
+        np.savez(
+            data,
+            train_images=train.pixels,
+            train_labels=train.labels,
+            test_images=test.pixels,
+            test_labels=test.labels,
+        )
+        command = [sys.executable, "-m", "airbench.author", str(script.resolve()), str(data)]
+        where = Path(__file__).parent
+        try:
+            done = subprocess.run([*command, str(n), str(theirs)], check=False, cwd=where)
+        finally:
+            if theirs.exists():
+                beside = json.loads(theirs.read_text())
+                beside.update(summary(beside["runs"]))
+                found.update(beside=beside, ratio=beside["seconds_mean"] / found["seconds_mean"])
+                _write(found, output)
+                theirs.unlink()
+                print(f"{_described(beside)}: {found['ratio']:.2f} times ours")
+    if done.returncode:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--beside {script} ended with status {done.returncode}, after what it says above",
+            fix=f"mend it, or leave it out; all runs before that are in {output}",
+        )
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -238,11 +285,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raise if nothing could be written there."""
+    """Raise if nothing could be written there, or if there is something already."""
     if output.is_dir():
         raise CifarJaxError(
             ExitCode.USAGE, f"--output {output} is a folder", fix="name a file in it"
         )
+    check_is_new(output, "--output")
     if not output.parent.is_dir():
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
@@ -261,28 +309,6 @@ def _described(found: dict[str, Any]) -> str:
     spread = f" +- {100 * found['std']:.2f}" if found["std"] is not None else ""
     accuracy = f"{100 * found['mean_accuracy']:.2f}{spread} %"
     return f"{accuracy} over {found['n']} runs of {found['seconds_mean']:.3f} s"
-
-
-def run_beside(script: Path, train: Split, test: Split, n: int) -> tuple[dict[str, Any], int]:
-    """What the author's script reaches, and takes by its own clock; and with what it ended."""
-    from airbench.measure import summary
-
-    with tempfile.TemporaryDirectory() as folder:
-        data, output = Path(folder) / "data.npz", Path(folder) / "author.json"
-        np.savez(
-            data,
-            train_images=train.pixels,
-            train_labels=train.labels,
-            test_images=test.pixels,
-            test_labels=test.labels,
-        )
-        command = [sys.executable, "-m", "airbench.author", str(script.resolve()), str(data)]
-        where = Path(__file__).parent
-        done = subprocess.run([*command, str(n), str(output)], check=False, cwd=where)
-        if not output.exists():  # it failed before its first run had ended
-            return {"runs": []}, done.returncode
-        found: dict[str, Any] = json.loads(output.read_text())
-    return {**found, **summary(found["runs"])}, done.returncode
 
 
 def _load(source: str, arguments: argparse.Namespace) -> tuple[Split, Split, str, int]:

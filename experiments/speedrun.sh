@@ -6,10 +6,12 @@
 # 200 runs; then 15 of the author's own script if it is given (from
 # https://github.com/KellerJordan/cifar10-airbench; it needs torch and torchvision): that took nine
 # minutes on an H200, most of them compiling. Then what each choice gives, which compiles eleven
-# programs; it has not been run on a GPU yet. What is stored by then is kept if it is cut off.
+# programs and so takes some ten minutes more; it has not been run on a GPU yet. Each run and each
+# choice is stored as it comes: what is there by then is kept if it is cut off.
 set -euo pipefail
-data=$(realpath "$1")
-mkdir -p "$2"
+usage="usage: bash experiments/speedrun.sh DATA FOLDER [airbench94_muon.py]"
+data=$(realpath "${1:?$usage}")
+mkdir -p "${2:?$usage}"
 out=$(realpath "$2")
 beside=()
 [ $# -lt 3 ] || beside=(--beside "$(realpath "$3")" --beside-runs 15)
@@ -24,5 +26,7 @@ trap 'rm -rf "$decoded"' EXIT
 status=0
 python3 experiments/speedrun.py --runs 200 --data "$data" --data-dir "$decoded" "${beside[@]}" \
     --output "$out/speedrun.json" || status=$?
+# Not after wrong options; but if it was the author's script that failed, or the profiler.
+[ $status != 2 ] && [ -e "$out/speedrun.json" ] || exit $status
 python3 experiments/speedrun_gains.py --output "$out/speedrun_gains.json"
 exit $status

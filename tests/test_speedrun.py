@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -416,9 +417,10 @@ def test_widths_are_three_numbers(widths: str) -> None:
 
 def test_each_choice_taken_away_is_another_program_for_a_gpu() -> None:
     recipe = Recipe(widths=(4, 8), batch_size=20)
+    parts = {"": speedrun_gains.WITH_ALL, **speedrun_gains.PARTS}
     programs = {
         name: speedrun_gains.trace(recipe, part)[0].lower(lowering_platforms=("cuda",)).as_text()
-        for name, part in speedrun_gains.PARTS.items()
+        for name, part in parts.items()
     }
     assert len(set(programs.values())) == len(programs) > 5
 
@@ -427,11 +429,16 @@ def test_what_a_choice_gives_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
     output = tmp_path / "gains.json"
     argv = ["speedrun_gains.py", "--smoke", "--rounds", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(speedrun_gains, "PARTS", {"nothing": speedrun_gains.PARTS["nothing"]})
-    speedrun_gains.main()
-    (row,) = json.loads(output.read_text())["rows"]
+    unfit = speedrun_gains._Part(recipe={"dtype": "float17"})
+    monkeypatch.setattr(
+        speedrun_gains, "PARTS", {"nothing": speedrun_gains.WITH_ALL, "unfit": unfit}
+    )
+    with pytest.raises(TypeError, match="float17"):
+        speedrun_gains.main()
+    (row,) = json.loads(output.read_text())["rows"]  # stored before the next one failed
     assert row["without"] == "nothing"
     assert 0 < row["step_ms_min"] <= row["step_ms_median"]
+    assert 0 < row["with_all_step_ms_min"] <= row["with_all_step_ms_median"]
 
 
 # Of the author's script what airbench/author.py calls, on a CPU: it counts what it is given.
@@ -472,11 +479,61 @@ def test_the_authors_script_is_run_beside_and_what_it_found_is_kept(
     script = tmp_path / "script.py"
     labels = str(split.labels.tolist())
     script.write_text(SCRIPT.replace("LABELS", labels).replace("FAILS", fails))
-    found, status = speedrun.run_beside(script, split, split, 3)
-    assert status == 3
-    assert found["runs"] == n * [{"accuracy": 0.5, "seconds": 2.0}]
+    found, output = {"seconds_mean": 0.5}, tmp_path / "x.json"
+    with pytest.raises(CifarJaxError, match="ended with status 3, after what it says above"):
+        speedrun.run_beside(script, split, split, 3, found, output)
+    assert sorted(os.listdir(tmp_path)) == (["script.py", "x.json"] if n else ["script.py"])
     if n:
-        assert (found["n"], found["seconds_mean"], found["mean_accuracy"]) == (n, 2.0, 0.5)
+        found = json.loads(output.read_text())
+        beside = found["beside"]
+        assert beside["runs"] == n * [{"accuracy": 0.5, "seconds": 2.0}]
+        assert (beside["n"], beside["seconds_mean"], beside["mean_accuracy"]) == (n, 2.0, 0.5)
+        assert found["ratio"] == 4
+
+
+def test_of_the_authors_script_what_it_found_is_kept_if_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, output = small_split(), tmp_path / "x.json"
+
+    def stopped(command: list[str], **options: Any) -> None:
+        run = {"accuracy": 0.5, "seconds": 2.0}
+        Path(command[-1]).write_text(json.dumps({"torch": "2", "runs": [run, run]}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        speedrun.run_beside(Path("x.py"), split, split, 3, {"seconds_mean": 4.0}, output)
+    found = json.loads(output.read_text())
+    assert (found["ratio"], found["beside"]["n"]) == (0.5, 2)
+
+
+def fake_run(seed: int) -> dict[str, Any]:
+    loss = np.array([2.0, math.nan if seed == 2 else 1.0])
+    return {"seed": seed, "accuracy": 0.9, "seconds": 2.0, "seconds_strict": 2.5, "loss": loss}
+
+
+def test_each_run_is_stored_before_the_next_and_a_bad_one_ends_it(tmp_path: Path) -> None:
+    output = tmp_path / "x.json"
+    found = {"tflop": 3.0, "ceiling_tflops": 6.0}
+    with pytest.raises(CifarJaxError, match=r"seed 2: the loss is nan.*runs before it are in .*x"):
+        speedrun.run_seeds(fake_run, 4, found, output)
+    stored = json.loads(output.read_text())
+    assert [run["seed"] for run in stored["runs"]] == [0, 1]
+    assert stored["runs"][0]["loss_first_and_last"] == [2.0, 1.0]
+    assert (stored["n"], stored["mean_accuracy"], stored["std"]) == (2, 0.9, 0)
+    assert (stored["seconds_mean"], stored["seconds_strict_mean"]) == (2, 2.5)
+    assert (stored["tflops"], stored["share_of_ceiling"]) == (1.5, 0.25)
+
+
+def test_a_result_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "x.json"
+    output.write_text("200 runs")
+    for program in (speedrun, speedrun_gains):
+        monkeypatch.setattr(sys, "argv", ["program", "--smoke", "--output", str(output)])
+        with pytest.raises(CifarJaxError, match=r"--output .*x.json exists, and is not overwrit"):
+            program.main()
+    assert output.read_text() == "200 runs"
 
 
 def test_too_few_images_are_told(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.files import write_atomically
+
 
 def main() -> None:
     script, data, n, output = sys.argv[1:]
@@ -57,7 +59,7 @@ def main() -> None:
         for run in range(int(n)):
             accuracy = author.main(run, model)
             found["runs"].append({"accuracy": accuracy, "seconds": last["time_seconds"]})
-            Path(output).write_text(json.dumps(found))
+            write_atomically(Path(output), json.dumps(found))
 
 
 if __name__ == "__main__":

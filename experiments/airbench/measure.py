@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -45,7 +46,8 @@ def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
 def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[str, float]]:
     """A function of a seed that runs once, and what its compilation took, in seconds.
 
-    Cold is with nothing compiled before; warm, with what the first compilation left on the disk.
+    Cold is with nothing compiled before; warm, with what the first compilation left on the disk. On
+    a CPU with a terminal, what runs is compiled once more, to call a progress bar after each step.
     """
     on_device = [
         Examples(jnp.asarray(split.pixels), jnp.asarray(split.labels)) for split in (train, test)
@@ -76,20 +78,20 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
             compilation_cache.reset_cache()
     begin = begin.lower(0).compile()
     steps = setting.recipe.epochs * (len(train) // setting.recipe.batch_size)
-    takes_minutes = jax.default_backend() == "cpu"
-    bar = tqdm(total=steps, unit="steps", leave=False, disable=None if takes_minutes else True)
-    if not bar.disable:
-        compiled = compile_for(setting._replace(on_step=bar.update))
+    bars: list[tqdm[Any]] = []
+    if shows_progress():
+        compiled = compile_for(setting._replace(on_step=lambda: bars[-1].update()))
 
     def run(seed: int) -> dict[str, Any]:
-        bar.reset()
         key = jax.block_until_ready(jax.random.key(seed))
-        started = time.perf_counter()
-        state = jax.block_until_ready(begin(seed))
-        ready = time.perf_counter()
-        result = compiled(state, key, *on_device)
-        jax.block_until_ready(result)
-        done = time.perf_counter()
+        with tqdm(total=steps, unit="steps", leave=False, disable=not shows_progress()) as bar:
+            bars[:] = [bar]
+            started = time.perf_counter()
+            state = jax.block_until_ready(begin(seed))
+            ready = time.perf_counter()
+            result = compiled(state, key, *on_device)
+            jax.block_until_ready(result)
+            done = time.perf_counter()
         accuracy = float(result["correct"]) / len(test)
         ended = time.perf_counter()
         return {
@@ -101,6 +103,11 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
         }
 
     return run, seconds
+
+
+def shows_progress() -> bool:
+    """Whether a run takes long enough for a progress bar, and someone is there to see it."""
+    return jax.default_backend() == "cpu" and sys.stderr.isatty()
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -194,8 +201,8 @@ def _kind(name: str) -> str:
         ("cudnn-conv-bw-input", "convolutions: gradient of the input"),
         ("cudnn-conv-bw-filter", "convolutions: gradient of the kernel"),
         ("cudnn-conv", "convolutions: forward"),
-        ("gemm", "products of matrices"),
     ):
         if name.startswith(start):
             return kind
-    return "all else"
+    # Triton's and CUTLASS's, and cuBLAS's own.
+    return "products of matrices" if "gemm" in name or name.startswith("nvjet") else "all else"

@@ -17,8 +17,8 @@ class Recipe:
         epochs: a whole number of passes; what does not fill a batch is left out.
         whitening_epochs: so many at the start train the whitening's bias, which then is fixed.
         kernel_rate, kernel_momentum: Muon's, for the 3x3 kernels.
-        bias_rate, head_rate, momentum, decay: of Nesterov SGD for all else; decay is decoupled.
-            All rates fall linearly to 0.
+        bias_rate, head_rate, momentum, decay: of Nesterov SGD for all else; what decays is this
+            divided by the rate, so that it does not grow with it. All rates fall linearly to 0.
         deep: as in :class:`cifar_jax.models.Airbench`.
         crop: pixels that an image is shifted by, at most.
         cutout: side in pixels of a square that is blanked in each image; 0: none is.
@@ -43,8 +43,9 @@ class Recipe:
 
 
 # By the accuracy, in percent on the original images, of its author's recipe with these widths,
-# layers, epochs and augmentation. For 95 and 96 his is another otherwise (SGD on batches of 1,024,
-# slower averages of batch norm, for 96 a lookahead), and ours has not been run on a GPU yet.
+# layers, epochs and augmentation. For 95 and 96 his is another otherwise (SGD with a warm-up on
+# batches of 1,024, a lookahead; for 96 slower averages of batch norm too), and ours has not been
+# run on a GPU yet.
 RECIPES = {
     "94": Recipe(),
     "95": Recipe(widths=(128, 384, 384), epochs=15),

@@ -113,11 +113,11 @@ def draw_batches(
     epochs show both ways (Jordan, 2024, arXiv:2404.00498, section 3.6).
     """
     n = len(mirrored_at_first)
-    order_key, corner_key, hole_key = jax.random.split(key, 3)
+    order_key, corner_key = jax.random.split(key)
     order = jax.random.permutation(order_key, n)
     corners = jax.random.randint(corner_key, (n, 2), 0, 2 * recipe.crop + 1)
     mirrored = (mirrored_at_first ^ (epoch % 2 == 1))[order]
-    hole = jax.random.uniform(hole_key, (n, 2)) if recipe.cutout else None
+    hole = jax.random.uniform(jax.random.fold_in(key, 2), (n, 2)) if recipe.cutout else None
     steps = n // recipe.batch_size
 
     def cut(x: jax.Array) -> jax.Array:
