@@ -12,7 +12,8 @@ needs half.
 
 The gradients, inside a loop: XLA brings a convolution into the form of its fast routine (batch,
 rows, columns, channels) only outside of loops, and in ``lax.scan`` runs a gradient's convolution up
-to 70 times slower. Written in that form they take the same time everywhere, and give the same bits.
+to 70 times slower. Written in that form they take the same time everywhere, and give the same bits
+(those of many channels, by Winograd's form, the same to rounding).
 
 On a GPU, airbench's first two are slow: 3 and 24 channels leave its matrix units idle. With two
 neighbouring columns as one pixel of twice the channels, in and out, they do more arithmetic, 4/3 of

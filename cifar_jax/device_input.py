@@ -110,13 +110,16 @@ def make_advance(
             many_steps, state, batches(0, n, 0), devices, donate_state=True, shared=held
         )
 
-    at_once = _steps_at_once(devices[0].platform, steps_per_epoch, config.checkpoint_every)
-    compiled(min(at_once, config.checkpoint_every or at_once))
+    save_every = min(config.checkpoint_every or steps_per_epoch, steps_per_epoch)
+    at_once = _steps_at_once(devices[0].platform, steps_per_epoch, save_every)
+    for n in (at_once, steps_per_epoch % at_once):
+        if n > 0:
+            compiled(n)
 
     def advance(
         state: TrainState, at_step: int, before_step: int, signal: int
     ) -> tuple[TrainState, Sums, int]:
-        # Seldom another number: each takes a program of its own.
+        # Seldom another number than those two: each takes a program of its own.
         n = min(at_once - at_step % steps_per_epoch % at_once, before_step - at_step)
         state, sums = compiled(n)(state, batches(at_step, n, signal))
         return state, sums, n
@@ -150,7 +153,7 @@ def make_evaluate(
             "index": _by_device(np.where(mask, index, 0).astype(np.int32), n_devices),
             "mask": _by_device(mask.astype(np.float32), n_devices),
         }
-        at_once = _steps_at_once(devices[0].platform, n)
+        at_once = _steps_at_once(devices[0].platform, n, n)
         dispatches = [
             {name: x[:, start : start + at_once] for name, x in batch.items()}
             for start in range(0, n, at_once)
@@ -180,15 +183,14 @@ def make_evaluate(
     return evaluate
 
 
-def _steps_at_once(platform: str, steps: int, *stops: int) -> int:
-    """How many of ``steps`` a dispatch takes: all, or on a CPU a number that divides them.
+def _steps_at_once(platform: str, steps: int, save_every: int) -> int:
+    """How many of ``steps`` a dispatch takes: all up to a save, or on a CPU a part of them.
 
-    Args:
-        stops: it divides these too, so that one program does for all.
+    The part divides ``steps`` and ``save_every``, so that one program does for all.
     """
     if platform != "cpu":
-        return steps
-    common = math.gcd(steps, *stops)
+        return save_every
+    common = math.gcd(steps, save_every)
     return max(n for n in range(1, min(common, _MOST_STEPS_ON_A_CPU) + 1) if common % n == 0)
 
 

@@ -13,13 +13,16 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` as ``path``: a reader, or a kill, meets the old file or the new one.
+    """Write ``text`` as ``path``: a reader, a kill, a power cut meets the old file or the new one.
 
     Raises:
         OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else the name may reach the disk before the text does
     os.replace(temporary, path)
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import time
 from collections import deque
@@ -195,7 +196,11 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     finally:
         if progress.history and is_first():
             _draw_curves(run, progress)
-    return _test_and_report(run, progress, n_params)
+    try:
+        return _test_and_report(run, progress, n_params)
+    except (Stopped, KeyboardInterrupt) as stop:
+        signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+        raise _stopped(run, signum, "all training is saved, the test is not done") from None
 
 
 def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
@@ -313,6 +318,13 @@ def _start_or_resume(
             f"{dataset.digest[:12]}",
             fix="give the --data that the run began with, or start a new run in another --workdir",
         )
+    done = len(saved.metadata["history"])
+    if config.epochs < done:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--resume with --epochs {config.epochs}, of a run that has done {done}",
+            fix=f"give --epochs {done} or more, or start a new run in another --workdir",
+        )
     print(f"resumed at step {saved.state.step}, from {saved.path}")
     return Progress(
         saved.state,
@@ -358,11 +370,14 @@ def _train(run: Run, progress: Progress) -> None:
             path = _save(run, progress)
             signum = signum or agreed_signal(stop.received)
             if signum is not None:
-                raise Stopped(
-                    signum,
-                    f"step {progress.step} is saved in {path}. Go on with: "
-                    f"python -m cifar_jax.train --resume --workdir {run.workdir}",
-                )
+                raise _stopped(run, signum, f"step {progress.step} is saved in {path}")
+
+
+def _stopped(run: Run, signum: int, what: str) -> Stopped:
+    return Stopped(
+        signum,
+        f"{what}. Go on with: python -m cifar_jax.train --resume --workdir {run.workdir}",
+    )
 
 
 def _draw_curves(run: Run, progress: Progress) -> None:
@@ -381,26 +396,29 @@ def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
     config = run.config
     save_every = config.checkpoint_every or run.steps_per_epoch
     step, signum = progress.step, 0
-    last_step = (len(progress.history) + 1) * run.steps_per_epoch
-    in_flight: deque[Sums] = deque()
+    first_step = len(progress.history) * run.steps_per_epoch
+    last_step = first_step + run.steps_per_epoch
+    in_flight: deque[tuple[int, Sums]] = deque()  # and how many steps are done with them
 
     def settle(at_most: int) -> None:
         nonlocal signum
         while len(in_flight) > at_most:
-            sums = in_flight.popleft()
+            done, sums = in_flight.popleft()
             signum = signum or int(np.max(np.asarray(sums.pop("signal"))))
             progress.sums.add(to_floats(sums))
-            if not math.isfinite(progress.sums.loss):
-                raise _diverged(
-                    run,
-                    f"the training loss is {progress.sums.loss} at step {step - len(in_flight)}, "
-                    f"learning rate {run.schedule(step):g}",
-                )
+            losses = np.atleast_1d(np.asarray(sums["loss"]))
+            for at_step, loss in enumerate(losses, done - len(losses) + 1):
+                if not math.isfinite(loss):
+                    raise _diverged(
+                        run,
+                        f"the training loss is {loss} at step {at_step}, "
+                        f"learning rate {run.schedule(at_step - 1):g}",
+                    )
 
     before, started = progress.seconds, time.perf_counter()
     with tqdm(
         total=run.steps_per_epoch,
-        initial=run.steps_per_epoch - (last_step - step),
+        initial=step - first_step,
         desc=f"epoch {len(progress.history) + 1}/{config.epochs}",
         unit="steps",
         leave=False,
@@ -408,18 +426,19 @@ def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
         disable=None if is_first() else True,
     ) as bar:
         while step < last_step and not signum:
-            next_save = min(last_step, (step // save_every + 1) * save_every)
+            next_save = min(last_step, step + save_every - (step - first_step) % save_every)
             progress.state, sums, done = run.advance(
                 progress.state, step, next_save, stop.received or 0
             )
             step += done
-            in_flight.append(sums)
+            in_flight.append((step, sums))
             settle(_STEPS_IN_FLIGHT)
             bar.update(done)
             if step == next_save < last_step:
                 settle(0)
                 progress.seconds = before + time.perf_counter() - started
                 _save(run, progress)
+                before, started = progress.seconds, time.perf_counter()  # without the save
         settle(0)
     progress.seconds = before + time.perf_counter() - started
     return signum or None

@@ -8,8 +8,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from cifar_jax import cli
-from cifar_jax.config import NOT_PART_OF_THE_RUN, TrainConfig, from_json, to_json
+from cifar_jax.config import NOT_PART_OF_THE_RUN, from_json, to_json
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.layout import StateDict
 from cifar_jax.state_dicts import variables_of
@@ -32,7 +31,7 @@ def metadata_of(network: TrainedNetwork) -> dict[str, str]:
 def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> TrainedNetwork:
     """The inverse of :func:`metadata_of`, checked: the file may be anyone's."""
     try:
-        config = _checked_config(json.loads(metadata["config"]))
+        config = from_json(json.loads(metadata["config"]))
         class_names = tuple(_list(metadata["class_names"]))
         height, width, channels = map(operator.index, _list(metadata["image_shape"]))
         mean, std = (tuple(map(float, _list(metadata[name]))) for name in ("mean", "std"))
@@ -68,18 +67,3 @@ def _list(text: str) -> list[Any]:
     if not isinstance(values, list):
         raise ValueError(f"{text:.100} is no list")
     return values
-
-
-def _checked_config(values: dict[str, Any]) -> TrainConfig:
-    """``from_json``, with each value held to its type and choices as on a command line."""
-    from_json(values)  # no key that is not an option
-    arguments = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            arguments.append(cli.flag(name if value else f"no_{name}"))
-        elif value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, list) else value
-            arguments.append(f"{cli.flag(name)}={text}")
-    return TrainConfig(
-        **cli.make_parser(TrainConfig, prog="", description="").parse_given(arguments)
-    )

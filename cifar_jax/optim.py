@@ -22,6 +22,8 @@ def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
     steps; optax would put it on the step before, and be 2 % of the peak away from it.
     """
     peak = config.learning_rate
+    if config.schedule == "constant":
+        return optax.constant_schedule(peak)
     steps = np.arange(total_steps)
     if config.schedule == "onecycle":
         top = 0.3 * total_steps - 1
@@ -32,10 +34,8 @@ def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
         )
     elif config.schedule == "linear":
         rates = peak * (1 - steps / total_steps)
-    elif config.schedule == "cosine":
-        rates = _cosine(peak, 0.0, steps / max(total_steps - 1, 1))
     else:
-        return optax.constant_schedule(peak)
+        rates = _cosine(peak, 0.0, steps / max(total_steps - 1, 1))
     return lambda step: jnp.asarray(rates)[step]
 
 

@@ -237,7 +237,11 @@ def loss_and_gradients(
 def make_optimizer(
     twin: nn.Module, config: TrainConfig, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """What ``cifar_jax.optim`` makes of ``config``, in PyTorch's words."""
+    """What ``cifar_jax.optim`` makes of ``config``, in PyTorch's words.
+
+    Raises:
+        ValueError: the optimizer is Muon, which has no twin here.
+    """
     kernels = [p for p in twin.parameters() if p.ndim > 1]
     others = [p for p in twin.parameters() if p.ndim == 1]
     groups = [
@@ -252,8 +256,10 @@ def make_optimizer(
         )
     elif config.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, lr=peak)
-    else:
+    elif config.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=peak)
+    else:
+        raise ValueError(f"no twin in PyTorch of the optimizer {config.optimizer}")
     schedule: torch.optim.lr_scheduler.LRScheduler
     if config.schedule == "onecycle":
         # PyTorch would move the momentum (Adam's first beta) against the learning rate as well.
@@ -263,6 +269,8 @@ def make_optimizer(
     elif config.schedule == "cosine":
         moves = max(total_steps - 1, 1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, moves)
+    elif config.schedule == "linear":
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total_steps)
     else:
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     return optimizer, schedule

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import importlib.util
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax import __version__, cli
+from cifar_jax.allocator import keep_freed_memory
 from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.lock import locked
@@ -33,6 +33,11 @@ examples:
   python -m cifar_jax.train --resume --workdir runs/20261122-101500-cnn
 """
 
+_PUT_CONFIG_BACK = (
+    "put it back: it is the 'config' in checkpoints/<step>/metadata/metadata; or give another "
+    "--workdir"
+)
+
 
 def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
     """Train, keep the run in ``workdir``, and score its best epoch on the test set, once.
@@ -44,7 +49,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
 
     Raises:
         CifarJaxError: what can be put right: options, data, checkpoints, a diverging loss.
-        Stopped: SIGINT or SIGTERM; the run is saved and can be resumed.
+        Stopped: SIGINT or SIGTERM in training or in the test; the run is saved and can be resumed.
     """
     workdir = Path(workdir)
     saved = _saved_config(workdir)
@@ -56,17 +61,15 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
                 fix="add --resume to go on with it, or give another --workdir",
             )
         check_resumable(config, saved)
-        report_path = workdir / "report.json"
-        if report_path.exists() and config.epochs == saved.epochs:
-            report: dict[str, Any] = json.loads(report_path.read_text())
-            print(f"already complete: {report['steps']} steps; see {report_path}")
+        report = _saved_report(workdir)
+        if report is not None and config.epochs == saved.epochs:
+            print(f"already complete: {report['steps']} steps; see {workdir / 'report.json'}")
             return report
-    elif any(workdir.glob("checkpoints/*/manifest.json")):
+    elif _has_checkpoints(workdir):
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"--workdir {workdir} has checkpoints of a run, but not its config.json",
-            fix="put it back: it is the 'config' in checkpoints/<step>/metadata/metadata; or give "
-            "another --workdir",
+            fix=_PUT_CONFIG_BACK,
         )
 
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
@@ -96,25 +99,15 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
 
 def _prepare_runtime(config: TrainConfig) -> None:
     """What must be set before JAX and TensorFlow start."""
-    _share_heaps()
+    keep_freed_memory()
     if config.deterministic:
         # Read once, when JAX starts its devices. It also turns the search for the fastest kernel
         # off, which can end with another one each time.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+        flags, ours = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
+        if ours not in flags.split():
+            os.environ["XLA_FLAGS"] = f"{flags} {ours}".strip()
     started = "JAX" if config.input == "device" else "JAX and TensorFlow"
     print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
-
-
-def _share_heaps() -> None:
-    """Have the threads that are to come share two heaps, where the C library is glibc.
-
-    It would give most threads one of their own, which keeps what is freed there: the memory of a
-    run that streams would grow from step to step, by a third in some hundreds.
-    """
-    m_arena_max = -8  # of mallopt(3)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(m_arena_max, 2)
 
 
 def _saved_config(workdir: Path) -> TrainConfig | None:
@@ -125,8 +118,23 @@ def _saved_config(workdir: Path) -> TrainConfig | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise CifarJaxError(
-            ExitCode.USAGE, f"cannot read {path}: {error}", fix="give another --workdir"
+            ExitCode.USAGE,
+            f"cannot read {path}: {error}",
+            fix=_PUT_CONFIG_BACK if _has_checkpoints(workdir) else "give another --workdir",
         ) from error
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    return any(workdir.glob("checkpoints/*/manifest.json"))
+
+
+def _saved_report(workdir: Path) -> dict[str, Any] | None:
+    """The run's report; one that cannot be read is made anew, as one that is not there."""
+    try:
+        report = json.loads((workdir / "report.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and "steps" in report else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -68,10 +68,44 @@ def test_the_batches_are_tf_datas(devices: int, first_step: int, last_step: int)
 
 
 def test_an_epoch_is_one_dispatch_but_on_a_cpu() -> None:
-    assert device_input._steps_at_once("gpu", 351, 100) == 351
-    assert device_input._steps_at_once("cpu", 351, 0) == 27
+    assert device_input._steps_at_once("gpu", 351, 351) == 351
+    assert device_input._steps_at_once("gpu", 351, 100) == 100
+    assert device_input._steps_at_once("cpu", 351, 351) == 27
     assert device_input._steps_at_once("cpu", 350, 100) == 25
-    assert device_input._steps_at_once("cpu", 353) == 1
+    assert device_input._steps_at_once("cpu", 353, 353) == 1
+
+
+@pytest.mark.parametrize(("every", "lengths"), [(0, {5}), (2, {2, 1}), (9, {5})])
+def test_an_accelerator_has_few_programs_in_all_epochs_together(
+    every: int, lengths: set[int], image_folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Each number of steps takes a program; saves are counted from an epoch's start."""
+    compile_step, compiled, ran = device_input.compile_step, [], set()
+
+    def noted(step: Any, state: Any, batch: Any, devices: Any, **options: Any) -> Any:
+        program = compile_step(step, state, batch, devices, **options)
+        if "signal" not in batch:  # an evaluation
+            return program
+        compiled.append(batch["signal"].shape[1])
+
+        def run(state: Any, batch: Any) -> Any:
+            ran.add(batch["signal"].shape[1])
+            return program(state, batch)
+
+        return run
+
+    steps_at_once = device_input._steps_at_once
+    monkeypatch.setattr(device_input, "compile_step", noted)
+    monkeypatch.setattr(
+        device_input, "_steps_at_once", lambda platform, *args: steps_at_once("gpu", *args)
+    )
+    config = TrainConfig(
+        data=str(image_folder), batch_size=16, epochs=3, model="linear", input="device",
+        checkpoint_every=every,
+    )  # fmt: skip
+    assert train_and_evaluate(config, tmp_path)["steps"] == 15
+    assert ran == lengths
+    assert sorted(compiled) == sorted(lengths), "once each"
 
 
 @pytest.mark.fault("B10")

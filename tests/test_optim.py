@@ -44,6 +44,11 @@ def test_cosine_and_constant() -> None:
     assert constant(0) == constant(100) == 0.5
 
 
+def test_a_constant_rate_takes_no_memory_a_step() -> None:
+    """Very many epochs, that early stopping is to end."""
+    assert make_schedule(TrainConfig(schedule="constant"), total_steps=10**15)(10**6) > 0
+
+
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "linear"])
 def test_a_run_of_one_step_has_a_learning_rate(schedule: str) -> None:
     config = TrainConfig(schedule=schedule)  # type: ignore[arg-type]

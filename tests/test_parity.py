@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from test_layout import CASES, random_variables
 
 from cifar_jax import layout, torch_reference
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_schedule
 from cifar_jax.parity import Drift, Pair, measure_drift, relative_difference
@@ -172,13 +172,18 @@ def test_loss_and_gradients_agree(
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 10, 11, 37, 100, 101, 3510])
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "onecycle"])
 def test_schedules_agree(schedule: Any, total_steps: int, dtype: str) -> None:
     config = TrainConfig(schedule=schedule, learning_rate=3e-3)
     ours = jax.vmap(make_schedule(config, total_steps))(np.arange(total_steps))
     theirs = np.array(torch_reference.learning_rates(config, total_steps))
     difference = np.max(np.abs(np.broadcast_to(ours, theirs.shape).astype(np.float64) - theirs))
     assert difference / config.learning_rate < SCHEDULE[dtype]
+
+
+def test_an_optimizer_without_a_twin_is_refused() -> None:
+    with pytest.raises(ValueError, match="no twin in PyTorch of the optimizer muon"):
+        torch_reference.learning_rates(PRESETS["fast"], 10)
 
 
 @pytest.mark.parametrize(

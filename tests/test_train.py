@@ -22,7 +22,7 @@ import pytest
 from conftest import write_images
 from jax import lax
 
-from cifar_jax import host_input, trained
+from cifar_jax import checkpoint, host_input, trained
 from cifar_jax.checkpoint import restore, saved_steps
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
@@ -208,6 +208,37 @@ def test_a_constant_rate_allows_more_epochs(config: TrainConfig, tmp_path: Path)
     more = train_and_evaluate(resumed, tmp_path / "a")
     at_once = train_and_evaluate(longer, tmp_path / "b")
     assert more["params_sha256"] == at_once["params_sha256"]
+    with pytest.raises(CifarJaxError, match=r"--epochs 1, of a run that has done 2") as caught:
+        train_and_evaluate(dataclasses.replace(resumed, epochs=1), tmp_path / "a")
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert json.loads((tmp_path / "a" / "report.json").read_text()) == more, "left as it was"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"steps": '])
+def test_a_damaged_report_is_made_anew(config: TrainConfig, tmp_path: Path, text: str) -> None:
+    report = train_and_evaluate(config, tmp_path)
+    (tmp_path / "report.json").write_text(text)
+    assert train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path) == report
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_saving_is_no_part_of_the_rate(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that save more or less often are to be comparable."""
+    perf_counter, save, late = time.perf_counter, checkpoint.save, [0]
+
+    def slow(*args: Any, **options: Any) -> None:
+        save(*args, **options)
+        late[0] += 1_000_000
+
+    monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + late[0])
+    monkeypatch.setattr(checkpoint, "save", slow)
+    config = dataclasses.replace(config, model="linear", widths=(), hidden=(), dropout=0.0)
+    train_and_evaluate(dataclasses.replace(config, checkpoint_every=2), tmp_path)
+    assert late[0] == 9 * 1_000_000
+    assert max(row["seconds"] for row in read_rows(tmp_path)) < 1_000_000
+    assert min(row["images_per_second"] for row in read_rows(tmp_path)) > 1
 
 
 @pytest.mark.fault("A13")
@@ -232,6 +263,8 @@ def test_a_diverging_run_says_where_and_what_to_do(
         CifarJaxError, match=r"(loss is|not finite).*step .*saved.*Fix: .*--learn"
     ) as caught:
         train_and_evaluate(config, tmp_path)
+    if not checkpoint_every:  # of that very step, however many are dispatched at once
+        assert "step 2, learning rate 1e+30;" in str(caught.value)
     assert caught.value.exit_code == ExitCode.NUMERICS
     for step in saved_steps(tmp_path / "checkpoints"):
         leaves = jax.tree.leaves(restore(tmp_path / "checkpoints" / str(step)).state)
@@ -376,6 +409,9 @@ def test_checkpoints_without_their_config_are_not_trained_over(
         with pytest.raises(CifarJaxError, match=r"has checkpoints of a run, but not") as caught:
             train_and_evaluate(dataclasses.replace(config, resume=resume), tmp_path / "run")
         assert caught.value.exit_code == ExitCode.CHECKPOINT
+    (tmp_path / "run" / "config.json").write_text("")
+    with pytest.raises(CifarJaxError, match=r"cannot read .*config.json.*Fix: put it back"):
+        train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path / "run")
     with pytest.raises(CifarJaxError, match=r"--resume: there is no run in --workdir"):
         main(["--resume", "--workdir", str(tmp_path / "none")])
 
@@ -487,7 +523,8 @@ def launch(
         ("cifar_jax.device_input.make_advance", signal.SIGTERM, "nothing was under way"),
         ("cifar_jax.loop._validate", signal.SIGTERM, "step 5 is saved"),
         ("cifar_jax.checkpoint.save", signal.SIGINT, "step 5 is saved"),
-        ("cifar_jax.loop._test_and_report", signal.SIGTERM, "nothing was under way"),
+        ("cifar_jax.loop._test_and_report", signal.SIGTERM, "all training is saved"),
+        ("cifar_jax.loop._test_and_report", signal.SIGINT, "--resume --workdir"),
     ],
 )
 def test_a_signal_in_any_phase_ends_the_run_cleanly(
