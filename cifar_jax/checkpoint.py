@@ -268,7 +268,7 @@ def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[Cif
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"none of the {len(rejected)} checkpoint(s) in {folder} can be read; "
-            + "; ".join(str(error) for error in rejected.values()),
+            + "; ".join(error.what for error in rejected.values()),
             fix="restore the folder from a copy, or start a new run in another --workdir",
         )
     return None, []

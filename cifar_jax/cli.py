@@ -105,7 +105,11 @@ def check_bounds(config: Any) -> None:
 
 
 def _describe_bounds(bounds: dict[str, float]) -> str:
-    return " and ".join(f"{rule} {limit:g}" for rule, limit in bounds.items())
+    return " and ".join(f"{rule} {_number(limit)}" for rule, limit in bounds.items())
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _parse_value(name: str, hint: Any, text: str) -> Any:
@@ -229,8 +233,9 @@ def _describe_default(field: dataclasses.Field[Any]) -> str:
     elif default is None or default is REQUIRED or default == ():
         shown = ""
     else:
-        shown = f"{default:g}" if isinstance(default, float) else str(default)
-    parts = [unit or "", f"default {shown}" if shown else ""]
+        shown = _number(default) if isinstance(default, int | float) else str(default)
+    bounds = _describe_bounds(field.metadata["bounds"])
+    parts = [unit or "", bounds, f"default {shown}" if shown else ""]
     described = "; ".join(part for part in parts if part)
     return f" [{described}]" if described else ""
 
@@ -313,7 +318,8 @@ def _told(error: Exception) -> CifarJaxError:
         return CifarJaxError(
             ExitCode.ENVIRONMENT,
             f"the memory is not enough: {reason}",
-            fix="give a smaller --batch-size, or in training --accumulate 2, 4, ...",
+            fix="ask for less at a time: a smaller --batch-size where there is one, in training "
+            "--accumulate 2, 4, ...",
         )
     if isinstance(error, OSError):
         return CifarJaxError(

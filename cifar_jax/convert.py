@@ -161,12 +161,17 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
                 "channel(s)",
                 fix="give one for each channel",
             )
-    if options.classes and len(set(options.classes)) != num_classes:
+    if options.classes and len(options.classes) != num_classes:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--classes has {len(set(options.classes))} name(s), the network {num_classes} "
-            "class(es)",
+            f"--classes has {len(options.classes)} name(s), the network {num_classes} class(es)",
             fix="give a name for each, in the order of the labels",
+        )
+    if twice := sorted({name for name in options.classes if options.classes.count(name) > 1}):
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--classes has {twice[0]} more than once",
+            fix="give each class a name of its own, in the order of the labels",
         )
     if not options.image_size and not takes_one_size(config):
         print(f"assumed: images of {side}x{side}; if not, give --image-size")

@@ -32,6 +32,8 @@ class CifarJaxError(Exception):
         cure = fix if fix.endswith("?") else f"{fix}."
         super().__init__(" ".join(f"{what}. Fix: {cure}".splitlines()))
         self.exit_code = exit_code
+        self.what = what
+        self.fix = fix
 
 
 class Stopped(BaseException):

@@ -77,11 +77,12 @@ def load_labelled(
         seed=config.seed,
     )
     if set(found.class_names) != set(network.class_names):
+        given = f"--data {source}" if data else f"{found.name}, taken as no --data is given,"
         raise CifarJaxError(
             ExitCode.DATA,
-            f"--data {source} has the classes {', '.join(found.class_names)}; the network was "
-            f"trained on {', '.join(network.class_names)}",
-            fix="give data with the network's classes",
+            f"{given} has the classes {', '.join(found.class_names)}; the network was trained on "
+            f"{', '.join(network.class_names)}",
+            fix="give --data with the network's classes",
         )
     chosen = {"train": found.train, "val": found.val, "test": found.test}[split]
     assert chosen is not None

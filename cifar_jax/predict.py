@@ -120,7 +120,7 @@ def find_images(names: Sequence[str]) -> list[str]:
             for found in sorted(path.rglob("*"))
             if found.suffix.lower() in suffixes
             and not any(part.startswith(".") for part in found.relative_to(path).parts)
-            and found.is_file()
+            and (found.is_file() or found.is_symlink())  # a link to nothing is to be named
         ]
         if not below:
             raise CifarJaxError(
@@ -170,9 +170,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _describe(answer: dict[str, Any], top: int) -> str:
+    from cifar_jax.images import shown
+
     ranked = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:top]
-    shown = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in ranked)
-    return f"{answer['file']}: {shown}"
+    best = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in ranked)
+    return f"{shown(answer['file'])}: {best}"
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def load_dataset(
 
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
+            Usage; ``image_size`` is given, and its images are no files.
     """
     found = load_splits(
         source,
@@ -142,6 +143,13 @@ def load_dataset(
     )
     train, val = found.train, found.val
     assert val is not None
+    if image_size is not None and not isinstance(train.images, ImageFiles):
+        height, width, _ = train.image_shape
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--image-size {image_size} with --data {source}, whose images are {height}x{width}",
+            fix="leave it out: only files of images are resized",
+        )
     if not len(train):
         raise CifarJaxError(
             ExitCode.DATA,
@@ -272,7 +280,12 @@ def _archive(
         if root in roots:
             return _official_archive(path, root)
     folder = archive.extract_once(path, data_dir / "extracted")
-    return _folder(folder, path.name, data_dir, image_size, val_fraction, seed)
+    try:
+        return _folder(folder, path.name, data_dir, image_size, val_fraction, seed)
+    except CifarJaxError as error:
+        raise CifarJaxError(
+            error.exit_code, f"{path}, extracted: {error.what}", fix=f"in the archive, {error.fix}"
+        ) from error
 
 
 def _official_archive(path: Path, root: str) -> Source:

@@ -1,6 +1,6 @@
 """What accuracy does a configuration reach, over several seeds?
 
-    python experiments/accuracy.py --seeds 3 --data cifar10.tar.gz
+    python experiments/accuracy.py --seeds 3 --data cifar10.tar.gz --output accuracy.json
 
 Trains once a seed with `python -m cifar_jax.train` and any of its options, scores each run's best
 epoch by validation on the test set, once, and writes accuracies, mean and spread, with data,

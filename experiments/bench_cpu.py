@@ -2,7 +2,7 @@ r"""How fast is this on a CPU, beside PyTorch and Keras, and beside what the mac
 
     python experiments/bench_cpu.py --quick --output bench.json           # under three minutes
     python experiments/bench_cpu.py --data cifar10.tar.gz \
-        --output experiments/results/bench_cpu.json                       # under an hour
+        --output experiments/results/bench_cpu.json                       # about twenty minutes
 
 Needs the test extra, which brings torch, and a machine that does nothing else. What is compared
 runs in turn, round after round, each program in a process of its own. Writes one JSON and, beside

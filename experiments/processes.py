@@ -3,9 +3,10 @@ r"""A run on two processes loses one, is stopped, and goes on elsewhere: is it t
     python experiments/processes.py                        # about two minutes
     python experiments/processes.py --output mine.json
 
-Each process has two devices of its own (parts of the CPU), and they meet on this machine. The run
-is stopped by a SIGTERM to one of them; goes on; loses one to SIGKILL; goes on with three devices in
-one process, to its end. Another run, of the same options and nothing of this, stands beside it.
+The network is linear. Each process has two devices of its own (parts of the CPU), and they meet on
+this machine. The run is stopped by a SIGTERM to one of them; goes on; loses one to SIGKILL; goes on
+with three devices in one process, to its end. Another run, of the same options and nothing of this,
+stands beside it.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@ r"""An hour of accidents: is anything lost?
     python experiments/soak.py                             # an hour
     python experiments/soak.py --minutes 2 --output mine.json
 
-Trains the run of processes.py again and again. Each time it is ended by SIGKILL, SIGTERM or SIGINT
-at random instants, or on a disk that is full, and goes on with another number of devices; between
-two starts, a bit of its newest checkpoint may flip, or half a file of it be gone. When it has come
-to its end, its losses must be those of a run that nothing disturbed, and the network is evaluated
-and used. What happens beside what the program promises is kept in `surprises`. The JSON is written
-after each run.
+Trains the run of processes.py, of a linear network, again and again. Each time it is ended by
+SIGKILL, SIGTERM or SIGINT at random instants, or on a disk that is full, and goes on with another
+number of devices; between two starts, a bit of its newest checkpoint may flip, or half a file of it
+be gone. When it has come to its end, its losses must be those of a run that nothing disturbed, and
+the network is evaluated and used. What happens beside what the program promises is kept in
+`surprises`. The JSON is written after each run.
 """
 
 from __future__ import annotations

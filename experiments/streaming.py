@@ -3,9 +3,9 @@ r"""Data larger than memory: does training's memory stay flat as the folder grow
     python experiments/streaming.py                              # about ten minutes, 1.5 GB of disk
     python experiments/streaming.py --images 1000 5000           # smaller folders
 
-Makes folders of small JPEGs, trains a linear network for one epoch on each, streaming
-(--cache-mb 0), and notes the peak of memory, the time to the first step, and images a second; then
-starts on the largest once more, whose listing is kept by then.
+Makes folders of small JPEGs, copies of 200 pictures, trains a linear network for one epoch on each,
+streaming (--cache-mb 0), and notes the peak of memory, the time to the first step, and images a
+second; then starts on the largest once more, whose listing is kept by then.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def make_images(root: Path, count: int) -> int:
-    """``count`` files in ``CLASSES`` folders, of some hundred different pictures; their bytes."""
+    """``count`` files in ``CLASSES`` folders, copies of ``PICTURES`` pictures; their bytes."""
     shutil.rmtree(root, ignore_errors=True)
     rng = np.random.default_rng(0)
     pictures = []

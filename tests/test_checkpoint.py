@@ -277,6 +277,7 @@ def test_if_all_are_damaged_nothing_starts_from_scratch(tmp_path: Path) -> None:
         truncate(tmp_path / str(step))
     with pytest.raises(CifarJaxError, match=r"none of the 2 checkpoint") as caught:
         restore_newest(tmp_path, make_state(0))
+    assert str(caught.value).count("Fix:") == 1
     assert caught.value.exit_code == ExitCode.CHECKPOINT
     assert saved_steps(tmp_path) == [10, 20], "the files are left as they are"
 

@@ -36,6 +36,7 @@ def parse(*argv: str) -> TrainConfig:
         (["--learning-rate", "0"], "--learning-rate 0", "above 0"),
         (["--dropout", "1"], "--dropout 1.0", "below 1"),
         (["--seed", "-1"], "--seed -1", "at least 0"),
+        (["--seed", "4294967296"], "--seed 4294967296", "below 4294967296"),
         (["--model", "cn"], "--model 'cn' is not one of linear, mlp", "did you mean cnn?"),
         (["--optimizer", "lion"], "'lion' is not one of sgd, adam, adamw", "sgd"),
         (["--devices", "two"], "--devices 'two'", "whole number"),
@@ -118,7 +119,8 @@ def test_help_and_errors_import_nothing_slow() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert "--learning-rate X" in done.stdout
-    assert "[images; default 128]" in done.stdout
+    assert "[images; at least 1; default 128]" in done.stdout
+    assert "[above 0; default 0.003]" in done.stdout
 
 
 def test_a_command_ends_in_one_line_and_its_exit_code() -> None:

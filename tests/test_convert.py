@@ -600,7 +600,8 @@ def test_options_that_contradict_the_network_are_refused(tmp_path: Path) -> None
         (ConvertOptions(mean=(0.5,)), "--mean has 1 number"),
         (ConvertOptions(std=(1.0, 1.0)), "--std has 2 number"),
         (ConvertOptions(classes=("a", "b")), "--classes has 2 name"),
-        (ConvertOptions(classes=("a",) * 10), "--classes has 1 name"),
+        (ConvertOptions(classes=tuple("abcdefghija")), "--classes has 11 name"),
+        (ConvertOptions(classes=tuple("abcdefghia")), "--classes has a more than once"),
         (ConvertOptions(image_size=4), "--image-size 4 is too small for cnn"),
     ):
         error = refusal(path, tmp_path / "run", options)

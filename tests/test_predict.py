@@ -99,6 +99,12 @@ def test_folders_give_their_images_without_hidden_files(tmp_path: Path) -> None:
     assert found == ["a/c.jpg", "b.PNG", "e.webp"]
 
 
+def test_in_a_folder_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lost.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "folder.png").mkdir()
+    assert find_images([str(tmp_path)]) == [str(tmp_path / "lost.png")]
+
+
 def test_wrong_use_is_one_line(trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, code, message in (

@@ -18,13 +18,14 @@ import jax
 import numpy as np
 import pytest
 from conftest import write_images
+from jax import lax
 from PIL import Image
 
 from cifar_jax import trained
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.layers import trace_layers
-from cifar_jax.models import create_model
+from cifar_jax.models import create_model, space_to_depth
 from cifar_jax.report import figures as report_figures
 from cifar_jax.report import page as report_page
 from cifar_jax.report.__main__ import ReportOptions, main, write_report
@@ -356,6 +357,31 @@ def test_another_step_than_the_best_is_told(trained_run: Path, tmp_path: Path) -
     page = make_page(workdir, output=tmp_path / "page.html")
     assert len(page.with_class("warning")) == 1
     assert "by the run's own record it was 0." in page.text
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_filters_of_patches_are_shown_on_pixels(tmp_path: Path, channels: int) -> None:
+    """Each tile, laid over every patch in turn, gives what the first convolution does."""
+    config = TrainConfig(model="cnn-gap", widths=(5,), patch_size=2, data="nowhere")
+    network = untrained(tmp_path / "run", config, ("bird", "cat"), (8, 8, channels))
+    kernel = network.variables["params"]["Conv_0"]["kernel"]
+    tiles = report_page._on_pixels(np.moveaxis(kernel, -1, 0), 2)
+    assert tiles.shape == (5, 6, 6, channels)
+    image = jax.random.normal(jax.random.key(1), (1, 8, 8, channels))
+    layout = ("NHWC", "HWIO", "NHWC")
+
+    def convolved(x: Any, kernel: Any, stride: int) -> Any:
+        return lax.conv_general_dilated(x, kernel, (stride,) * 2, "VALID", dimension_numbers=layout)
+
+    np.testing.assert_allclose(
+        convolved(image, np.moveaxis(tiles, 0, -1), 2),
+        convolved(space_to_depth(image, 2), kernel, 1),
+        atol=1e-5,
+    )
+    page = make_page(tmp_path / "run", output=tmp_path / "page.html")
+    shown = [a for _, a in page.elements if (a.get("alt") or "").startswith("filter ")]
+    assert len(shown) == 5
+    assert pixels_of(shown[0]["src"]).shape == ((6, 6, 3) if channels == 3 else (6, 6))
 
 
 def test_greyscale_mistakes_and_filters(tmp_path: Path) -> None:

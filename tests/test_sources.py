@@ -149,6 +149,8 @@ def test_greyscale_and_other_sizes(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": 10, "b": 10}, mode="L", size=12)
     assert load_dataset(str(tmp_path)).image_shape == (12, 12, 1)
     assert load_dataset(str(tmp_path), image_size=6).image_shape == (6, 6, 1)
+    with pytest.raises(CifarJaxError, match=r"--image-size 6 with --data shapes, whose .* 32x32"):
+        load_dataset("shapes", image_size=6)
 
 
 def test_the_digest_follows_names_and_sizes(image_folder: Path, tmp_path: Path) -> None:

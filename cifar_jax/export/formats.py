@@ -121,6 +121,7 @@ def how_to_use(network: TrainedNetwork, format: ExportFormat, output: Path) -> s
     of_state_dict = (
         f"logits = model.eval()(images)  # {normalised} by mean {network.mean}, std {network.std}"
     )
+    model = "# model: yours, with the same names, or cifar_jax.torch_reference.make_twin's\n"
     return {
         "stablehlo": "import jax.export  # pip install jax flatbuffers\n"
         f'classify = jax.jit(jax.export.deserialize(open("{output}", "rb").read()).call)\n'
@@ -128,7 +129,8 @@ def how_to_use(network: TrainedNetwork, format: ExportFormat, output: Path) -> s
         "onnx": "import onnxruntime\n"
         f'session = onnxruntime.InferenceSession("{output}")\n'
         f'(probabilities,) = session.run(None, {{"images": images}})  # {images}',
-        "safetensors": "import safetensors.torch\n"
+        "safetensors": f"{model}import safetensors.torch\n"
         f'model.load_state_dict(safetensors.torch.load_file("{output}"))\n{of_state_dict}',
-        "pth": f'import torch\nmodel.load_state_dict(torch.load("{output}"))\n{of_state_dict}',
+        "pth": f"{model}import torch\n"
+        f'model.load_state_dict(torch.load("{output}"))\n{of_state_dict}',
     }[format]

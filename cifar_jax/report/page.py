@@ -201,7 +201,7 @@ def gather_run(run: Run, *, data: str | None, data_dir: str | None) -> RunPage:
         kernel = network.variables["params"][convs[0]]["kernel"]
         page = dataclasses.replace(
             page,
-            filters=np.moveaxis(kernel, -1, 0)[:_FILTERS],
+            filters=_on_pixels(np.moveaxis(kernel, -1, 0)[:_FILTERS], run.config.patch_size),
             n_filters=kernel.shape[-1],
             receptive_fields=receptive_fields(network),
         )
@@ -218,6 +218,13 @@ def gather_run(run: Run, *, data: str | None, data_dir: str | None) -> RunPage:
     page.warnings.extend(_disagreements(summary, labelled, scored))
     maps = _feature_maps(network, scored.samples) if convs else []
     return dataclasses.replace(page, scored=scored, feature_maps=maps)
+
+
+def _on_pixels(kernels: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """``[N, h, w, C*side*side]`` -> ``[N, h*side, w*side, C]``: undoes ``space_to_depth``."""
+    n, height, width, channels = kernels.shape
+    squares = kernels.reshape(n, height, width, channels // side**2, side, side)
+    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(n, height * side, width * side, -1)
 
 
 def gather_comparison(runs: Sequence[Run]) -> Comparison:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import logging
 import socket
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ Programs ask the same: POST /predict takes an image file as the body and answers
 
 examples:
   python -m cifar_jax.serve --checkpoint runs/20261122-101500-cnn
-  curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/predict?file=cat.jpg
+  curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg' \\
+      'http://127.0.0.1:8000/predict?file=cat.jpg'
 """
 
 _GROUP = "what to serve, and where"
@@ -86,6 +88,8 @@ def serve(options: ServeOptions) -> None:
             headers=[("X-Content-Type-Options", "nosniff")],
             timeout_graceful_shutdown=1,
         )
+        # That it does not wait longer for an answer is no error.
+        logging.getLogger("uvicorn.error").addFilter(lambda record: "graceful" not in record.msg)
         if hosts == ["*"]:
             warning = f"warning: --host {options.host} lets in whoever reaches it, with no password"
             print(warning, file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import functools
 import hashlib
 import io
@@ -70,7 +71,7 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
         return JSONResponse(description)
 
     async def on_samples(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(samples))
+        return JSONResponse(await _in_a_thread_of_its_own(samples))
 
     async def on_predict(request: Request) -> Response:
         name = request.query_params.get("file") or "the image"
@@ -198,6 +199,21 @@ def make_predict(network: TrainedNetwork) -> Predict:
     return predict
 
 
+async def _in_a_thread_of_its_own(function: Callable[[], Any]) -> Any:
+    """What ``function`` returns. At its end the program does not wait for it, as for a pool's."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # so that the thread can end it in any case
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
 def find_samples(network: TrainedNetwork) -> list[dict[str, str]]:
     """Test images to start with, one a class, where the data of training is at hand; else none.
 
@@ -205,7 +221,8 @@ def find_samples(network: TrainedNetwork) -> list[dict[str, str]]:
     """
     config, names = network.config, network.class_names
     if names == shapes.CLASS_NAMES:
-        images, labels = shapes.draw(len(names), seed=1)
+        some = shapes.draw(100, seed=1)  # as the test split begins
+        images, labels = some[0][: len(names)], some[1][: len(names)]
         files = [f"{name}.png" for name in names]
     elif not is_here(config.data, config.data_dir):
         return []
