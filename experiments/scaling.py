@@ -277,7 +277,7 @@ def draw(found: dict[str, Any]) -> Figure:
         ylabel="images a second",
     )
     measured.set_xticks(sorted({row["devices"] for row in found["devices"]}))
-    measured.set_ylim(bottom=0)
+    measured.set_ylim(0, 1.1 * max(row["images_per_second"] for row in found["devices"]))
     measured.legend()
     for network in NETWORKS:
         rows = [row for row in found["predicted"] if row["network"] == network]

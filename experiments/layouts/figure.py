@@ -39,7 +39,15 @@ def _draw_steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
         above = [row["step_ms_max"] - row["step_ms_median"] for row in chosen]
         places = np.arange(len(models)) + i * height
         label = " ".join(program).replace(" compiled", "") if program[0] == "jax" else None
-        axes.barh(places, medians, height, xerr=[below, above], label=label or " ".join(program))
+        # Points: on an axis of logarithms the length of a bar means nothing.
+        axes.errorbar(
+            medians,
+            places,
+            xerr=[below, above],
+            fmt="o",
+            capsize=2,
+            label=label or " ".join(program),
+        )
     sizes = {row["model"]: row["batch_size"] for row in rows}
     names = [f"{model}\n{sizes[model]} images" for model in models]
     axes.set_yticks(np.arange(len(models)) + 0.4 - height / 2, names)
