@@ -108,7 +108,8 @@ def _describe_bounds(bounds: dict[str, float]) -> str:
     return " and ".join(f"{rule} {_number(limit)}" for rule, limit in bounds.items())
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
+    """Whole numbers in full; of others, what matters. What is no number, as it is."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -233,7 +234,7 @@ def _describe_default(field: dataclasses.Field[Any]) -> str:
     elif default is None or default is REQUIRED or default == ():
         shown = ""
     else:
-        shown = _number(default) if isinstance(default, int | float) else str(default)
+        shown = _number(default)
     bounds = _describe_bounds(field.metadata["bounds"])
     parts = [unit or "", bounds, f"default {shown}" if shown else ""]
     described = "; ".join(part for part in parts if part)

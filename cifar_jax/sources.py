@@ -283,8 +283,10 @@ def _archive(
     try:
         return _folder(folder, path.name, data_dir, image_size, val_fraction, seed)
     except CifarJaxError as error:
-        raise CifarJaxError(
-            error.exit_code, f"{path}, extracted: {error.what}", fix=f"in the archive, {error.fix}"
+        if error.exit_code != ExitCode.DATA:
+            raise
+        raise CifarJaxError(  # what was extracted is not what a person is to mend
+            ExitCode.DATA, f"{path}, extracted: {error.what}", fix=f"in the archive, {error.fix}"
         ) from error
 
 

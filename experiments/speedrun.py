@@ -13,7 +13,7 @@ seconds_strict_mean   from the images on the device to the accuracy on the host:
 compile_seconds       cold, and warm: with what an earlier compilation left on the disk
 tflop                 of convolutions and the head in a run, as written, whatever form computes
                       them; share_of_ceiling is beside the best that a product of two matrices of
-                      the same type reached
+                      the same type reached, just before the runs
 beside                with --beside: the author's own script, run after on the same data and card,
                       and ratio, his seconds over ours
 kernels               on a GPU: where the time of one run goes

@@ -267,7 +267,7 @@ def test_names_are_shown_as_they_are(hostile_page: Path, open_page: Opened) -> N
 
 def test_a_network_without_convolutions(hostile_page: Path) -> None:
     page = Elements(hostile_page.read_text())
-    assert "0 of 10 epochs" in page.text
+    assert "This network was converted" in page.text
     assert not page.with_class("warning")  # that its data is unknown is no disagreement
     ids = {a.get("id") for _, a in page.elements}
     assert {"glance", "samples", "confusion", "classes", "mistakes"} <= ids
@@ -379,6 +379,7 @@ def test_filters_of_patches_are_shown_on_pixels(tmp_path: Path, channels: int) -
         atol=1e-5,
     )
     page = make_page(tmp_path / "run", output=tmp_path / "page.html")
+    assert "This network was converted: nothing is known of its training." in page.text
     shown = [a for _, a in page.elements if (a.get("alt") or "").startswith("filter ")]
     assert len(shown) == 5
     assert pixels_of(shown[0]["src"]).shape == ((6, 6, 3) if channels == 3 else (6, 6))

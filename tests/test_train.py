@@ -28,7 +28,7 @@ from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
 from cifar_jax.sources import load_dataset
-from cifar_jax.train import main, train_and_evaluate
+from cifar_jax.train import _saved_report, main, train_and_evaluate
 from cifar_jax.train_step import normalize
 
 STEPS_PER_EPOCH = 5  # of 16 images: 81 are trained on, of 90
@@ -214,12 +214,16 @@ def test_a_constant_rate_allows_more_epochs(config: TrainConfig, tmp_path: Path)
     assert json.loads((tmp_path / "a" / "report.json").read_text()) == more, "left as it was"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"steps": '])
-def test_a_damaged_report_is_made_anew(config: TrainConfig, tmp_path: Path, text: str) -> None:
-    report = train_and_evaluate(config, tmp_path)
-    (tmp_path / "report.json").write_text(text)
-    assert train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path) == report
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+def test_a_damaged_report_is_made_anew(
+    reference: tuple[dict[str, Any], Path], config: TrainConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(reference[1], tmp_path / "run")
+    path = tmp_path / "run" / "report.json"
+    for text in ("{}", "[1]", '{"steps": ', ""):
+        path.write_text(text)
+        assert _saved_report(path.parent) is None, text
+    again = train_and_evaluate(dataclasses.replace(config, resume=True), path.parent)
+    assert again == reference[0] == json.loads(path.read_text())
 
 
 def test_saving_is_no_part_of_the_rate(

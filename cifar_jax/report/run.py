@@ -43,6 +43,11 @@ class Run:
         return os.path.basename(os.path.abspath(self.workdir))
 
     @property
+    def is_converted(self) -> bool:
+        """Whether it is a network that ``cifar_jax.convert`` brought: step 0 of no training."""
+        return (self.workdir / "checkpoints" / "0").is_dir()
+
+    @property
     def best(self) -> EpochRow | None:
         """The row of the epoch whose network is scored."""
         if self.report is None:

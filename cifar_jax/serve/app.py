@@ -200,7 +200,7 @@ def make_predict(network: TrainedNetwork) -> Predict:
 
 
 async def _in_a_thread_of_its_own(function: Callable[[], Any]) -> Any:
-    """What ``function`` returns. At its end the program does not wait for it, as for a pool's."""
+    """What ``function`` returns. The program ends without it, where it would wait for a pool's."""
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()  # so that the thread can end it in any case
 
