@@ -7,6 +7,8 @@ decided by :func:`cifar_jax.dataset.epoch_order`, not by its shuffling.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib
 import os
 import traceback
 import weakref
@@ -31,6 +33,10 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if _level == "1" else _level
 # looks for instead, is hardly ever installed.
 _keras = os.environ.get("TF_USE_LEGACY_KERAS", "")
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
+# What pip's usual PyTorch for Linux brings along. Loaded after TensorFlow, as PyTorch's optimizers
+# do, it crashes the process (3.7 beside 2.21); before it, it does not.
+with contextlib.suppress(Exception):
+    importlib.import_module("triton")
 import tensorflow as tf
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = _level

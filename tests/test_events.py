@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tensorflow as tf
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.input_pipeline import tf
 from cifar_jax.train import train_and_evaluate
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 from cifar_jax import input_pipeline
 from cifar_jax.dataset import ImageFiles, Split, epoch_order
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import probe_shape, read_checked, undecodable
-from cifar_jax.input_pipeline import decode, eval_batches, train_batches
+from cifar_jax.input_pipeline import decode, eval_batches, tf, train_batches
 from cifar_jax.sources import load_dataset, load_splits
 
 
@@ -240,6 +239,17 @@ sys.exit(5)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
     assert ended.returncode == 5, ended.stderr
+
+
+def test_triton_is_loaded_before_tensorflow(tmp_path: Path) -> None:
+    """After it, it crashes the process. One that cannot be loaded keeps nobody from training."""
+    (tmp_path / "triton.py").write_text(
+        "import sys; print('tensorflow' in sys.modules); raise RuntimeError('no driver')"
+    )
+    command = [sys.executable, "-c", "import cifar_jax.input_pipeline; print('loaded')"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines() == ["False", "loaded"]
 
 
 def test_a_pipeline_is_not_tuned(
