@@ -115,6 +115,15 @@ def test_an_archive_is_extracted_once(image_folder: Path, tmp_path: Path) -> Non
     assert {file: file.stat().st_mtime_ns for file in extracted.rglob("*")} == before
 
 
+def test_what_is_wrong_with_images_is_told_of_their_archive(tmp_path: Path) -> None:
+    """What was extracted is not what a person can mend."""
+    write_images(tmp_path / "photos", {"cat": 3})
+    path = tgz_of(tmp_path / "photos", tmp_path / "photos.tar.gz")
+    told = rf"{path}, extracted: .* holds 1 class folder.* Fix: in the archive, put the images"
+    with pytest.raises(CifarJaxError, match=told):
+        load_dataset(str(path), data_dir=str(tmp_path / "data"))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -86,6 +86,7 @@ def test_an_accelerator_has_few_programs_in_all_epochs_together(
         program = compile_step(step, state, batch, devices, **options)
         if "signal" not in batch:  # an evaluation
             return program
+        assert not ran, "compiled ahead of the first step"
         compiled.append(batch["signal"].shape[1])
 
         def run(state: Any, batch: Any) -> Any:

@@ -18,6 +18,7 @@ from cifar_jax import trained
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.evaluate import EvaluateOptions, describe, evaluate, main
 from cifar_jax.inference import make_logits
+from cifar_jax.labelled import load_labelled
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,14 @@ def test_other_classes_are_refused_and_both_listed(trained_run: Path, tmp_path: 
     with pytest.raises(CifarJaxError, match=r"bird, cat, toad; .* bird, cat, frog") as caught:
         evaluate(EvaluateOptions(str(trained_run), data=str(tmp_path / "data")))
     assert caught.value.exit_code == ExitCode.DATA
+    network = trained.load(trained_run)
+    converted = dataclasses.replace(
+        network, config=dataclasses.replace(network.config, data="shapes")
+    )
+    with pytest.raises(
+        CifarJaxError, match=r"^shapes, taken as no --data is given, has the classes"
+    ):
+        load_labelled(converted, "test", data=None, data_dir=None)
 
 
 def test_arrays_of_another_shape_are_refused(trained_run: Path, tmp_path: Path) -> None:

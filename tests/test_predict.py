@@ -16,7 +16,7 @@ from PIL import Image
 from cifar_jax import trained
 from cifar_jax.errors import ExitCode
 from cifar_jax.inference import make_logits, softmax
-from cifar_jax.predict import BATCH_SIZE, find_images, predict
+from cifar_jax.predict import BATCH_SIZE, _describe, find_images, predict
 
 
 def run(
@@ -97,6 +97,11 @@ def test_folders_give_their_images_without_hidden_files(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = [Path(file).relative_to(tmp_path).as_posix() for file in find_images([str(tmp_path)])]
     assert found == ["a/c.jpg", "b.PNG", "e.webp"]
+
+
+def test_an_answer_is_one_line_whatever_the_file_is_called() -> None:
+    answer = {"file": "a\nb.png", "probabilities": {"cat": 0.25, "dog": 0.75}}
+    assert _describe(answer, 1) == "a\\nb.png: dog 75.0 %"
 
 
 def test_in_a_folder_a_link_to_nothing_is_named(tmp_path: Path) -> None:

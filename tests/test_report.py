@@ -509,6 +509,8 @@ def test_unknown_data_is_not_the_same_data(hostile_page: Path, tmp_path: Path) -
     ids = {a.get("id") for _, a in page.elements}
     assert "different-data" in ids
     assert "curves" not in ids
+    assert page.text.count("converted") == 2
+    assert "not finished" not in page.text
 
 
 def test_many_lines_differ() -> None:

@@ -411,12 +411,9 @@ def judge_improvements(values: Values) -> Verdict:
     found += " (resnet9 with an eighth of its channels, in half the epochs)"
     if not helped:
         return Verdict(FAILS, found)
-    others = [name.replace("_", " ") for name in names if name not in helped]
-    if others:
-        caveat = f"{found}; not clearly better alone: {', '.join(others)}"
-        if "residual network" in others:
-            caveat += ", of which the last had half the epochs"
-        return Verdict(CAVEAT, caveat)
+    if len(helped) < len(names):
+        others = [name.replace("_", " ") for name in names if name not in helped]
+        return Verdict(CAVEAT, f"{found}; not clearly better alone: {', '.join(others)}")
     return Verdict(HOLDS, found)
 
 
