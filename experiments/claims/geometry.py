@@ -418,8 +418,7 @@ def measure_layout(study: Study) -> Measured:
     """
     import inspect
 
-    import tensorflow as tf
-
+    from cifar_jax.input_pipeline import tf
     from cifar_jax.torch_reference import torch
 
     nchw = torch.zeros(2, 3, 32, 32)
