@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from cifar_jax.config import ALWAYS_NORMALISED, TrainConfig
+from cifar_jax.config import ALWAYS_NORMALISED, ModelName, TrainConfig
 from cifar_jax.convolution import conv3x3, paired_conv
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -380,7 +380,7 @@ def _batch_norm(train: bool, axis_name: str | None, dtype: Any) -> Callable[[], 
 
 Model = ConvNet | ResNet9 | Airbench
 
-MODELS: dict[str, Callable[..., Model]] = {
+MODELS: dict[ModelName, Callable[..., Model]] = {
     "linear": functools.partial(ConvNet, widths=(), hidden=()),
     "mlp": functools.partial(ConvNet, widths=(), hidden=(512, 256)),
     "cnn": functools.partial(ConvNet, widths=(16, 32, 64), hidden=(512, 256)),

@@ -21,7 +21,9 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import paired_timing
 from layouts import nchw_program
+from layouts.figure import draw
 from layouts.hlo import count_moves
+from layouts.pitfalls import measure_pitfalls
 
 SHAPE = (16, 16, 3)
 CONFIGS = {
@@ -54,6 +56,29 @@ def test_the_nchw_program_is_the_same_network(name: str, train: bool) -> None:
     for tensor, value in statistics.items():
         np.testing.assert_allclose(value, theirs[tensor], rtol=1e-4, atol=1e-5)
     assert len(statistics) == (2 * name.count("norm") * 2 + 16 * (name == "resnet9")) * train
+
+
+def test_the_pitfalls_and_the_figure_follow_from_the_other_sections(tmp_path: Path) -> None:
+    stored = json.loads((EXPERIMENTS / "results" / "nhwc_vs_nchw.json").read_text())
+    found = measure_pitfalls(stored["training"])
+    assert found["flatten_order"] == stored["pitfalls"]["flatten_order"]
+    assert found["permute_is_a_view"]["torch_same_memory"]
+    assert not found["permute_is_a_view"]["jax_same_memory"]
+    strided = found["same_padding_with_stride_2"]
+    assert strided["difference_SAME_32x32"] > 0.1 > 1e-5 > strided["difference_padding_1_32x32"]
+    assert found["imshow"]["share_of_values_misplaced_by_reshape"] > 0.9
+    assert found["imshow"]["share_of_values_misplaced_by_transpose"] == 0
+    for layer in found["initialisers"]["std"].values():
+        assert layer["flax_kernel"] == pytest.approx(layer["fan_in"] ** -0.5, rel=0.1)
+        assert layer["torch_kernel"] == pytest.approx((3 * layer["fan_in"]) ** -0.5, rel=0.1)
+    norm = found["batch_norm_momentum"]
+    assert norm["mean_difference_momentum_0.1"] > 1 > 1e-5 > norm["mean_difference_momentum_0.9"]
+    assert (
+        norm["variance_difference_as_it_is"] > 1e-3 > 1e-5 > norm["variance_difference_corrected"]
+    )
+    assert found["onecycle_momentum"]["torch_first_beta_min"] == pytest.approx(0.85)
+    draw({**stored, "pitfalls": found}, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_the_moves_of_a_program_are_counted() -> None:

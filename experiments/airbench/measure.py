@@ -52,7 +52,7 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
     on_device = [
         Examples(jnp.asarray(split.pixels), jnp.asarray(split.labels)) for split in (train, test)
     ]
-    begin = jax.jit(
+    begin: Any = jax.jit(
         lambda seed: initial_train_state(setting.model, setting.tx, train.image_shape, seed)
     )
     state = begin(0)
@@ -64,7 +64,7 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
 
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        before = jax.config.jax_compilation_cache_dir
+        before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # it is there
         jax.config.update("jax_compilation_cache_dir", folder)
         try:
             for name in ("cold", "warm"):

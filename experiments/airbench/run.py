@@ -51,7 +51,7 @@ class Batch(NamedTuple):
         hole: float32 ``[B, 2]``, the corner of what is blanked, 0 to 1 of where it can be; or none.
     """
 
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name
     corner: jax.Array
     mirrored: jax.Array
     hole: jax.Array | None = None

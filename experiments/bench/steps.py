@@ -15,7 +15,7 @@ import numpy as np
 import paired_timing
 from cifar_jax.allocator import keep_freed_memory
 from cifar_jax.augment import make_augmentation
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.inference import make_logits
 from cifar_jax.layer_table import layer_table
 from cifar_jax.models import ResNet9, create_model
@@ -46,8 +46,8 @@ _PRODUCTS = [
 ]
 
 # Rounds, and the steps in each, by network.
-_TURNS = {"cnn": (11, 10), "cnn-wide": (11, 2), "resnet9": (5, 1)}
-_QUICK_TURNS = {"cnn": (3, 5), "cnn-wide": (3, 1)}
+_TURNS: dict[ModelName, tuple[int, int]] = {"cnn": (11, 10), "cnn-wide": (11, 2), "resnet9": (5, 1)}
+_QUICK_TURNS: dict[ModelName, tuple[int, int]] = {"cnn": (3, 5), "cnn-wide": (3, 1)}
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _time(specs: list[dict[str, Any]], rounds: int, steps: int) -> list[paired_t
     return paired_timing.time_in_turn(command, specs, rounds=rounds, steps=steps, cwd=where)
 
 
-def _flops(model: str) -> dict[str, float]:
+def _flops(model: ModelName) -> dict[str, float]:
     """Floating-point operations of a batch, by the textbook: two a multiply-accumulate.
 
     A training step computes each layer three times over: its output, the gradient of its kernel and
@@ -198,7 +198,7 @@ def _make_keras(spec: dict[str, Any]) -> Any:
     return {"forward": forward, "train": train}, dict
 
 
-def _keras_network(name: str) -> Any:
+def _keras_network(name: ModelName) -> Any:
     """The network of that name in Keras's own layers."""
     from keras import Input, Model, layers
 

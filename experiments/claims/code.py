@@ -43,8 +43,7 @@ def _definitions(module: str) -> dict[str, list[ast.stmt]]:
     definitions: dict[str, list[ast.stmt]] = defaultdict(list)
     for node in ast.parse(inspect.getsource(importlib.import_module(module))).body:
         for inner in ast.walk(node):
-            documented = isinstance(inner, ast.FunctionDef | ast.ClassDef)
-            if documented and ast.get_docstring(inner) is not None:
+            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner):
                 inner.body = inner.body[1:] or [ast.Pass()]
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):

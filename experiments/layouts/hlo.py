@@ -18,11 +18,9 @@ def inspect_hlo(quick: bool) -> dict[str, Any]:
         for name in ("NHWC", "NCHW"):
             spec = {"model": model, "layout": name, "batch_size": 128}
             compiled, _, _ = compile_jax_step(spec, "train")
-            text, cost, memory = (
-                compiled.as_text(),
-                compiled.cost_analysis(),
-                compiled.memory_analysis(),
-            )
+            text: Any = compiled.as_text()
+            cost: Any = compiled.cost_analysis()
+            memory: Any = compiled.memory_analysis()
             found[model][name] = {
                 **count_moves(text),
                 "flops": cost["flops"],

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from cifar_jax import parity, shapes
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.models import MODELS, create_model
 from layouts.networks import CLASSES, initial_variables
 
@@ -40,7 +40,7 @@ def compare_models(quick: bool) -> dict[str, Any]:
     The 200 steps are those of a narrower network where the whole one would take minutes;
     ``quick`` makes all narrow and the images smaller, and leaves out float64.
     """
-    compared = {}
+    compared: dict[str, Any] = {}
     for name in MODELS:
         whole = _config(name, narrow=quick, **OPTIMIZERS["sgd"])
         trained = _config(name, narrow=quick or name in _SLOW, **OPTIMIZERS["sgd"])
@@ -93,7 +93,7 @@ def compare_optimizers() -> dict[str, Any]:
     return compared
 
 
-def _config(model: str, *, narrow: bool, **options: Any) -> TrainConfig:
+def _config(model: ModelName, *, narrow: bool, **options: Any) -> TrainConfig:
     widths = _NARROW.get(model, ()) if narrow else ()
     return TrainConfig(model=model, widths=widths, **options)
 

@@ -32,7 +32,8 @@ def apply(
         The logits, and the running statistics after this batch (``train``; else none).
     """
     statistics: dict[str, jax.Array] = {}
-    names = model.torch_layout((*images.shape[2:], images.shape[1])).names
+    _, channels, height, width = images.shape
+    names = model.torch_layout((height, width, channels)).names
 
     def conv(i: int, x: jax.Array) -> jax.Array:
         """The i-th convolution, its bias or batch norm, and ReLU."""

@@ -101,7 +101,8 @@ def jax_step(spec: dict[str, Any], pass_: str) -> tuple[Callable[..., Any], Any,
     if pass_ == "forward":
 
         def forward(state: Any, batch: Any) -> tuple[Any, Any]:
-            return state, apply(*state, batch[0], False)[0]
+            params, statistics = state
+            return state, apply(params, statistics, batch[0], False)[0]
 
         return forward, (params, statistics), (images, labels)
 

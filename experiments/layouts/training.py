@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import layout, parity, torch_reference
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order, stratified_choice
-from cifar_jax.models import create_model
+from cifar_jax.models import Model, create_model
 from cifar_jax.sources import load_dataset
 from cifar_jax.train_step import normalize
 from layouts.networks import initial_variables
@@ -108,7 +109,7 @@ def _scorers(pair: parity.Pair, variables: Any, dataset: Dataset) -> dict[str, A
         correct = 0
         for start in range(0, len(split), 500):
             images = split.pixels[start : start + 500]
-            logits = predict(np.asarray(normalize(images, dataset.mean, dataset.std)))
+            logits = predict(np.asarray(normalize(jnp.asarray(images), dataset.mean, dataset.std)))
             correct += int((logits.argmax(-1) == split.labels[start : start + 500]).sum())
         return correct
 
@@ -122,7 +123,7 @@ def _scorers(pair: parity.Pair, variables: Any, dataset: Dataset) -> dict[str, A
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once a network, not once a call
-def _logits(model: parity.Model, variables: Any, images: Any) -> jax.Array:
+def _logits(model: Model, variables: Any, images: Any) -> jax.Array:
     return model.apply(variables, images)
 
 
