@@ -11,8 +11,8 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 
 DESCRIPTION = """\
 Look through all images of a data set as training would read them: name every file that cannot be
-used, not only the first; name images that are there twice, in two splits or in two classes; count
-those of each class. Nothing is changed. The exit code is 3 if a file cannot be used.
+used, not only the first; name images that are there twice, under whatever names; count those of
+each class. Nothing is changed. The exit code is 3 if a file cannot be used.
 
 DATA is what --data of cifar_jax.train takes.
 
@@ -85,14 +85,15 @@ def check_data(data: str, options: CheckOptions) -> None:
                 n_bad += 1
             else:
                 same[digest].append(place)
-    twice = [x for x in same.values() if len({(name, splits[name].labels[i]) for name, i in x}) > 1]
+    # Also twice in one class: of these, another --seed would put one among the validation images.
+    twice = [x for x in same.values() if len(x) > 1]
     for x in twice:
         print(f"the same image: {', '.join(described(*place) for place in x)}")
     counts = [np.bincount(x.labels, minlength=len(found.class_names)) for x in splits.values()]
     print(f"{'class':20s}{'train':>10s}{'val':>10s}{'test':>10s}")
     for class_name, row in zip(found.class_names, zip(*counts, strict=True), strict=True):
         print(f"{class_name:20s}" + "".join(f"{count:10,d}" for count in row))
-    print(f"{n_bad:,} bad file(s), {len(twice):,} image(s) in two splits or two classes")
+    print(f"{n_bad:,} bad file(s), {len(twice):,} image(s) that are there twice")
     if n_bad:
         raise CifarJaxError(
             ExitCode.DATA, f"{n_bad:,} file(s) of {data} cannot be used", fix="each is named above"

@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.workdir import MANIFEST, saved_steps
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
@@ -36,7 +37,6 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_is_not_of_orbax)
 
-_MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished-"  # being written or deleted
 _DAMAGED = ".damaged"
 
@@ -73,14 +73,8 @@ def tree_sha256(tree: Any) -> str:
     return sha256.hexdigest()
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, ascending."""
-    manifests = folder.glob(f"*/{_MANIFEST}")
-    return sorted(int(path.parent.name) for path in manifests if path.parent.name.isdecimal())
-
-
 def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_step: int) -> Path:
-    """Save ``state`` as ``folder/<step>``, then delete all but the newest and the best.
+    """Save ``state`` as ``folder/<step>``, then delete all but the newest two and the best.
 
     Args:
         metadata: JSON values that belong to the state.
@@ -103,7 +97,7 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
                     state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
                 ),
             )
-        (unfinished / _MANIFEST).write_text(json.dumps(_file_digests(unfinished), indent=1))
+        (unfinished / MANIFEST).write_text(json.dumps(_file_digests(unfinished), indent=1))
         _flush(unfinished, *unfinished.rglob("*"))
         if path.exists():
             _set_aside(path)  # a folder without a manifest: not ours, or damaged
@@ -205,12 +199,12 @@ def _read(path: Path, **items: Any) -> Any:
 def _check_files(path: Path) -> None:
     """Raise ``CifarJaxError`` (checkpoint) unless the files are those that were saved."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
         digests = _file_digests(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"its {_MANIFEST} cannot be read: {first_line(error)}") from error
+        raise _damaged(path, f"its {MANIFEST} cannot be read: {first_line(error)}") from error
     if not isinstance(manifest, dict):
-        raise _damaged(path, f"its {_MANIFEST} is no table of files")
+        raise _damaged(path, f"its {MANIFEST} is no table of files")
     for name in sorted(digests.keys() | manifest.keys()):
         if digests.get(name) != manifest.get(name):
             raise _damaged(path, f"{name} is not the file that was saved")
@@ -278,7 +272,7 @@ def _file_digests(path: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint, by its path within; without the manifest itself."""
     digests = {}
     for file in path.rglob("*"):
-        if file.is_file() and file != path / _MANIFEST:
+        if file.is_file() and file != path / MANIFEST:
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             digests[file.relative_to(path).as_posix()] = digest

@@ -96,7 +96,7 @@ def check_bounds(config: Any) -> None:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             holds = all(_BOUND_HOLDS[rule](number, limit) for rule, limit in bounds.items())
-            if not (math.isfinite(number) and holds):
+            if (isinstance(number, float) and not math.isfinite(number)) or not holds:
                 raise CifarJaxError(
                     ExitCode.USAGE,
                     f"{flag(field.name)} {number} is out of range",

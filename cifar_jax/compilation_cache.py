@@ -25,11 +25,11 @@ def use_compilation_cache() -> None:
         CifarJaxError: environment; others could put programs into the folder, which JAX would run.
     """
     if _FOLDER not in os.environ:
-        folder = _own_folder()
         try:
+            folder = _own_folder()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_room(folder)
-        except OSError:  # a home that cannot be written, say: then each command compiles anew
+        except (OSError, RuntimeError):  # no home, or a full one: then each command compiles anew
             return
         os.environ[_FOLDER] = str(folder)
         os.environ.setdefault(_LEAST_SECONDS, "0.3")

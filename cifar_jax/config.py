@@ -246,12 +246,12 @@ class TrainConfig:
         if self.batch_norm and self.model in ("linear", "mlp"):
             raise _usage(
                 f"--batch-norm with --model {self.model}, which has no convolutions",
-                "drop --batch-norm",
+                "give --no-batch-norm",
             )
         if self.patch_size > 1 and self.model in ("linear", "mlp", *ALWAYS_NORMALISED):
             raise _usage(
                 f"--patch-size with --model {self.model}, which sees single pixels",
-                "drop --patch-size",
+                "give --patch-size 1",
             )
         if self.optimizer == "muon" and not (self.batch_norm or self.model in ALWAYS_NORMALISED):
             raise _usage(
@@ -262,7 +262,7 @@ class TrainConfig:
         if self.optimizer == "muon" and self.weight_decay:
             raise _usage(
                 "--weight-decay with --optimizer muon, which holds the norms of kernels",
-                "drop --weight-decay",
+                "give --weight-decay 0",
             )
         if self.dropout and self.model in ("linear", "airbench"):
             other = {"linear": "mlp", "airbench": "resnet9"}[self.model]
@@ -362,6 +362,21 @@ NOT_PART_OF_THE_RUN = _OF_THIS_START | {
     "checkpoint_every",
     "tensorboard",
 }
+
+
+def check_preset(config: TrainConfig) -> None:
+    """Raise ``CifarJaxError`` (usage) if ``config`` names a preset and has none of its options.
+
+    The command line begins with the preset; in Python that is for the caller to do.
+    """
+    plain, preset = TrainConfig(), PRESETS[config.preset]
+    names = [field.name for field in dataclasses.fields(config) if field.name != "preset"]
+    its_own = [name for name in names if getattr(preset, name) != getattr(plain, name)]
+    if its_own and all(getattr(config, name) == getattr(plain, name) for name in its_own):
+        raise _usage(
+            f"the config says preset {config.preset!r}, and has none of its options",
+            f"begin with dataclasses.replace(PRESETS[{config.preset!r}], ...)",
+        )
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class ConvertOptions:
         group=_GROUP,
         unit="pixels",
         at_least=1,
+        at_most=8000,
     )
     mean: tuple[float, ...] = cli.option(
         (),
@@ -100,8 +101,15 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
     from cifar_jax.network_metadata import metadata_of
     from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict
 
-    network = _read(source, options)
     ending = destination.suffix.lower()
+    if ending not in ENDINGS and ending[1:].isidentifier():  # runs/v1.2 is a folder's name
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"DESTINATION {destination} ends in {ending}, which is no format here",
+            fix=f"let it end in {', '.join(ENDINGS)}, or give a folder's name without an ending; "
+            "python -m cifar_jax.export writes .onnx",
+        )
+    network = _read(source, options)
     with new_path(destination, "DESTINATION") as path:
         if ending in ENDINGS:
             write_state_dict(path, network.state_dict(), metadata_of(network))
@@ -153,6 +161,12 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     )
     variables = variables_of(state_dict, config, image_shape, num_classes, path)
     side, _, channels = image_shape
+    if channels not in (1, 3):
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"the network in {path} is for images of {channels} channels",
+            fix="networks here are for grey or colour, of 1 or 3",
+        )
     for name, values in (("--mean", options.mean), ("--std", options.std)):
         if values and len(values) != channels:
             raise CifarJaxError(
@@ -173,8 +187,14 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
             f"--classes has {twice[0]} more than once",
             fix="give each class a name of its own, in the order of the labels",
         )
-    if not options.image_size and not takes_one_size(config):
-        print(f"assumed: images of {side}x{side}; if not, give --image-size")
+    if config.model != "linear" and config.model != "mlp":
+        print(
+            "note: of activations, padding and pooling no tensor tells: compare what both networks "
+            "answer for an image"
+        )
+    if not options.image_size:
+        how = "by its first Linear" if takes_one_size(config) else "if not, give --image-size"
+        print(f"assumed: images of {side}x{side}; {how}")
     if not options.mean:
         print("assumed: training subtracted no mean from pixels 0..1; if it did, give --mean")
     if not options.std:

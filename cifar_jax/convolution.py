@@ -24,7 +24,7 @@ nothing by it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,21 +45,33 @@ _ALL_ROUND: Padding = ((1, 1), (1, 1))
 def conv3x3(
     x: jax.Array,
     kernel: jax.Array,
-    strides: object = (1, 1),
+    strides: Sequence[int] = (1, 1),
     padding: Padding = _ALL_ROUND,
     *,
+    lhs_dilation: Sequence[int] = (1, 1),
+    rhs_dilation: Sequence[int] = (1, 1),
+    feature_group_count: int = 1,
     paired: bool = False,
     **kwargs: object,
 ) -> jax.Array:
-    """Stride 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
-
-    What ``flax.linen.Conv`` passes on to its ``conv_general_dilated`` besides says just that.
+    """``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``, as ``nn.Conv`` calls for it.
 
     Args:
         padding: 1 above and to the left; without it below or to the right, the last row or column
             of the output is not computed.
         paired: take neighbouring columns together on a GPU, for fewer channels than it runs well.
+
+    Raises:
+        ValueError: it is another convolution than of 3x3 with stride 1 and padding 1.
     """
+    others = (*strides, *lhs_dilation, *rhs_dilation, feature_group_count)
+    usual = kernel.shape[:2] == (3, 3) and not isinstance(padding, str)
+    if not usual or any(n != 1 for n in others) or any(pair[0] != 1 for pair in padding):
+        raise ValueError(
+            f"conv3x3 is for kernels of 3x3, stride 1 and padding 1, not for {kernel.shape[:2]}, "
+            f"strides {strides}, padding {padding}, dilation {rhs_dilation} or groups "
+            f"{feature_group_count}: leave conv_general_dilated=conv3x3 out of that nn.Conv"
+        )
     above_and_below, left_and_right = (tuple(pair) for pair in padding)
     return _conv3x3(x, kernel, (above_and_below, left_and_right), paired)
 
@@ -175,7 +187,9 @@ def _gradients(
 def _gradients_as_convolutions(
     padding: Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
 ) -> _Gradients:
-    """The gradient of x is one with the kernel turned round; that of the kernel, of x by it."""
+    """Both gradients are convolutions: of x, one of ``gradient`` with the kernel turned by 180
+    degrees; of the kernel, one of x with ``gradient``.
+    """
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     (above, below), (left, right) = padding
     back = ((2 - above, 2 - below), (2 - left, 2 - right))

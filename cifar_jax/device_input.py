@@ -64,8 +64,12 @@ def room_mb(devices: Sequence[jax.Device]) -> int:
 
 
 def check_fits(dataset: Dataset, room_mb: float) -> None:
-    """Raise ``CifarJaxError`` (environment) unless what trains and validates fits, decoded."""
-    count, shape = len(dataset.train) + len(dataset.val), dataset.image_shape
+    """Raise ``CifarJaxError`` (environment) unless all images fit, decoded.
+
+    The test's come last, when the others are still there.
+    """
+    splits, shape = (dataset.train, dataset.val, dataset.test), dataset.image_shape
+    count = sum(map(len, splits))
     megabytes = count * np.prod(shape) / 2**20
     if megabytes > room_mb:
         raise CifarJaxError(

@@ -59,10 +59,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     from cifar_jax.labelled import load_labelled, logits_of
     from cifar_jax.plots import save_calibration, save_confusion, save_mistakes
     from cifar_jax.scores import score
+    from cifar_jax.workdir import workdir_of
 
     checkpoint = Path(options.checkpoint)
     network = trained.load(checkpoint)
-    output = Path(options.output or trained.workdir_of(checkpoint))
+    output = Path(options.output or workdir_of(checkpoint))
     print(f"reading {options.data or network.config.data} ...", flush=True)
     labelled = load_labelled(network, options.split, data=options.data, data_dir=options.data_dir)
     if labelled.notice:

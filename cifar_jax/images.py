@@ -14,6 +14,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -197,6 +198,7 @@ def _read(path: bytes) -> tuple[bytes, ImageShape]:
 
 _MOST_FILES = 64 * 2**10  # have fewer bytes: they are read in one call
 _PNG, _JPEG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
+_JPEG_MARKER = re.compile(rb"\xff([^\xff])")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
@@ -227,11 +229,10 @@ def _header(content: bytes) -> ImageShape:
 def _jpeg_header(content: bytes) -> ImageShape:
     at = len(_JPEG)
     while True:
-        while content[at] != 0xFF:  # to the next marker, as libjpeg goes
-            at += 1
-        while (marker := content[at]) == 0xFF:
-            at += 1
-        at += 1
+        found = _JPEG_MARKER.search(content, at)  # to the next, as libjpeg goes
+        if found is None:
+            raise IndexError
+        marker, at = found[1][0], found.end()
         if marker in _JPEG_FRAMES:
             height, width, channels = struct.unpack_from(">HHB", content, at + 3)
             if content.rfind(_JPEG_END, at) < 0:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cifar_jax.config import SplitName
 from cifar_jax.dataset import ImageFiles, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.images import shown
 from cifar_jax.inference import make_logits
 from cifar_jax.sources import load_splits
 from cifar_jax.trained import TrainedNetwork
@@ -51,7 +52,7 @@ class LabelledImages:
         """Of an image that is a file, class folder and name; of others, a number."""
         if isinstance(self.split.images, ImageFiles):
             path = os.fsdecode(self.split.images.paths[index])
-            return "/".join(path.split(os.sep)[-2:])
+            return shown("/".join(path.split(os.sep)[-2:]))
         return f"#{index}"
 
 
@@ -86,6 +87,12 @@ def load_labelled(
         )
     chosen = {"train": found.train, "val": found.val, "test": found.test}[split]
     assert chosen is not None
+    if not len(chosen):
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"--split {split}: {found.name} has no such images",
+            fix="give another --split",
+        )
     images = chosen.images
     if isinstance(images, ImageFiles):
         images = dataclasses.replace(images, shape=network.image_shape, resize=True)

@@ -90,9 +90,12 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
         if view.stride:
             if layer.kind == "conv":
                 side = variables["params"][layer.name]["kernel"].shape[0]
-                padding = layer.output.shape[1] - layer.input.shape[1] + side - 1
-                # Where it is odd, the lower edge has less: an output is not computed there.
-                view = view.through(side, step=1, padding=-(-padding // 2))
+                window = (side - 1) * layer.dilation + 1
+                padding = layer.padding
+                if padding is None:  # "SAME", which pads the first edge less, or "VALID"
+                    spanned = (layer.output.shape[1] - 1) * layer.stride + window
+                    padding = max(0, spanned - layer.input.shape[1]) // 2
+                view = view.through(window, step=layer.stride, padding=padding)
             elif layer.kind == "pool":
                 view = view.through(2, step=2, padding=0)  # of 3 pixels it leaves one out
             elif layer.kind == "space_to_depth":
@@ -100,6 +103,11 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
                 view = view.through(side, step=side, padding=0)
             elif layer.kind in ("global_pool", "flatten"):
                 view = view.of_all(layer.input.shape[1:3], image_shape[:2])
+            elif layer.output.shape[1:-1] != layer.input.shape[1:-1]:
+                raise ValueError(
+                    f"{layer.kind} changes the size of the image in a way that layer_table does "
+                    "not know: add it there, and to _KINDS in layers.py"
+                )
         leaves = variables["params"].get(layer.name, {})
         rows.append(
             LayerRow(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -40,14 +41,19 @@ class Layer:
         name: Flax's, as in ``variables["params"]``; of a plain function, its kind and number.
         kind: ``space_to_depth``, ``conv``, ``batch_norm``, ``relu``, ``gelu``, ``pool``,
             ``global_pool``, ``flatten``, ``dense``, ``dropout``, ``add`` (the end of a residual
-            block), ``scale``.
+            block), ``scale``; of one that is none of these, its class's or function's name.
         input, output: ``[B, H, W, C]`` or ``[B, F]``; under ``jax.eval_shape``, only their shapes.
+        stride, dilation, padding: of a convolution, along the image's first axis; the padding is
+            that before the first row, None where the layer does not say it in numbers.
     """
 
     name: str
     kind: str
     input: Any
     output: Any
+    stride: int = 1
+    dilation: int = 1
+    padding: int | None = None
 
 
 def trace_layers(model: nn.Module, variables: Variables, images: Any) -> list[Layer]:
@@ -66,14 +72,19 @@ def trace_layers(model: nn.Module, variables: Variables, images: Any) -> list[La
             return run(*args, **kwargs)
         (x,) = args
         for layer in context.module.layers:
+            called = type(layer).__name__ if isinstance(layer, nn.Module) else layer.__name__
+            kind = _KINDS.get(called, called)
             if isinstance(layer, nn.Module):
-                kind, name = _KINDS[type(layer).__name__], str(layer.name)
+                name = str(layer.name)
             else:
-                kind = _KINDS[layer.__name__]
                 name = f"{kind}_{unnamed[kind]}"
                 unnamed[kind] += 1
             output = layer(x)
-            traced.append(Layer(name, kind, x, output))
+            stride, dilation, padding = (
+                _first(getattr(layer, option, None))
+                for option in ("strides", "kernel_dilation", "padding")
+            )
+            traced.append(Layer(name, kind, x, output, stride or 1, dilation or 1, padding))
             x = output
         return x
 
@@ -82,4 +93,13 @@ def trace_layers(model: nn.Module, variables: Variables, images: Any) -> list[La
     return traced
 
 
-jax.tree_util.register_dataclass(Layer, ["input", "output"], ["name", "kind"])
+def _first(option: Any) -> int | None:
+    """Of an option of ``nn.Conv``, which is a number, or has one or a pair for each axis."""
+    while isinstance(option, Sequence) and not isinstance(option, str):
+        option = option[0]
+    return option if isinstance(option, int) else None
+
+
+jax.tree_util.register_dataclass(
+    Layer, ["input", "output"], ["name", "kind", "stride", "dilation", "padding"]
+)

@@ -65,6 +65,7 @@ from cifar_jax.train_step import (
     normalize,
     train_step,
 )
+from cifar_jax.workdir import checkpoints_of, saved_steps
 
 # Steps that may be under way before the host waits for the oldest: enough to keep a device busy.
 _STEPS_IN_FLIGHT = 2
@@ -88,7 +89,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.workdir / "checkpoints"
+        return checkpoints_of(self.workdir)
 
 
 @dataclasses.dataclass
@@ -156,7 +157,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         f"seed {config.seed}, in {workdir}"
     )
 
-    progress = _start_or_resume(config, workdir / "checkpoints", state, dataset)
+    progress = _start_or_resume(config, checkpoints_of(workdir), state, dataset)
     _agree(config, workdir, dataset, progress)
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
@@ -467,7 +468,7 @@ def _validate(run: Run, progress: Progress) -> None:
 
 
 def _diverged(run: Run, what: str) -> CifarJaxError:
-    saved = checkpoint.saved_steps(run.checkpoints)
+    saved = saved_steps(run.checkpoints)
     return CifarJaxError(
         ExitCode.NUMERICS,
         f"{what}; " + (f"step {saved[-1]} is saved" if saved else "nothing is saved yet"),
@@ -478,7 +479,7 @@ def _diverged(run: Run, what: str) -> CifarJaxError:
 def _save(run: Run, progress: Progress) -> Path:
     state = jax.device_get(progress.state)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
-        # Not yet in the loss, which is of before the step.
+        # The loss does not show it yet: it was computed before the update.
         raise _diverged(run, f"a parameter is not finite after step {progress.step}")
     metadata = {
         "config": to_json(run.config),

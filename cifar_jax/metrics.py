@@ -52,7 +52,7 @@ def best_row(history: list[EpochRow]) -> EpochRow:
 
 
 def epochs_without_progress(history: list[EpochRow]) -> int:
-    """How many epochs ago the validation loss was last at its lowest."""
+    """How many epochs ago the validation loss was at its lowest; of equals, the first."""
     losses = [row["val_loss"] for row in history]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 

@@ -28,7 +28,7 @@ Advance = Callable[[TrainState, int, int, int], tuple[TrainState, Sums, int]]
 # The sums over a whole split.
 Evaluate = Callable[[Variables, Split], RunningSums]
 
-# XLA's YNN fusions, on by default in this jaxlib, make convolutions on a CPU up to twice as slow.
+# XLA's YNN fusions, on by default in jaxlib 0.10, make convolutions on a CPU up to twice as slow.
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 

@@ -66,7 +66,7 @@ class Source:
 
 def check_source(source: str) -> None:
     """Raise ``CifarJaxError`` (data) unless ``source`` is a name, a folder or an archive."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     is_archive = path.is_file() and path.name.endswith(archive.SUFFIXES)
     if source in ("auto", "cifar10", "shapes") or path.is_dir() or is_archive:
         return
@@ -82,7 +82,7 @@ def is_here(source: str, data_dir: str | None) -> bool:
     """Whether ``source`` can be had without a download, or drawing something in its stead."""
     if source in ("auto", "cifar10"):
         return _is_prepared(_data_dir(data_dir))
-    return source == "shapes" or Path(source).expanduser().exists()
+    return source == "shapes" or os.path.exists(os.path.expanduser(source))
 
 
 def load_splits(
@@ -188,7 +188,7 @@ def load_dataset(
 
 def _data_dir(data_dir: str | None) -> Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(data_dir or default).expanduser()
+    return Path(os.path.expanduser(data_dir or default))
 
 
 def _load(
@@ -211,9 +211,9 @@ def _load(
         return dataclasses.replace(_shapes(), notice=_shapes_notice(data_dir, obstacle))
 
     check_source(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
-        return _folder(path, path.resolve().name, data_dir, image_size, val_fraction, seed)
+        return _folder(path, shown(path.resolve().name), data_dir, image_size, val_fraction, seed)
     return _archive(path, data_dir, image_size, val_fraction, seed)
 
 
@@ -281,7 +281,7 @@ def _archive(
             return _official_archive(path, root)
     folder = archive.extract_once(path, data_dir / "extracted")
     try:
-        return _folder(folder, path.name, data_dir, image_size, val_fraction, seed)
+        return _folder(folder, shown(path.name), data_dir, image_size, val_fraction, seed)
     except CifarJaxError as error:
         if error.exit_code != ExitCode.DATA:
             raise
@@ -331,7 +331,7 @@ def _official_archive(path: Path, root: str) -> Source:
             f"{type(error).__name__} {error}",
             fix="download it again",
         ) from error
-    return Source(path.name, array_digest(train, test), class_names, train, test)
+    return Source(shown(path.name), array_digest(train, test), class_names, train, test)
 
 
 def _read_binary_batch(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import typing
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
 
 
 def check_finite(state_dict: StateDict, source: Path) -> None:
-    """Raise ``CifarJaxError`` (checkpoint) if a number of ``source`` is none, or infinite."""
+    """Raise ``CifarJaxError`` (checkpoint) if a number of ``source`` is NaN or infinite."""
     for name, array in state_dict.items():
         if bad := array.size - int(np.isfinite(array).sum()):
             raise _refuse(
@@ -129,6 +130,8 @@ def identify(
 ) -> tuple[TrainConfig, ImageShape, int]:
     """The network that ``state_dict`` comes closest to by the names of its layers.
 
+    Where no names fit, it is one whose tensors have the same shapes, if there is one.
+
     Widths and hidden units are read off the tensors; of the config, only what differs from the
     model's own is set. Whether the tensors really are that network's, :func:`variables_of` tells.
 
@@ -149,7 +152,12 @@ def identify(
     def distance(candidate: tuple[TrainConfig, ImageShape, int]) -> int:
         return len(layers.symmetric_difference(_layout(*candidate).names.values()))
 
-    config, image_shape, num_classes = min(candidates, key=distance)
+    found = min(candidates, key=distance)
+    if distance(found):
+        shapes = Counter(array.shape for array in state_dict.values())
+        same = (c for c in candidates if Counter(_expected_shapes(*c).values()) == shapes)
+        found = next(same, found)
+    config, image_shape, num_classes = found
     halvings = _halvings(config)
     smallest = 2**halvings + (WHITENING_SIDE - 1 if config.model == "airbench" else 0)
     if image_shape[0] < smallest:
@@ -193,6 +201,13 @@ def variables_of(
         if f"{layer}.bias" in state_dict and f"{following}.running_mean" in expected:
             expected[f"{layer}.bias"] = expected[f"{following}.running_mean"]
     found = {name: array.shape for name, array in state_dict.items()}
+    if found != expected and Counter(found.values()) == Counter(expected.values()):
+        renamed = ", ".join(f"{a} is {b}" for a, b in _renamed(found, expected))
+        raise _refuse(
+            f"the tensors in {source} have the shapes of {_describe(config)}, and other names: by "
+            f"their order {renamed}",
+            "if that is so, rename them in the state_dict and save it again",
+        )
     if found != expected:
         raise _refuse(
             f"the tensors in {source} are not those of {_describe(config)}: "
@@ -316,6 +331,18 @@ def _describe(config: TrainConfig) -> str:
     ]
     given = [name for name, value in options if value]
     return config.model + (f" with {' and '.join(given)}" if given else "")
+
+
+def _renamed(found: dict[str, Shape], expected: dict[str, Shape]) -> list[tuple[str, str]]:
+    """For each name in the file that is not ours, the next of ours with that shape."""
+    left = [name for name in expected if name not in found]
+    pairs = []
+    for name, shape in found.items():
+        if name not in expected:
+            match = next((other for other in left if expected[other] == shape), "")
+            left = [other for other in left if other != match]
+            pairs.append((name, match))
+    return pairs
 
 
 def _differences(found: dict[str, Shape], expected: dict[str, Shape]) -> str:

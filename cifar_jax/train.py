@@ -14,10 +14,11 @@ from typing import Any
 
 from cifar_jax import __version__, cli
 from cifar_jax.allocator import keep_freed_memory
-from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json
+from cifar_jax.config import PRESETS, TrainConfig, check_preset, check_resumable, from_json
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.lock import locked
 from cifar_jax.stop_signals import signals_held
+from cifar_jax.workdir import checkpoints_of, saved_steps
 
 DESCRIPTION = """\
 Train a network on CIFAR-10, or on a folder of images of your own, and score it on the test set.
@@ -51,6 +52,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
         CifarJaxError: what can be put right: options, data, checkpoints, a diverging loss.
         Stopped: SIGINT or SIGTERM in training or in the test; the run is saved and can be resumed.
     """
+    check_preset(config)
     workdir = Path(workdir)
     saved = _saved_config(workdir)
     if saved is not None:
@@ -65,7 +67,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
         if report is not None and config.epochs == saved.epochs:
             print(f"already complete: {report['steps']} steps; see {workdir / 'report.json'}")
             return report
-    elif _has_checkpoints(workdir):
+    elif saved_steps(checkpoints_of(workdir)):
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"--workdir {workdir} has checkpoints of a run, but not its config.json",
@@ -116,23 +118,20 @@ def _saved_config(workdir: Path) -> TrainConfig | None:
         return from_json(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, RecursionError, ValueError, TypeError) as error:
+        has_checkpoints = bool(saved_steps(checkpoints_of(workdir)))
         raise CifarJaxError(
             ExitCode.USAGE,
             f"cannot read {path}: {error}",
-            fix=_PUT_CONFIG_BACK if _has_checkpoints(workdir) else "give another --workdir",
+            fix=_PUT_CONFIG_BACK if has_checkpoints else "give another --workdir",
         ) from error
-
-
-def _has_checkpoints(workdir: Path) -> bool:
-    return any(workdir.glob("checkpoints/*/manifest.json"))
 
 
 def _saved_report(workdir: Path) -> dict[str, Any] | None:
     """The run's report; one that cannot be read is made anew, as one that is not there."""
     try:
         report = json.loads((workdir / "report.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return None
     return report if isinstance(report, dict) and "steps" in report else None
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import operator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,6 +24,7 @@ from cifar_jax.metrics import RunningSums, best_row
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.train_step import TrainState, initial_train_state
+from cifar_jax.workdir import checkpoints_of, is_step, saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +70,10 @@ def load(path: Path) -> TrainedNetwork:
     step = _step_folder(path)
     metadata = checkpoint.restore_metadata(step)
     try:
-        config = from_json(metadata["config"])
-        class_names = tuple(map(str, metadata["class_names"]))
-        height, width, channels = map(int, metadata["image_shape"])
-        mean, std = (tuple(map(float, metadata[name])) for name in ("mean", "std"))
-        if not len(mean) == len(std) == channels:
-            raise ValueError(f"mean and std of {len(mean)} and {len(std)} of {channels} channels")
-        if channels not in (1, 3) or not 0 < height * width <= MAX_PIXELS:
-            raise ValueError(f"image_shape {height}x{width}x{channels}")
+        network = parse_description(metadata)
         # The shapes to read are those of the network, whatever amount of memory a file may claim.
-        like = _shapes(config, len(class_names), (height, width, channels))
-    except (KeyError, TypeError, ValueError, OverflowError, CifarJaxError) as error:
+        like = _shapes(network.config, len(network.class_names), network.image_shape)
+    except (*DESCRIBES_NONE, CifarJaxError) as error:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"the checkpoint {step} holds no network of this program: "
@@ -83,9 +81,43 @@ def load(path: Path) -> TrainedNetwork:
             fix="use the version of cifar_jax that wrote it",
         ) from error
     state = jax.device_get(checkpoint.restore(step, like).state)
-    return TrainedNetwork(
-        config, class_names, (height, width, channels), mean, std, dict(state.variables)
-    )
+    return dataclasses.replace(network, variables=dict(state.variables))
+
+
+# What :func:`parse_description` raises, besides the ``CifarJaxError`` of a config.
+DESCRIBES_NONE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
+
+
+def parse_description(values: Mapping[str, Any]) -> TrainedNetwork:
+    """The network, still without variables, that a file describes; the file may be anyone's.
+
+    Args:
+        values: ``config``, ``class_names``, ``image_shape``, ``mean`` and ``std``, as from JSON.
+
+    Raises:
+        CifarJaxError: usage; the config is none.
+        One of ``DESCRIBES_NONE``: another value is missing, or cannot be.
+    """
+    config = from_json(values["config"])
+    lists = ("class_names", "image_shape", "mean", "std")
+    if wrong := [name for name in lists if not isinstance(values[name], list | tuple)]:
+        raise ValueError(f"{wrong[0]} is no list")
+    class_names = tuple(values["class_names"])
+    height, width, channels = map(operator.index, values["image_shape"])
+    mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
+    if channels not in (1, 3) or height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise ValueError(
+            f"images of {height}x{width}x{channels}: of 1 or 3 channels and at most "
+            f"{MAX_PIXELS:,} pixels is what networks here take"
+        )
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"mean {mean} and std {std} are not of {channels} channel(s)")
+    if min(std) <= 0 or not all(map(math.isfinite, mean + std)):
+        raise ValueError("std must be above 0, mean and std finite")
+    if not class_names or len(set(class_names)) < len(class_names):
+        raise ValueError("class names must be there, and distinct")
+    "".join(class_names).encode()  # they are text, and not half of a surrogate pair
+    return TrainedNetwork(config, class_names, (height, width, channels), mean, std, {})
 
 
 def _shapes(config: TrainConfig, num_classes: int, image_shape: ImageShape) -> TrainState:
@@ -98,19 +130,10 @@ def _shapes(config: TrainConfig, num_classes: int, image_shape: ImageShape) -> T
     return shapes
 
 
-def workdir_of(path: Path) -> Path:
-    """The workdir of a run: ``path`` itself, or what one step's folder belongs to."""
-    return path.absolute().parents[1] if _is_step(path) else path
-
-
-def _is_step(path: Path) -> bool:
-    return (path / "manifest.json").is_file()
-
-
 def _step_folder(path: Path) -> Path:
-    if _is_step(path):
+    if is_step(path):
         return path
-    steps = checkpoint.saved_steps(path / "checkpoints")
+    steps = saved_steps(checkpoints_of(path))
     if not steps:
         what = "is neither a run's workdir nor a checkpoint" if path.exists() else "does not exist"
         raise CifarJaxError(
@@ -120,7 +143,7 @@ def _step_folder(path: Path) -> Path:
             "checkpoints/<step> in it",
         )
     best = _best_step(path / "metrics.jsonl")
-    return path / "checkpoints" / str(best if best in steps else steps[-1])
+    return checkpoints_of(path) / str(best if best in steps else steps[-1])
 
 
 def _best_step(metrics: Path) -> int | None:
@@ -129,11 +152,11 @@ def _best_step(metrics: Path) -> int | None:
         return best_row(history)["step"] if history else None
     except FileNotFoundError:
         return None
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"cannot read {metrics}, which tells the best step: {error!r}",
-            fix=f"say which step: {metrics.parent / 'checkpoints'}/<step>",
+            fix=f"say which step: {checkpoints_of(metrics.parent)}/<step>",
         ) from error
 
 
@@ -167,4 +190,4 @@ def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:
     }
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(to_json(network.config), indent=2) + "\n")
-    checkpoint.save(workdir / "checkpoints", 0, state, metadata, best_step=0)
+    checkpoint.save(checkpoints_of(workdir), 0, state, metadata, best_step=0)

@@ -23,17 +23,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_images
 from numpy.typing import NDArray
 from PIL import Image
 
 from cifar_jax import host_input, images, input_pipeline
-from cifar_jax.checkpoint import saved_steps
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageFiles, ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.evaluate import EvaluateOptions, evaluate
 from cifar_jax.images import probe_shape, read_image
 from cifar_jax.listing import list_images
 from cifar_jax.train import train_and_evaluate
+from cifar_jax.workdir import saved_steps
 
 # Smooth, as photographs are, and another in each channel: 24 high, 20 wide.
 GREY = (128 + 100 * np.sin(np.arange(24)[:, None] / 5 + np.arange(20) / 7)).astype(np.uint8)
@@ -176,6 +178,23 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
         assert ours == theirs
         assert f"{shown} is no JPEG or PNG" in ours
         assert ours.isprintable()
+
+
+@pytest.mark.fault("C16")
+def test_a_run_on_a_folder_of_any_name_comes_to_its_end(tmp_path: Path) -> None:
+    """Its name and those of its files are in titles of pictures, and in JSON."""
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    write_images(folder, {"ant": 12, "bee": 12})
+    for file in list(folder.rglob("*.png")):
+        file.rename(Path(os.fsdecode(bytes(file)[:-4] + b"\xff.png")))
+    config = TrainConfig(data=str(folder), input="device", model="linear", epochs=1, batch_size=4)
+    report = train_and_evaluate(config, tmp_path / "run")
+    assert report["data"]["name"] == r"caf\udce9"
+    found = evaluate(EvaluateOptions(str(tmp_path / "run"), split="train"))
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["n"] == found["n"] > 0
+    for mistake in found["mistakes"]:
+        assert mistake["file"].endswith(r"\udcff.png")
+        mistake["file"].encode()
 
 
 # ------------------------------------------------------------------------------------------ faults

@@ -18,9 +18,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cifar_jax import checkpoint
-from cifar_jax.checkpoint import restore, restore_newest, save, saved_steps, tree_sha256
+from cifar_jax.checkpoint import restore, restore_newest, save, tree_sha256
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.train_step import TrainState
+from cifar_jax.workdir import saved_steps
 
 
 def make_state(step: int, width: int = 3) -> TrainState:

@@ -12,6 +12,8 @@ import pytest
 
 from cifar_jax import compilation_cache
 from cifar_jax.compilation_cache import use_compilation_cache
+from cifar_jax.errors import CifarJaxError
+from cifar_jax.sources import check_source
 
 SET_UP = "from cifar_jax.compilation_cache import use_compilation_cache; use_compilation_cache()"
 COMPUTE = "print(jax.jit(lambda x: 2 * x + 1)(20.5))"
@@ -70,6 +72,19 @@ def test_a_home_that_cannot_be_written_is_done_without(
     (home / ".cache").write_text("in the way")
     use_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_without_a_home_it_is_done_without(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user of a container that is not in its list of users."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    use_compilation_cache()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    with pytest.raises(CifarJaxError, match="--data ~nobody-of-that-name/x does not exist"):
+        check_source("~nobody-of-that-name/x")
 
 
 def test_a_folder_that_is_named_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cifar_jax import config as config_module
+from cifar_jax import train
 from cifar_jax.cli import make_parser
 from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json, to_json
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -37,6 +38,7 @@ def parse(*argv: str) -> TrainConfig:
         (["--dropout", "1"], "--dropout 1.0", "below 1"),
         (["--seed", "-1"], "--seed -1", "at least 0"),
         (["--seed", "4294967296"], "--seed 4294967296", "below 4294967296"),
+        (["--seed", "9" * 400], "--seed 999", "below 4294967296"),
         (["--model", "cn"], "--model 'cn' is not one of linear, mlp", "did you mean cnn?"),
         (["--optimizer", "lion"], "'lion' is not one of sgd, adam, adamw", "sgd"),
         (["--devices", "two"], "--devices 'two'", "whole number"),
@@ -47,13 +49,26 @@ def parse(*argv: str) -> TrainConfig:
         (["--batch-size", "10", "--accumulate", "4"], "4 micro-batch", "8 or 12"),
         (["--nesterov"], "--nesterov with --optimizer adam", "sgd"),
         (["--optimizer", "muon"], "muon without --batch-norm", "--batch-norm"),
-        (["--preset", "fast", "--weight-decay", "1e-4"], "--weight-decay with", "drop"),
-        (["--patch-size", "2", "--model", "resnet9"], "--patch-size with --model resnet9", "drop"),
+        (["--preset", "fast", "--weight-decay", "1e-4"], "--weight-decay with", "decay 0"),
+        (
+            ["--patch-size", "2", "--model", "resnet9"],
+            "--patch-size with --model res",
+            "--patch-size 1",
+        ),
+        (
+            ["--preset", "fast", "--model", "mlp"],
+            "--batch-norm with --model mlp",
+            "--no-batch-norm",
+        ),
         (["--model", "mlp", "--widths", "8"], "--widths with --model mlp", "drop --widths"),
         (["--model", "linear", "--dropout", "0.5"], "--dropout with --model linear", "mlp"),
         (["--model", "airbench", "--dropout", "0.5"], "--dropout with --model airbench", "resnet9"),
         (["--model", "airbench", "--hidden", "8"], "--hidden with --model airbench", "drop"),
-        (["--model", "airbench", "--patch-size", "2"], "--patch-size with --model air", "drop"),
+        (
+            ["--model", "airbench", "--patch-size", "2"],
+            "--patch-size with --model air",
+            "--patch-size 1",
+        ),
         (["--model", "resnet9", "--widths", "8,8"], "2 numbers for resnet9", "64,128,256,512"),
     ],
 )
@@ -79,6 +94,16 @@ def test_options_override_the_preset_that_they_name() -> None:
 def test_every_preset_has_the_name_it_is_listed_under() -> None:
     assert {name: preset.preset for name, preset in PRESETS.items()} == {n: n for n in PRESETS}
     assert tuple(PRESETS) == typing.get_args(config_module.PresetName)
+
+
+def test_a_preset_that_is_only_named_is_refused(tmp_path: Path) -> None:
+    """Its options are another config: ``config.json`` would tell of a run that was not."""
+    with pytest.raises(CifarJaxError, match=r"says preset 'fast'.*Fix: .*PRESETS\['fast'\]"):
+        train.train_and_evaluate(TrainConfig(preset="fast", data="shapes"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for preset in PRESETS.values():
+        config_module.check_preset(dataclasses.replace(preset, data="shapes", epochs=1))
+    config_module.check_preset(parse("--preset", "fast", "--patch-size", "1", "--epochs", "1"))
 
 
 def test_the_config_survives_json() -> None:

@@ -330,6 +330,42 @@ def test_the_closest_network_is_named_with_at_most_five_differences(tmp_path: Pa
     assert "those of cnn with batch norm: missing: network.1.running_mean [4]" in str(error)
 
 
+@pytest.mark.fault("D18")
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_a_network_under_other_names_is_told_ours(tmp_path: Path, ending: str) -> None:
+    names = {"0": "conv1", "3": "conv2", "6": "conv3", "10": "fc1", "12": "fc2"}
+    tensors = {
+        f"{names[name.split('.')[1]]}.{name.split('.')[2]}": tensor
+        for name, tensor in tutorial_state_dict().items()
+    }
+    path = tmp_path / f"net{ending}"
+    torch.save(tensors, path) if ending == ".pth" else safetensors.torch.save_file(tensors, path)
+    error = refusal(path, tmp_path / "run")
+    assert error.exit_code == ExitCode.CHECKPOINT
+    assert "have the shapes of cnn, and other names: by their order" in str(error)
+    for theirs, ours in names.items():
+        for kind in ("weight", "bias"):
+            assert f"{ours}.{kind} is network.{theirs}.{kind}" in str(error)
+
+
+def test_a_network_for_other_images_is_refused(tmp_path: Path) -> None:
+    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 3, None), (8, 8, 4))
+    torch.save(twin.state_dict(), tmp_path / "net.pth")
+    error = refusal(tmp_path / "net.pth", tmp_path / "run")
+    assert error.exit_code == ExitCode.CHECKPOINT
+    assert "is for images of 4 channels" in str(error)
+
+
+def test_an_ending_of_another_format_is_no_folders_name(tmp_path: Path) -> None:
+    torch.save(tutorial_state_dict(), tmp_path / "net.pth")
+    for name in ("net.onnx", "net.npz", "net.txt"):
+        error = refusal(tmp_path / "net.pth", tmp_path / name)
+        assert error.exit_code == ExitCode.USAGE
+        assert "which is no format here. Fix: let it end in .pth, .pt, .safetensors" in str(error)
+    main([str(tmp_path / "net.pth"), str(tmp_path / "v1.2")])
+    assert trained.load(tmp_path / "v1.2").config.model == "cnn"
+
+
 def test_a_bias_before_a_batch_norm_must_fit_too() -> None:
     tensors = {n: t.numpy() for n, t in tutorial_state_dict(norm=True).items() if "num" not in n}
     tensors["network.0.bias"] = np.zeros(1, np.float32)  # which would be broadcast
@@ -581,8 +617,8 @@ def test_metadata_that_is_not_ours_is_refused_or_ignored(tmp_path: Path) -> None
     write_state_dict(path, tensors, {**good, "class_names": '["a"]'})
     assert "network.12.bias [10] instead of [1]" in str(refusal(path, tmp_path / "run"))
     for changed, message in (
-        ({"image_shape": f"[{10**9}, {10**9}, 3]"}, "are not those of cnn"),
-        ({"image_shape": f"[{10**18}, {10**18}, 3]"}, "which cannot be"),
+        ({"image_shape": f"[{10**9}, {10**9}, 3]"}, "at most 64,000,000 pixels"),
+        ({"image_shape": "[64, 64, 3]"}, "are not those of cnn"),
         ({"image_shape": "[2, 2, 3]"}, "which cannot be: the images are too small"),
         ({"config": json.dumps({**config, "widths": [10**30]})}, "which cannot be"),
         ({"config": json.dumps({**config, "hidden": [1] * 5000})}, "more layers than the file has"),
@@ -622,6 +658,7 @@ def test_what_is_assumed_is_said_with_its_option(
     lines = capsys.readouterr().out.splitlines()
     for option in ("--image-size", "--mean", "--std", "--classes"):
         assert sum(option in line and line.startswith("assumed: ") for line in lines) == 1
+    assert "activations, padding and pooling no tensor tells" in lines[0]
     assert trained.load(tmp_path / "a").class_names[9:11] == ("class 09", "class 10")
     assert lines[-1].startswith("converted cnn-gap, 172 parameters, 12 classes, images of 32x32x3")
     options = ["--image-size", "8", "--mean=-1,0.5,0.25", "--std", "1,2,3"]

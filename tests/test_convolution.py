@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,25 @@ def test_images_take_the_fast_form_on_a_cpu() -> None:
     images, kernel = np.zeros((2, 8, 8, 3), np.float32), np.zeros((3, 3, 3, 16), np.float32)
     compiled = jax.jit(conv3x3).lower(images, kernel).as_text()
     assert "tensor<4x4x3x64xf32>" in compiled  # the four kernels, side by side
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strides": 2},
+        {"kernel_dilation": 2},
+        {"kernel_size": (5, 5), "padding": 2},
+        {"padding": 0},
+        {"padding": "SAME"},
+        {"feature_group_count": 2},
+    ],
+    ids=str,
+)
+def test_another_convolution_is_refused_and_not_silently_this_one(options: dict[str, Any]) -> None:
+    options = {"kernel_size": (3, 3), "padding": 1, **options}
+    layer = nn.Conv(4, conv_general_dilated=conv3x3, **options)
+    with pytest.raises(ValueError, match="conv3x3 is for kernels of 3x3, stride 1"):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)))
 
 
 def test_only_a_gpu_takes_columns_in_pairs() -> None:

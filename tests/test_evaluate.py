@@ -83,6 +83,22 @@ def test_a_step_writes_to_its_run(trained_run: Path, tmp_path: Path) -> None:
     assert (run / "plots" / "curves.png").is_file()
 
 
+def test_a_step_by_another_way_writes_to_its_run_too(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And into no checkpoint, which would count as damaged from then on."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    step = max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "best").symlink_to(step)
+    for folder, way in ((step / "state", ".."), (tmp_path / "here", "best")):
+        monkeypatch.chdir(folder)
+        evaluate(EvaluateOptions(way))
+        (run / "evaluation.json").unlink()
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["best"]
+    trained.load(step)
+
+
 def test_labels_follow_the_network_not_the_folder(trained_run: Path, tmp_path: Path) -> None:
     """A network whose classes are in another order than sorted folder names."""
     network = trained.load(trained_run)

@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -86,6 +87,42 @@ def test_a_pool_of_three_pixels_sees_two() -> None:
     model = create_model(TrainConfig(model="cnn", widths=(4, 4, 4, 4)), 10, None)
     pool = rows_by_name(layer_table(model, (24, 24, 3), 1))["pool_3"]  # 24, 12, 6, 3, 1
     assert (pool.receptive_field, pool.stride) == (46, 16)
+
+
+class Changed(nn.Module):
+    """As a reader may change the network: strides, dilation, layers that are not in the zoo."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        layers = [
+            nn.Conv(4, (3, 3), strides=2, padding=1),
+            nn.leaky_relu,
+            nn.Conv(4, (3, 3), kernel_dilation=2, padding=2),
+            nn.LayerNorm(),
+            nn.Conv(4, (5, 5), strides=(3, 3), padding=0),
+        ]
+        return nn.Sequential(layers)(x)
+
+
+def test_strides_dilation_and_layers_of_a_readers_own() -> None:
+    rows = layer_table(Changed(), (32, 32, 3), 1)
+    # 3, then 2 * 2 * 2 more, then 4 * 2 more; padded by 1 pixel, then by 2 of 2 pixels.
+    seen = [(row.kind, row.receptive_field, row.stride, row.start) for row in rows]
+    assert seen == [
+        ("conv", 3, 2, -1),
+        ("leaky_relu", 3, 2, -1),
+        ("conv", 11, 2, -5),
+        ("LayerNorm", 11, 2, -5),
+        ("conv", 19, 6, -5),
+    ]
+
+
+def test_a_layer_that_changes_the_size_in_its_own_way_is_named() -> None:
+    def every_third(x: jax.Array) -> jax.Array:
+        return x[:, ::3, ::3]
+
+    with pytest.raises(ValueError, match="every_third changes the size"):
+        layer_table(nn.Sequential([every_third]), (9, 9, 3), 1)
 
 
 @pytest.mark.parametrize(("name", "size"), [pair for pair in SIZES if pair[0] in NARROW])

@@ -23,13 +23,14 @@ from conftest import write_images
 from jax import lax
 
 from cifar_jax import checkpoint, host_input, trained
-from cifar_jax.checkpoint import restore, saved_steps
+from cifar_jax.checkpoint import restore
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
 from cifar_jax.sources import load_dataset
 from cifar_jax.train import _saved_report, main, train_and_evaluate
 from cifar_jax.train_step import normalize
+from cifar_jax.workdir import saved_steps
 
 STEPS_PER_EPOCH = 5  # of 16 images: 81 are trained on, of 90
 

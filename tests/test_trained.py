@@ -159,7 +159,10 @@ def rewrite_metadata(step: Path, change: Any) -> None:
         lambda m: m.update(image_shape=[10**9, 10**9, 1]),
         lambda m: m.update(class_names=3),
         lambda m: m.update(class_names=["ant"] * 100_000),
+        lambda m: m.update(class_names=["ant", "ant"]),
         lambda m: m.update(mean=["a"]),
+        lambda m: m.update(std=[0.0]),
+        lambda m: m.update(std=[float("nan")]),
         lambda m: m.update(mean=[0.1, 0.2]),
         lambda m: m.pop("std"),
     ],
@@ -176,5 +179,5 @@ def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, change: Any
 @pytest.mark.fault("D20")
 def test_a_network_for_no_kind_of_image_is_refused(tmp_path: Path) -> None:
     save(make_network(channels=2), tmp_path, source="a test")
-    with pytest.raises(CifarJaxError, match="image_shape 9x9x2"):
+    with pytest.raises(CifarJaxError, match="images of 9x9x2"):
         load(tmp_path)

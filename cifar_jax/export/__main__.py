@@ -12,6 +12,7 @@ from cifar_jax import cli
 from cifar_jax.config import ExportFormat
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import check_is_new, new_path
+from cifar_jax.workdir import workdir_of
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
     import numpy as np
@@ -204,10 +205,7 @@ def _largest_difference(
 
 def _default_output(checkpoint: Path, format: ExportFormat) -> Path:
     """In the current folder, under the name of the run."""
-    checkpoint = checkpoint.resolve()
-    if (checkpoint / "manifest.json").is_file():  # one step of it
-        checkpoint = checkpoint.parents[1]
-    return Path(f"{checkpoint.name}.{format}")
+    return Path(f"{workdir_of(checkpoint).resolve().name}.{format}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

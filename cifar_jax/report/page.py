@@ -24,6 +24,7 @@ from cifar_jax.report.run import Run
 from cifar_jax.scores import Scores, score, wilson_interval
 from cifar_jax.train_step import normalize
 from cifar_jax.trained import TrainedNetwork
+from cifar_jax.workdir import checkpoints_of, saved_steps
 
 _SAMPLES = 20
 _MISTAKES = 12
@@ -308,8 +309,8 @@ def _miss(page: RunPage, what: str) -> None:
 
 
 def _newest(run: Run) -> checkpoint.Checkpoint | None:
-    folder = run.workdir / "checkpoints"
-    steps = checkpoint.saved_steps(folder)
+    folder = checkpoints_of(run.workdir)
+    steps = saved_steps(folder)
     try:
         return checkpoint.restore(folder / str(steps[-1])) if steps else None
     except CifarJaxError as error:
@@ -321,7 +322,7 @@ def _load(run: Run) -> TrainedNetwork:
     """The network that the report is about; of a run without one, the best so far."""
     if run.report is None:
         return trained.load(run.workdir)
-    return trained.load(run.workdir / "checkpoints" / str(run.report["best_step"]))
+    return trained.load(checkpoints_of(run.workdir) / str(run.report["best_step"]))
 
 
 def _score(

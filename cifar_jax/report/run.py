@@ -12,6 +12,7 @@ from typing import Any
 from cifar_jax.config import TrainConfig, from_json
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.metrics import EpochRow, best_row
+from cifar_jax.workdir import checkpoints_of
 
 _REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data", "versions"), dict),
@@ -45,7 +46,7 @@ class Run:
     @property
     def is_converted(self) -> bool:
         """Whether it is a network that ``cifar_jax.convert`` brought: step 0 of no training."""
-        return (self.workdir / "checkpoints" / "0").is_dir()
+        return (checkpoints_of(self.workdir) / "0").is_dir()
 
     @property
     def best(self) -> EpochRow | None:
@@ -79,7 +80,14 @@ def read_run(workdir: Path) -> Run:
 def _config(path: Path) -> TrainConfig:
     try:
         return from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError, CifarJaxError) as error:
+    except (
+        OSError,
+        RecursionError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        CifarJaxError,
+    ) as error:
         raise _damaged(path, str(error), "restore it, or use the version that wrote it") from error
 
 
@@ -114,7 +122,7 @@ def _text(path: Path) -> str | None:
 def _json(path: Path, text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise _unreadable(path, f"{where} is no JSON: {error}") from error
 
 
