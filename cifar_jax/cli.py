@@ -133,7 +133,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
     if origin is typing.Literal:
         if text not in arguments:
             near = difflib.get_close_matches(text, arguments, n=1)
-            cure = f"did you mean {near[0]}?" if near else f"choose {arguments[0]}, for example"
+            cure = f"did you mean {near[0]}?" if near else "choose one of these"
             raise refuse(f"one of {', '.join(arguments)}", cure)
         return text
     if origin is tuple:
@@ -161,6 +161,10 @@ def is_of_type(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
+def _initials(option: str) -> str:
+    return "".join(word[:1] for word in option.split("-"))
+
+
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose complaints are one line with a cure."""
 
@@ -170,7 +174,9 @@ class Parser(argparse.ArgumentParser):
         vars(namespace).pop("debug", None)  # for run() alone
         if unknown:
             name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
+            options = list(self._option_string_actions)
+            short = [option for option in options if _initials(option) == name.strip("-")]  # --lr
+            near = short or difflib.get_close_matches(name, options, n=1)
             cure = f"did you mean {near[0]}?" if near else "see --help for the options there are"
             kind = "option" if name.startswith("-") else "argument"
             raise CifarJaxError(ExitCode.USAGE, f"unknown {kind} {name}", fix=cure)

@@ -34,7 +34,7 @@ class TrainConfig:
     preset: PresetName = option(
         "default",
         "a named set of defaults for all the other options: 'default' generalises, 'tutorial' "
-        "(Adam 1e-3, constant, no augmentation) shows the overfitting that the material describes, "
+        "(Adam 1e-3, constant, no augmentation) shows the overfitting that the tutorial describes, "
         "'fast' is at 75 % on CIFAR-10 within a minute of two cores, 'airbench' is for a GPU: the "
         "network of the record for 94 % there",
         group=_RUN,
@@ -158,6 +158,12 @@ class TrainConfig:
         True,
         "batch norm over the whole batch, so that the number of devices does not matter; off: each "
         "device over its own share, which saves their waiting for each other",
+        group=_MODEL,
+    )
+    initial_weights: str | None = option(
+        None,
+        "begin with the weights of this run, checkpoint or converted network of the same model, "
+        "classes and image size, and normalise images as it does; not given, random weights",
         group=_MODEL,
     )
     dropout: float = option(

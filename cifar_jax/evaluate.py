@@ -62,7 +62,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     from cifar_jax.workdir import workdir_of
 
     checkpoint = Path(options.checkpoint)
-    network = trained.load(checkpoint)
+    step = trained.step_folder(checkpoint)
+    network = trained.load(step)
+    print(f"the network of {step}")
     output = Path(options.output or workdir_of(checkpoint))
     print(f"reading {options.data or network.config.data} ...", flush=True)
     labelled = load_labelled(network, options.split, data=options.data, data_dir=options.data_dir)

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from cifar_jax import __version__, checkpoint
+from cifar_jax import __version__, checkpoint, trained
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset, ImageFiles, Split
@@ -157,7 +157,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         f"seed {config.seed}, in {workdir}"
     )
 
-    progress = _start_or_resume(config, checkpoints_of(workdir), state, dataset)
+    progress, dataset = _start_or_resume(config, checkpoints_of(workdir), state, tx, dataset)
     _agree(config, workdir, dataset, progress)
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
@@ -294,9 +294,16 @@ def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _start_or_resume(
-    config: TrainConfig, checkpoints: Path, state: TrainState, dataset: Dataset
-) -> Progress:
-    """The progress of the newest checkpoint that can be read, or the start."""
+    config: TrainConfig,
+    checkpoints: Path,
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    dataset: Dataset,
+) -> tuple[Progress, Dataset]:
+    """The progress of the newest checkpoint that can be read, or the start.
+
+    And ``dataset`` with the normalisation of the run: the data's own, but for given weights.
+    """
     if not is_first():
         wait_for_all("restored")  # the first one sets damaged checkpoints aside
     else:
@@ -309,8 +316,15 @@ def _start_or_resume(
     if saved is None:
         if config.resume:
             print(f"no checkpoint in {checkpoints}: starting at step 0")
-        return Progress(state)
+        return _begin(config, state, tx, dataset)
     trained_on = saved.metadata["data"]
+    if trained_on["digest"] == trained.UNKNOWN_DATA:
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"--resume: {saved.path} is of no training that could go on: {trained_on['name']}",
+            fix=f"begin a run with it: --initial-weights {checkpoints.parent} and another "
+            "--workdir",
+        )
     if trained_on["digest"] != dataset.digest:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
@@ -327,11 +341,40 @@ def _start_or_resume(
             fix=f"give --epochs {done} or more, or start a new run in another --workdir",
         )
     print(f"resumed at step {saved.state.step}, from {saved.path}")
-    return Progress(
+    progress = Progress(
         saved.state,
         saved.metadata["history"],
         RunningSums(**saved.metadata["sums"]),
         saved.metadata["seconds"],
+    )
+    mean, std = (tuple(saved.metadata[name]) for name in ("mean", "std"))
+    return progress, dataclasses.replace(dataset, mean=mean, std=std)
+
+
+def _begin(
+    config: TrainConfig, state: TrainState, tx: optax.GradientTransformation, dataset: Dataset
+) -> tuple[Progress, Dataset]:
+    """Step 0: of ``state``, or of the weights that ``config`` names, with their normalisation."""
+    if config.initial_weights is None:
+        return Progress(state), dataset
+    given = trained.load(Path(config.initial_weights))
+    wanted = (dataset.class_names, jax.tree.map(np.shape, state.variables))
+    if (given.class_names, jax.tree.map(np.shape, given.variables)) != wanted:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--initial-weights {config.initial_weights} is {given.config.model}, "
+            f"{given.n_params:,} parameters, of images of "
+            f"{'x'.join(map(str, given.image_shape))}, for {', '.join(given.class_names)}; the run "
+            f"is of another network, or for {', '.join(dataset.class_names)}",
+            fix="give the options of that network, and data with its classes",
+        )
+    print(f"with the weights of {config.initial_weights}, and its mean and std of each channel")
+    params = given.variables["params"]
+    state = state.replace(
+        params=params, batch_stats=given.variables["batch_stats"], opt_state=tx.init(params)
+    )
+    return Progress(jax.device_get(state)), dataclasses.replace(
+        dataset, mean=given.mean, std=given.std
     )
 
 

@@ -12,6 +12,7 @@ from cifar_jax.layout import StateDict
 from cifar_jax.state_dicts import variables_of
 from cifar_jax.trained import DESCRIBES_NONE, TrainedNetwork, parse_description
 
+_OF_THIS_MACHINE = NOT_PART_OF_THE_RUN | {"initial_weights"}
 _DESCRIPTION = ("config", "class_names", "image_shape", "mean", "std")
 
 
@@ -19,7 +20,7 @@ def metadata_of(network: TrainedNetwork) -> dict[str, str]:
     """All of ``network`` but its variables, each value as JSON; no paths of this machine."""
     config = to_json(network.config)
     values = {
-        "config": {name: v for name, v in config.items() if name not in NOT_PART_OF_THE_RUN},
+        "config": {name: v for name, v in config.items() if name not in _OF_THIS_MACHINE},
         "class_names": network.class_names,
         "image_shape": network.image_shape,
         "mean": network.mean,

@@ -26,6 +26,8 @@ from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.train_step import TrainState, initial_train_state
 from cifar_jax.workdir import checkpoints_of, is_step, saved_steps
 
+UNKNOWN_DATA = "unknown"  # as the digest of what a converted network was trained on
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainedNetwork:
@@ -67,7 +69,7 @@ def load(path: Path) -> TrainedNetwork:
     Raises:
         CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read.
     """
-    step = _step_folder(path)
+    step = step_folder(path)
     metadata = checkpoint.restore_metadata(step)
     try:
         network = parse_description(metadata)
@@ -130,7 +132,8 @@ def _shapes(config: TrainConfig, num_classes: int, image_shape: ImageShape) -> T
     return shapes
 
 
-def _step_folder(path: Path) -> Path:
+def step_folder(path: Path) -> Path:
+    """The folder of the step that :func:`load` takes; raises ``CifarJaxError`` (checkpoint)."""
     if is_step(path):
         return path
     steps = saved_steps(checkpoints_of(path))
@@ -179,7 +182,7 @@ def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:
     )
     metadata = {
         "config": to_json(network.config),
-        "data": {"name": f"unknown data ({source})", "digest": "unknown"},
+        "data": {"name": f"unknown data ({source})", "digest": UNKNOWN_DATA},
         "class_names": network.class_names,
         "image_shape": network.image_shape,
         "mean": network.mean,

@@ -20,6 +20,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cifar_jax import cli
+from cifar_jax.errors import CifarJaxError, ExitCode
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,6 +36,8 @@ def main() -> None:
         "--workdirs", type=Path, default=ROOT / "runs" / "accuracy", help="where the runs are kept"
     )
     arguments, train_options = parser.parse_known_args()
+    if arguments.seeds < 1:
+        raise CifarJaxError(ExitCode.USAGE, f"--seeds {arguments.seeds}", fix="give at least 1")
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     reports = []
@@ -40,7 +45,8 @@ def main() -> None:
         workdir = arguments.workdirs / f"{arguments.output.stem}-seed{seed}"
         train = [sys.executable, "-m", "cifar_jax.train", *train_options]
         train += ["--seed", str(seed), "--workdir", str(workdir), "--resume"]
-        subprocess.run(train, check=True)
+        if code := subprocess.run(train).returncode:
+            raise SystemExit(code)  # it has said why
         reports.append(json.loads((workdir / "report.json").read_text()))
 
     config = json.loads((workdir / "config.json").read_text())
@@ -71,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

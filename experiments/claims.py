@@ -1,4 +1,4 @@
-r"""Every claim of the material as an experiment: what does it say, what is found, does it hold?
+r"""Every claim of the tutorial as an experiment: what does it say, what is found, does it hold?
 
     python experiments/claims.py --quick --output quick.json       # minutes, on built-in data
     python experiments/claims.py --only 5 11                       # these two, measured anew
@@ -204,7 +204,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> st
         for verdict, words in zip(VERDICTS, plural, strict=True)
     }
     lines = [
-        "# What the material claims, measured",
+        "# What the tutorial claims, measured",
         "",
         "Written by `python experiments/claims.py`; each row again by its own command. "
         f"{len(rows)} claims: " + ", ".join(f"{n} {words}" for words, n in counts.items()) + ".",

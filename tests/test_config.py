@@ -29,6 +29,7 @@ def parse(*argv: str) -> TrainConfig:
     ("argv", "what", "fix"),
     [
         (["--epoch", "3"], "unknown option --epoch", "--epochs"),
+        (["--lr", "1"], "unknown option --lr", "did you mean --learning-rate?"),
         (["photos"], "unknown argument photos", "--help"),
         (["--epochs", "x"], "--epochs 'x' is not a whole number", "give a whole number"),
         (["--epochs", "0"], "--epochs 0 is out of range", "at least 1"),
@@ -40,7 +41,7 @@ def parse(*argv: str) -> TrainConfig:
         (["--seed", "4294967296"], "--seed 4294967296", "below 4294967296"),
         (["--seed", "9" * 400], "--seed 999", "below 4294967296"),
         (["--model", "cn"], "--model 'cn' is not one of linear, mlp", "did you mean cnn?"),
-        (["--optimizer", "lion"], "'lion' is not one of sgd, adam, adamw", "sgd"),
+        (["--optimizer", "lion"], "'lion' is not one of sgd, adam, adamw", "one of these"),
         (["--devices", "two"], "--devices 'two'", "whole number"),
         (["--widths", "8,x"], "--widths 'x'", "whole number"),
         (["--widths", "0,8"], "--widths 0", "at least 1"),

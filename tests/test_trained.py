@@ -3,16 +3,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from conftest import write_images
 
 from cifar_jax import checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.models import create_model
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import TrainedNetwork, load, save
 
@@ -97,8 +100,55 @@ def test_a_converted_network_is_no_run_to_resume(image_folder: Path, tmp_path: P
     }
     names, ones = ("bird", "cat", "frog"), (1.0, 1.0, 1.0)
     save(TrainedNetwork(config, names, (8, 8, 3), ones, ones, variables), tmp_path, source="x.pth")
-    with pytest.raises(CifarJaxError, match=r"was trained on unknown data \(x.pth\)"):
+    with pytest.raises(CifarJaxError, match=r"unknown data \(x.pth\)\. Fix: .* --initial-weights"):
         train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path)
+
+
+@pytest.mark.parametrize("model", ["cnn", "airbench"])
+def test_a_run_may_begin_with_the_weights_of_another_network(tmp_path: Path, model: str) -> None:
+    """As they are, with their normalisation, also where the run is resumed without them."""
+    data, given = tmp_path / "images", tmp_path / "given"
+    write_images(data, {"bird": 30, "cat": 30, "frog": 30}, size=16)
+    config = TrainConfig(
+        data=str(data), model=model, widths=(4, 8), epochs=2, batch_size=9, schedule="constant"
+    )
+    config = dataclasses.replace(config, optimizer="sgd", learning_rate=1e-12, momentum=0)
+    net = create_model(config, 3, None)
+    drawn = jax.jit(net.init)(jax.random.key(7), np.zeros((1, 16, 16, 3), np.float32))
+    variables = {"params": drawn["params"], "batch_stats": drawn.get("batch_stats", {})}
+    names, mean, std = ("bird", "cat", "frog"), (0.25, 0.5, 0.0), (0.5, 2.0, 1.0)
+    network = TrainedNetwork(config, names, (16, 16, 3), mean, std, variables)
+    save(network, given, source="x.pth")
+
+    begun = dataclasses.replace(config, initial_weights=str(given), epochs=1)
+    train_and_evaluate(begun, tmp_path / "run")
+    shutil.rmtree(given)
+    train_and_evaluate(dataclasses.replace(begun, epochs=2, resume=True), tmp_path / "run")
+    trained = load(tmp_path / "run")
+    assert (trained.mean, trained.std) == (mean, std)
+    for a, b in zip(
+        jax.tree.leaves(trained.variables["params"]), jax.tree.leaves(drawn["params"]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widths": (4, 9)}, "is linear, 579 parameters, of images of 8x8x3"),
+        ({"model": "linear", "data": "shapes"}, "for bird, cat, frog; the run"),
+        ({"initial_weights": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    image_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    config = TrainConfig(data=str(image_folder), model="linear", epochs=1, batch_size=27)
+    train_and_evaluate(config, tmp_path / "given")
+    options = {"model": "cnn", "initial_weights": str(tmp_path / "given"), **change}
+    with pytest.raises(CifarJaxError, match=message):
+        train_and_evaluate(dataclasses.replace(config, **options), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty folder", "file", "checkpoints"])

@@ -1,4 +1,4 @@
-"""Sixty claims of the material, each an experiment with a number and a verdict."""
+"""Sixty claims of the tutorial, each an experiment with a number and a verdict."""
 
 from claims import (
     accuracy,

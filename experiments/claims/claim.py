@@ -1,4 +1,4 @@
-"""What a claim of the material is, and what measuring it gives."""
+"""What a claim of the tutorial is, and what measuring it gives."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One claim of the material.
+    """One claim of the tutorial.
 
     Attributes:
         question: its number there, 1 to 60.

@@ -688,7 +688,7 @@ def judge_torch_save(values: Values) -> Verdict:
 def measure_accumulation(study: Study) -> Measured:
     """The gradient of 128 images at once, and of four times 32, without and with batch norm.
 
-    In PyTorch by four ``backward()``, as the material writes it and with each loss divided by 4; in
+    In PyTorch by four ``backward()``, as the tutorial writes it and with each loss divided by 4; in
     JAX by this project's ``train_step`` with ``accumulate=4``, whose step of SGD with rate 1 is the
     gradient. Refuted if the gradients differ by more than rounding. Ten seconds.
     """

@@ -43,7 +43,7 @@ from claims.spread import noise, percent, spread
 from claims.study import Study
 
 _MB = 2**20
-_CIFAR10_IMAGES = 50_000  # of training, by the material
+_CIFAR10_IMAGES = 50_000  # of training, by the tutorial
 
 
 def _apart(function: Callable[..., Any], **arguments: Any) -> Any:
@@ -404,7 +404,7 @@ def judge_archive(values: Values) -> Verdict:
 def measure_extraction(study: Study) -> Measured:
     """Extract an archive of class folders twice with ``extract_once``; and stop half-way.
 
-    Beside it the material's check, ``if not os.path.exists(path)``: after an ``extractall`` that an
+    Beside it the tutorial's check, ``if not os.path.exists(path)``: after an ``extractall`` that an
     archive cut in half ends early, does the folder exist, and what is in it? Refuted if files are
     missing after the first call or the second call takes as long. Shares its cost with question 15.
     """
@@ -1034,7 +1034,7 @@ def judge_epoch(values: Values) -> Verdict:
     found = (
         f"one step moves the weights by {percent(moved['step'])} of their norm, to "
         f"{percent(accuracy['step'])} of the validation images; an epoch of "
-        f"{values['steps_of_an_epoch']} steps by {percent(moved['epoch'])}, to "
+        f"{values['steps_of_an_epoch']} steps, on a part, by {percent(moved['epoch'])}, to "
         f"{percent(accuracy['epoch'])}; {values['epochs']} epochs by "
         f"{percent(moved['epochs'])}, to "
         f"{percent(accuracy['epochs'])}"

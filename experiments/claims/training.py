@@ -182,7 +182,7 @@ def measure_normalisation(study: Study) -> Measured:
     """Train ``cnn`` on pixels of 0..255, of 0..1, and normalised, with Adam and with SGD.
 
     4 epochs on 10,000 images; Adam 1e-3, SGD 0.02 with momentum 0.9. Also the mean of the first
-    layer's weights after Adam, in their standard deviations: the material says that positive pixels
+    layer's weights after Adam, in their standard deviations: the tutorial says that positive pixels
     push it below zero. Refuted if normalised pixels are not clearly better with either. Full cost:
     6 minutes.
     """
@@ -502,7 +502,7 @@ def judge_initialisation(values: Values) -> Verdict:
     # PyTorch "handles this" if its scale is Kaiming's, to a factor of 2.
     if not 1 < torch_scale < 4:
         lost, clear = difference(kaiming["val"], schemes["pytorch"]["val"])
-        cost = f"{lost:+.1f} points" + ("" if clear else ", not clearly")
+        cost = f"{lost:.1f} points" + ("" if clear else ", not clearly")
         return Verdict(
             CAVEAT,
             f"PyTorch's default is not Kaiming's scale but a sixth of its variance, which costs "
