@@ -73,6 +73,12 @@ def option(
     )
 
 
+def option_of(config: type[Any], name: str, *, group: str) -> Any:
+    """The same option as ``config`` has under that name, in another ``group``."""
+    field = config.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata={**field.metadata, "group": group})
+
+
 def flag(name: str) -> str:
     """The option's spelling on the command line: ``batch_size`` -> ``--batch-size``."""
     return "--" + name.replace("_", "-")

@@ -64,7 +64,7 @@ class TrainConfig:
     )
     checkpoint_every: int = option(
         0,
-        "save inside an epoch too, every so many steps; 0 = at each epoch's end only",
+        "save inside an epoch too, every this many steps; 0 = at each epoch's end only",
         group=_RUN,
         unit="steps",
         at_least=0,
@@ -119,7 +119,7 @@ class TrainConfig:
         below=1,
     )
     max_train_examples: int | None = option(
-        None, "train on at most so many images", group=_DATA, unit="images", at_least=1
+        None, "train on at most this many images", group=_DATA, unit="images", at_least=1
     )
     input: InputName = option(
         "tf.data",
@@ -129,8 +129,8 @@ class TrainConfig:
     )
     cache_mb: int = option(
         2048,
-        "for tf.data: a training split whose decoded images fit is decoded once; a larger one "
-        "streams from disk",
+        "for tf.data: training and validation images that fit decoded are decoded once; where they "
+        "do not, both stream from disk",
         group=_DATA,
         unit="MB",
         at_least=0,
@@ -223,7 +223,7 @@ class TrainConfig:
     )
     early_stopping: int = option(
         0,
-        "stop after so many epochs without a lower validation loss; 0 = off",
+        "stop after this many epochs without a lower validation loss; 0 = off",
         group=_REGULARISATION,
         unit="epochs",
         at_least=0,

@@ -30,6 +30,7 @@ class CifarJaxError(Exception):
     def __init__(self, exit_code: ExitCode, what: str, *, fix: str) -> None:
         # Names of files and classes come from outside: a line break in one stays one line.
         cure = fix if fix.endswith("?") else f"{fix}."
+        what = what.rstrip(".:")  # another library's message may end so
         super().__init__(" ".join(f"{what}. Fix: {cure}".splitlines()))
         self.exit_code = exit_code
         self.what = what

@@ -63,7 +63,7 @@ def whiten(params: Any, images: jax.Array) -> Any:
 
 
 def whitening_stride(n: int) -> int:
-    """Each how-manieth of ``n`` images to whiten by: evenly, as they may be sorted by class."""
+    """The stride that takes some 5,000 of ``n`` images: evenly, as they may be sorted by class."""
     return max(n // _WHITENING_IMAGES, 1)
 
 

@@ -50,7 +50,7 @@ Batch = dict[str, NDArray[Any]]
 Refused = dict[bytes, CifarJaxError]
 
 _PREFETCHED_BATCHES = 4
-_ONE_A_CORE = tf.data.AUTOTUNE  # where nothing is tuned; 16 at most
+_ONE_A_CORE = tf.data.AUTOTUNE  # which with tuning off is one thread a core, 16 at most
 _DECODED_AT_ONCE = 500
 
 

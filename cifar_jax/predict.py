@@ -42,7 +42,7 @@ class PredictOptions:
     """Which network, and how to show its answers."""
 
     checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
-    top: int = cli.option(3, "show so many classes", group=_GROUP, at_least=1)
+    top: int = cli.option(3, "show this many classes", group=_GROUP, at_least=1)
     json: bool = cli.option(
         False,
         "one JSON object a line: file, class, probability, probabilities; or file, error",

@@ -28,7 +28,7 @@ _NETWORK, _TRAINING, _OUTPUT = "network", "training", "output"
 class SummaryOptions:
     """Which network, and how it is trained."""
 
-    model: ModelName = cli.option("cnn", "the network", group=_NETWORK)
+    model: ModelName = cli.option_of(TrainConfig, "model", group=_NETWORK)
     image_size: int = cli.option(
         32, "side of the images", group=_NETWORK, unit="pixels", at_least=1, at_most=10_000
     )
@@ -36,26 +36,11 @@ class SummaryOptions:
         3, "3 for colour, 1 for greyscale", group=_NETWORK, at_least=1, at_most=10_000
     )
     classes: int = cli.option(10, "how many", group=_NETWORK, at_least=1, at_most=1_000_000)
-    widths: tuple[int, ...] = cli.option(
-        (), "channels of the convolutions; not given, the model's own", group=_NETWORK, at_least=1
-    )
-    hidden: tuple[int, ...] = cli.option(
-        (),
-        "units of the hidden Dense layers; not given, the model's own",
-        group=_NETWORK,
-        at_least=1,
-    )
-    patch_size: int = cli.option(
-        1,
-        "side of the squares of pixels that become channels before the first convolution",
-        group=_NETWORK,
-        unit="pixels",
-        at_least=1,
-    )
-    batch_norm: bool = cli.option(False, "batch norm after each convolution", group=_NETWORK)
-    dropout: float = cli.option(
-        0.0, "share of units dropped before Dense layers", group=_NETWORK, at_least=0, below=1
-    )
+    widths: tuple[int, ...] = cli.option_of(TrainConfig, "widths", group=_NETWORK)
+    hidden: tuple[int, ...] = cli.option_of(TrainConfig, "hidden", group=_NETWORK)
+    patch_size: int = cli.option_of(TrainConfig, "patch_size", group=_NETWORK)
+    batch_norm: bool = cli.option_of(TrainConfig, "batch_norm", group=_NETWORK)
+    dropout: float = cli.option_of(TrainConfig, "dropout", group=_NETWORK)
     batch_size: int = cli.option(
         128, "of a step", group=_TRAINING, unit="images", at_least=1, at_most=2**24
     )

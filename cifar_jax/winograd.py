@@ -41,7 +41,7 @@ _FACTORS = np.array(
 
 
 def pays(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether this form can be had, and is faster: enough channels, float32, rows of a tile or so.
+    """Whether this form applies and is faster: enough channels, float32, rows not below a tile.
 
     In an exported program the number of images is open, and so is how many to take at a time.
     """

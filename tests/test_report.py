@@ -307,7 +307,7 @@ def test_a_run_before_its_first_epoch(trained_run: Path, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text((trained_run / "config.json").read_text())
     page = make_page(tmp_path, output=tmp_path / "page.html")
     assert "0 of 3 epochs" in page.text
-    assert "The curves: metrics.jsonl has no epoch yet." in page.text
+    assert "The curves: no epoch is done yet." in page.text
     assert "All that the network shows" in page.text
 
 
@@ -380,6 +380,7 @@ def test_filters_of_patches_are_shown_on_pixels(tmp_path: Path, channels: int) -
     )
     page = make_page(tmp_path / "run", output=tmp_path / "page.html")
     assert "This network was converted: nothing is known of its training." in page.text
+    assert "The curves: a converted network has none." in page.text
     shown = [a for _, a in page.elements if (a.get("alt") or "").startswith("filter ")]
     assert len(shown) == 5
     assert pixels_of(shown[0]["src"]).shape == ((6, 6, 3) if channels == 3 else (6, 6))

@@ -114,7 +114,7 @@ FORMATS: dict[ExportFormat, tuple[Callable[..., None], Callable[..., Classify]]]
 
 
 def how_to_use(network: TrainedNetwork, format: ExportFormat, output: Path) -> str:
-    """Some lines of Python for who gets the file ``output``."""
+    """Some lines of Python for whoever gets the file ``output``."""
     height, width, channels = network.image_shape
     images = f"images: uint8 [N, {height}, {width}, {channels}]"
     normalised = f"float32 [N, {channels}, {height}, {width}], in 0..1, then normalised"

@@ -148,10 +148,10 @@ def _axes(y_label: str) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, title: str) -> Markup:
-    """``figure`` as an element of an HTML page, with ``title`` as its text for who cannot see it.
+    """``figure`` as an element of an HTML page, with ``title`` as its text for screen readers.
 
-    Of what Matplotlib writes, that goes which has no place within a page: namespaces, metadata, a
-    style for all elements, and ids, which would come twice; those in use get ``title`` in front.
+    What Matplotlib writes that has no place within a page is removed: namespaces, metadata, a style
+    for all elements, and ids, which would come twice; those in use get ``title`` in front.
     """
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):

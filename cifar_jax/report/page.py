@@ -131,9 +131,9 @@ class ReceptiveField:
         return row, column
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RunPage:
-    """All that the page of one run shows.
+    """All that the page of one run shows; filled bit by bit, as far as it can be had.
 
     Attributes:
         missing: what is not on the page and why, a sentence each.
@@ -142,8 +142,8 @@ class RunPage:
     """
 
     summary: Summary
-    missing: list[str]
-    warnings: list[str]
+    missing: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
     class_names: tuple[str, ...] = ()
     image_shape: ImageShape | None = None
     scored: Scored | None = None
@@ -158,7 +158,7 @@ class Comparison:
     """Several runs side by side.
 
     Attributes:
-        names: of each run: its folder's name, or all of the path where that tells them not apart.
+        names: of each run: its folder's name, or its whole path where two folders have one name.
         differing: each option in which they differ, with every run's value.
     """
 
@@ -185,27 +185,24 @@ def gather_run(run: Run, *, data: str | None, data_dir: str | None) -> RunPage:
         CifarJaxError: data; ``data`` is given and cannot be had.
     """
     summary = summarize(run)
-    page = RunPage(summary, missing=[], warnings=[])
+    page = RunPage(summary)
     if not run.history:
-        _miss(page, "The curves: metrics.jsonl has no epoch yet.")
+        why = "a converted network has none" if run.is_converted else "no epoch is done yet"
+        _miss(page, f"The curves: {why}.")
     try:
         network = _load(run)
     except CifarJaxError as error:
         _miss(page, f"All that the network shows: {error}")
         return page
-    page = dataclasses.replace(
-        page, class_names=network.class_names, image_shape=network.image_shape
-    )
+    page.class_names, page.image_shape = network.class_names, network.image_shape
     traced = _trace_shapes(network)
     convs = [layer.name for layer in traced if layer.kind == "conv"]
     if convs:
         kernel = network.variables["params"][convs[0]]["kernel"]
-        page = dataclasses.replace(
-            page,
-            filters=_on_pixels(np.moveaxis(kernel, -1, 0)[:_FILTERS], run.config.patch_size),
-            n_filters=kernel.shape[-1],
-            receptive_fields=receptive_fields(network),
-        )
+        shown = np.moveaxis(kernel, -1, 0)[:_FILTERS]
+        page.filters = _on_pixels(shown, run.config.patch_size)
+        page.n_filters = kernel.shape[-1]
+        page.receptive_fields = receptive_fields(network)
     split: Literal["val", "test"] = "val" if run.report is None else "test"
     try:
         labelled = load_labelled(network, split, data=data, data_dir=data_dir)
@@ -216,9 +213,11 @@ def gather_run(run: Run, *, data: str | None, data_dir: str | None) -> RunPage:
             raise
         _miss(page, f"Scores of each class, images and feature maps: {error}")
         return page
+    page.scored = scored
     page.warnings.extend(_disagreements(summary, labelled, scored))
-    maps = _feature_maps(network, scored.samples) if convs else []
-    return dataclasses.replace(page, scored=scored, feature_maps=maps)
+    if convs:
+        page.feature_maps = _feature_maps(network, scored.samples)
+    return page
 
 
 def _on_pixels(kernels: NDArray[np.float32], side: int) -> NDArray[np.float32]:

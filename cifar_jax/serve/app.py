@@ -151,8 +151,8 @@ def make_predict(network: TrainedNetwork) -> Predict:
     One call is at work at a time. All is compiled, and was tried, when this returns.
 
     Raises:
-        CifarJaxError: numerics; the network's answers are not finite. So does the function, and
-            data; what it is given is no image.
+        CifarJaxError: numerics; the network's answers are not finite. The function raises it too,
+            and data where it is given no image.
     """
 
     def trace(variables: Any, images: Any) -> Any:
@@ -200,7 +200,7 @@ def make_predict(network: TrainedNetwork) -> Predict:
 
 
 async def _in_a_thread_of_its_own(function: Callable[[], Any]) -> Any:
-    """What ``function`` returns. The program ends without it, where it would wait for a pool's."""
+    """What ``function`` returns; at its exit the program does not wait for it, as for a pool's."""
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()  # so that the thread can end it in any case
 

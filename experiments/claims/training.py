@@ -469,7 +469,8 @@ def measure_initialisation(study: Study) -> Measured:
             "distinct_filters": int(distinct),
             "val": _val(fits),
         }
-        axes.plot(range(1, depth + 1), np.maximum(mean, 1e-30), "o-", label=name)
+        label = name if mean.any() else f"{name}: 0 in all"
+        axes.plot(range(1, depth + 1), np.maximum(mean, 1e-30), "o-", label=label)
     axes.set(xlabel="layer", ylabel="std of the activations", yscale="log", ylim=(1e-20, 10))
     axes.legend(fontsize="small", ncols=2)
     name = study.save_figure(figure, "q41_initialisation.png")
