@@ -157,7 +157,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         f"seed {config.seed}, in {workdir}"
     )
 
-    progress, dataset = _start_or_resume(config, checkpoints_of(workdir), state, tx, dataset)
+    progress, dataset = _start_or_resume(config, checkpoints_of(workdir), state, dataset)
     _agree(config, workdir, dataset, progress)
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
@@ -294,11 +294,7 @@ def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _start_or_resume(
-    config: TrainConfig,
-    checkpoints: Path,
-    state: TrainState,
-    tx: optax.GradientTransformation,
-    dataset: Dataset,
+    config: TrainConfig, checkpoints: Path, state: TrainState, dataset: Dataset
 ) -> tuple[Progress, Dataset]:
     """The progress of the newest checkpoint that can be read, or the start.
 
@@ -316,7 +312,7 @@ def _start_or_resume(
     if saved is None:
         if config.resume:
             print(f"no checkpoint in {checkpoints}: starting at step 0")
-        return _begin(config, state, tx, dataset)
+        return _begin(config, state, dataset)
     trained_on = saved.metadata["data"]
     if trained_on["digest"] == trained.UNKNOWN_DATA:
         raise CifarJaxError(
@@ -351,9 +347,7 @@ def _start_or_resume(
     return progress, dataclasses.replace(dataset, mean=mean, std=std)
 
 
-def _begin(
-    config: TrainConfig, state: TrainState, tx: optax.GradientTransformation, dataset: Dataset
-) -> tuple[Progress, Dataset]:
+def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Progress, Dataset]:
     """Step 0: of ``state``, or of the weights that ``config`` names, with their normalisation."""
     if config.initial_weights is None:
         return Progress(state), dataset
@@ -369,13 +363,8 @@ def _begin(
             fix="give the options of that network, and data with its classes",
         )
     print(f"with the weights of {config.initial_weights}, and its mean and std of each channel")
-    params = given.variables["params"]
-    state = state.replace(
-        params=params, batch_stats=given.variables["batch_stats"], opt_state=tx.init(params)
-    )
-    return Progress(jax.device_get(state)), dataclasses.replace(
-        dataset, mean=given.mean, std=given.std
-    )
+    progress = Progress(state.replace(**given.variables))  # the optimizers begin with zeros
+    return progress, dataclasses.replace(dataset, mean=given.mean, std=given.std)
 
 
 def _tidy(checkpoints: Path) -> None:

@@ -188,10 +188,12 @@ def test_a_run_on_a_folder_of_any_name_comes_to_its_end(tmp_path: Path) -> None:
     for file in list(folder.rglob("*.png")):
         file.rename(Path(os.fsdecode(bytes(file)[:-4] + b"\xff.png")))
     config = TrainConfig(data=str(folder), input="device", model="linear", epochs=1, batch_size=4)
+    config = dataclasses.replace(config, learning_rate=1e-9)  # so that there are mistakes
     report = train_and_evaluate(config, tmp_path / "run")
     assert report["data"]["name"] == r"caf\udce9"
     found = evaluate(EvaluateOptions(str(tmp_path / "run"), split="train"))
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["n"] == found["n"] > 0
+    assert found["mistakes"]
     for mistake in found["mistakes"]:
         assert mistake["file"].endswith(r"\udcff.png")
         mistake["file"].encode()

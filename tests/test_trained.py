@@ -105,7 +105,7 @@ def test_a_converted_network_is_no_run_to_resume(image_folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("model", ["cnn", "airbench"])
-def test_a_run_may_begin_with_the_weights_of_another_network(tmp_path: Path, model: str) -> None:
+def test_a_run_may_begin_with_the_weights_of_another_network(tmp_path: Path, model: Any) -> None:
     """As they are, with their normalisation, also where the run is resumed without them."""
     data, given = tmp_path / "images", tmp_path / "given"
     write_images(data, {"bird": 30, "cat": 30, "frog": 30}, size=16)
