@@ -352,15 +352,20 @@ def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Pr
     if config.initial_weights is None:
         return Progress(state), dataset
     given = trained.load(Path(config.initial_weights))
-    wanted = (dataset.class_names, jax.tree.map(np.shape, state.variables))
-    if (given.class_names, jax.tree.map(np.shape, given.variables)) != wanted:
+    if given.class_names != dataset.class_names:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--initial-weights {config.initial_weights} is {given.config.model}, "
-            f"{given.n_params:,} parameters, of images of "
-            f"{'x'.join(map(str, given.image_shape))}, for {', '.join(given.class_names)}; the run "
-            f"is of another network, or for {', '.join(dataset.class_names)}",
-            fix="give the options of that network, and data with its classes",
+            f"--initial-weights {config.initial_weights} is for {', '.join(given.class_names)}; "
+            f"{dataset.name} has {', '.join(dataset.class_names)}",
+            fix="give --data with the same classes",
+        )
+    if jax.tree.map(np.shape, given.variables) != jax.tree.map(np.shape, state.variables):
+        shape = "x".join(map(str, given.image_shape))
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--initial-weights {config.initial_weights} is {given.config.model} for {shape}, "
+            f"{given.n_params:,} parameters; the run's network has other layers",
+            fix=f"give --model {given.config.model} with its options, and images of its size",
         )
     print(f"with the weights of {config.initial_weights}, and its mean and std of each channel")
     progress = Progress(state.replace(**given.variables))  # the optimizers begin with zeros

@@ -135,8 +135,8 @@ def test_a_run_may_begin_with_the_weights_of_another_network(tmp_path: Path, mod
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"widths": (4, 9)}, "is linear, 579 parameters, of images of 8x8x3"),
-        ({"model": "linear", "data": "shapes"}, "for bird, cat, frog; the run"),
+        ({"widths": (4, 9)}, "is linear for 8x8x3, 579 parameters; .* Fix: give --model linear"),
+        ({"model": "linear", "data": "shapes"}, "is for bird, cat, frog; shapes has circle, "),
         ({"initial_weights": "nowhere"}, "nowhere does not exist"),
     ],
 )
