@@ -187,7 +187,7 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
             f"--classes has {twice[0]} more than once",
             fix="give each class a name of its own, in the order of the labels",
         )
-    if config.model != "linear" and config.model != "mlp":
+    if config.model not in ("linear", "mlp"):
         print(
             "note: of activations, padding and pooling no tensor tells: compare what both networks "
             "answer for an image"

@@ -46,7 +46,7 @@ from cifar_jax.metrics import (
     epochs_without_progress,
     table_row,
 )
-from cifar_jax.models import Airbench, create_model
+from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
     AXIS_NAME,
@@ -143,8 +143,6 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     # On the host: the compiled steps place it on the devices, and a checkpoint restores to it.
     with signals_held():
         state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
-        if isinstance(model, Airbench):
-            state = jax.device_get(_whitened(state, dataset, _decoder(config)))
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(
         f"model: {config.model}, {n_params:,} parameters, on {len(devices)} "
@@ -350,6 +348,9 @@ def _start_or_resume(
 def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Progress, Dataset]:
     """Step 0: of ``state``, or of the weights that ``config`` names, with their normalisation."""
     if config.initial_weights is None:
+        if config.model == "airbench":
+            with signals_held():
+                state = jax.device_get(_whitened(state, dataset, _decoder(config)))
         return Progress(state), dataset
     given = trained.load(Path(config.initial_weights))
     if given.class_names != dataset.class_names:

@@ -155,8 +155,7 @@ def identify(
     found = min(candidates, key=distance)
     if distance(found):
         shapes = Counter(array.shape for array in state_dict.values())
-        same = (c for c in candidates if Counter(_expected_shapes(*c).values()) == shapes)
-        found = next(same, found)
+        found = next((c for c in candidates if _has_shapes(c, shapes)), found)
     config, image_shape, num_classes = found
     halvings = _halvings(config)
     smallest = 2**halvings + (WHITENING_SIDE - 1 if config.model == "airbench" else 0)
@@ -321,6 +320,14 @@ def _expected_shapes(
     variables = jax.tree.map(lambda leaf: np.empty(leaf.shape, "V0"), dict(shapes))
     tensors = to_torch(variables, model.torch_layout(image_shape))
     return {n: a.shape for n, a in tensors.items() if not n.endswith("num_batches_tracked")}
+
+
+def _has_shapes(candidate: tuple[TrainConfig, ImageShape, int], shapes: Counter[Shape]) -> bool:
+    """Whether that network's tensors have these shapes, whatever their names."""
+    try:
+        return Counter(_expected_shapes(*candidate).values()) == shapes
+    except CifarJaxError:  # such images are too small for it
+        return False
 
 
 def _describe(config: TrainConfig) -> str:

@@ -348,6 +348,15 @@ def test_a_network_under_other_names_is_told_ours(tmp_path: Path, ending: str) -
             assert f"{ours}.{kind} is network.{theirs}.{kind}" in str(error)
 
 
+def test_a_network_that_is_none_of_ours_is_refused_as_such(tmp_path: Path) -> None:
+    """Also one of so many convolutions that ours would have no pixels left."""
+    layers = [nn.Conv2d(3 if i == 0 else 8, 8, 3) for i in range(8)]
+    torch.save({**nn.Sequential(*layers).state_dict()}, tmp_path / "net.pth")
+    error = refusal(tmp_path / "net.pth", tmp_path / "run")
+    assert error.exit_code == ExitCode.CHECKPOINT
+    assert "are not those of" in str(error)
+
+
 def test_a_network_for_other_images_is_refused(tmp_path: Path) -> None:
     twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 3, None), (8, 8, 4))
     torch.save(twin.state_dict(), tmp_path / "net.pth")

@@ -152,6 +152,15 @@ def test_arrays_of_another_shape_are_refused(trained_run: Path, tmp_path: Path) 
         evaluate(EvaluateOptions(str(tmp_path / "run"), data="shapes"))
 
 
+def test_a_split_without_images_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", {"bird": 1, "cat": 1, "frog": 1})
+    network = trained.load(trained_run)
+    all_held_out = dataclasses.replace(network.config, val_fraction=0.99)
+    network = dataclasses.replace(network, config=all_held_out)
+    with pytest.raises(CifarJaxError, match="--split train: flat has no such images"):
+        load_labelled(network, "train", data=str(tmp_path / "flat"), data_dir=None)
+
+
 def test_a_class_without_images_or_answers_has_no_share() -> None:
     shown = describe(
         {

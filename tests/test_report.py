@@ -538,6 +538,7 @@ def test_many_classes_are_a_picture() -> None:
         (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1: epoch is missing"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl cannot be"),
         (lambda run: (run / "metrics.jsonl").write_text("1,\n"), "line 1 is no JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("[" * 10**5), "line 1 is no JSON"),
     ],
 )
 def test_a_workdir_without_a_sound_run(
