@@ -257,6 +257,39 @@ class Whitening(nn.Module):
         return y + lax.optimization_barrier(jnp.broadcast_to(bias, y.shape[1:]))
 
 
+# (x, bias, epsilon, pool) -> the activations, and the mean and variance of what was normalised.
+NormGeluOperation = Callable[
+    [jax.Array, jax.Array, float, bool], tuple[jax.Array, jax.Array, jax.Array]
+]
+
+
+class NormGelu(nn.Module):
+    """An operation that does what batch norm and GELU do in training, with that norm's variables.
+
+    Attributes:
+        pool: whether it pools first.
+        epsilon, momentum: as in ``nn.BatchNorm``.
+    """
+
+    operation: NormGeluOperation
+    pool: bool
+    epsilon: float
+    momentum: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        averages = [
+            self.variable("batch_stats", "mean", jnp.zeros, shape),
+            self.variable("batch_stats", "var", jnp.ones, shape),
+        ]
+        y, *found = self.operation(x, bias, self.epsilon, self.pool)
+        for average, value in zip(averages, found, strict=True):
+            average.value = self.momentum * average.value + (1 - self.momentum) * value
+        return y
+
+
 class Airbench(nn.Module):
     """The network of the record for 94 % (https://github.com/KellerJordan/cifar10-airbench).
 
@@ -268,6 +301,9 @@ class Airbench(nn.Module):
         widths: channels of its stages.
         deep: a third convolution in each stage, and a residual around the last two: the layers of
             its author's network for 96 %.
+        norm_gelu: in training, an operation in place of a batch norm and the GELU after it, and of
+            the max-pool before if there is one; as in experiments/airbench/kernels.py. It takes
+            its statistics over one device.
         axis_name, dtype: as in :class:`ConvNet`.
     """
 
@@ -276,6 +312,7 @@ class Airbench(nn.Module):
     num_classes: int
     widths: Sequence[int] = (64, 256, 256)
     deep: bool = False
+    norm_gelu: NormGeluOperation | None = None
     axis_name: str | None = None
     dtype: Any = None
 
@@ -284,15 +321,25 @@ class Airbench(nn.Module):
         def scale(x: jax.Array) -> jax.Array:
             return x / self.widths[-1]
 
+        epsilon = 1e-12  # and Flax's faster variance: so the record was measured
+        norm_names = (f"BatchNorm_{i}" for i in itertools.count())
+
         def norm() -> nn.BatchNorm:
             return nn.BatchNorm(
                 use_running_average=not train,
                 use_scale=False,
                 momentum=self.batch_norm_momentum,
-                epsilon=1e-12,  # and Flax's faster variance: so the record was measured
+                epsilon=epsilon,
                 axis_name=self.axis_name,
                 dtype=self.dtype,
+                name=next(norm_names),
             )
+
+        def normed(pool: bool = False) -> list[Layer]:
+            if train and self.norm_gelu:
+                momentum, name = self.batch_norm_momentum, next(norm_names)
+                return [NormGelu(self.norm_gelu, pool, epsilon, momentum, name=name)]
+            return [*([max_pool] if pool else []), norm(), gelu]
 
         def conv(features: int, below: int = 1, right: int = 1, paired: bool = False) -> nn.Conv:
             return nn.Conv(
@@ -309,12 +356,16 @@ class Airbench(nn.Module):
         layers: list[Layer] = [Whitening(self.dtype, name=WHITENING), gelu]
         for i, features in enumerate(self.widths):
             below, right = map(_padding_at_end, (height, width))
-            layers += [conv(features, below, right, paired=i == 0), max_pool, norm(), gelu]
-            rest = [conv(features), norm()]
+            layers += [conv(features, below, right, paired=i == 0), *normed(pool=True)]
+            rest = [conv(features), *normed()]
             if self.deep:
-                rest = [residual([*rest, gelu, conv(features), norm()])]
-            layers += [*rest, gelu]
+                rest = [residual([*rest, conv(features), norm()]), gelu]
+            layers += rest
             height, width = height // 2, width // 2
+        if self.norm_gelu:
+            # Or XLA may compute it again, and round it otherwise, where the gradient of the maximum
+            # looks for what is as large: it would find nothing, and divide by how many they are.
+            layers.append(lax.optimization_barrier)
         head = nn.Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation)
         return nn.Sequential([*layers, global_max_pool, head, scale])(x)
 
@@ -352,15 +403,20 @@ def gelu_share(x: jax.Array) -> jax.Array:
     return nn.sigmoid(_GELU_SCALE * (x + _GELU_CUBE * x**3))
 
 
+def gelu_slope(x: jax.Array) -> jax.Array:
+    """The derivative of :func:`gelu`."""
+    share = gelu_share(x)
+    slope = _GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x)
+    return share + x * share * (1 - share) * slope
+
+
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # From its input alone: XLA would keep the exponential too, and memory is what takes the time.
     return gelu(x), lax.optimization_barrier(x)
 
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    share = gelu_share(x)
-    slope = _GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x)
-    return (gradient * (share + x * share * (1 - share) * slope),)
+    return (gradient * gelu_slope(x),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)

@@ -48,9 +48,14 @@ def _max_pool_even(x: jax.Array) -> jax.Array:
 
 def _pool_and_winner(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     pooled = _max_pool_even(x)
-    first, second, third, _ = (corner == pooled for corner in _corners(x))
+    return pooled, first_winner(_corners(x), pooled)
+
+
+def first_winner(corners: list[jax.Array], pooled: jax.Array) -> jax.Array:
+    """Which of the four is the first of the largest: int8, of the shape of ``pooled``."""
+    first, second, third, _ = (corner == pooled for corner in corners)
     winner = jnp.where(first, 0, jnp.where(second, 1, jnp.where(third, 2, 3)))
-    return pooled, winner.astype(jnp.int8)  # one byte is all that the backward pass needs
+    return winner.astype(jnp.int8)  # one byte is all that the backward pass needs
 
 
 def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -70,6 +70,11 @@ def main() -> None:
         help="channels of the stages instead of the recipe's; 16,64,64 takes minutes on a CPU",
     )
     parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="batch norm, GELU and pooling by kernels written for them: for an NVIDIA GPU",
+    )
+    parser.add_argument(
         "--score", choices=("test", "val"), default="test", help="val: tune here, not on the test"
     )
     parser.add_argument(
@@ -125,6 +130,12 @@ def main() -> None:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT, "--beside needs a GPU, and JAX finds none", fix="leave it out"
         )
+    if arguments.fused:
+        if on_cpu:
+            raise CifarJaxError(
+                ExitCode.ENVIRONMENT, "--fused needs a GPU, and JAX finds none", fix="leave it out"
+            )
+        recipe = dataclasses.replace(recipe, fused=True)
     if on_cpu:  # which has no fast half precision
         recipe = dataclasses.replace(recipe, dtype="float32")
     setting = make_setting(recipe, train, classes)

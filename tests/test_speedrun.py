@@ -54,6 +54,7 @@ from cifar_jax.train_step import TrainState, initial_train_state, normalize
 
 SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
 DEEP = dataclasses.replace(SMALL, deep=True, whitening_epochs=3, crop=3, cutout=5)
+FUSED = dataclasses.replace(DEEP, fused=True)  # by an interpreter, on a CPU
 SHAPE = (12, 12, 3)
 
 
@@ -287,6 +288,19 @@ def newton_schulz(g: Any) -> Any:
 
 @pytest.mark.parametrize("recipe", [SMALL, DEEP], ids=["as it is", "deep"])
 def test_it_trains_as_its_authors_loop_does(recipe: Recipe) -> None:
+    check_training(recipe)
+
+
+def test_it_does_so_with_kernels_too() -> None:
+    # Not optimized, XLA rounds the last activations in two ways, and finds no maximum among them.
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        check_training(FUSED)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def check_training(recipe: Recipe) -> None:
     """The same batches from the same start, in PyTorch and here: losses, parameters, averages."""
     setting, state, examples = small(recipe)
     padded = reflect_pad(examples.images, recipe.crop)

@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from scipy import stats
 from tqdm import tqdm
 
+from airbench.kernels import norm_gelu
 from airbench.optimizer import make_optimizer
 from airbench.recipe import Recipe
 from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
@@ -38,7 +39,8 @@ _KERNELS_NAMED = 30
 def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
     """The network, optimizer and normalisation for ``train``."""
     dtype = jnp.dtype(recipe.dtype)
-    model = Airbench(num_classes, recipe.widths, recipe.deep, dtype=dtype)
+    operation = norm_gelu if recipe.fused else None
+    model = Airbench(num_classes, recipe.widths, recipe.deep, operation, dtype=dtype)
     tx = make_optimizer(recipe, len(train) // recipe.batch_size)
     return Setting(recipe, model, tx, *channel_statistics(train.pixels))
 

@@ -1,0 +1,301 @@
+"""Batch norm and GELU as one operation, with the max-pool before them: kernels for a GPU.
+
+Two fifths of a run go into these, nearly all of it to move activations. As XLA fuses them, the
+normalised input is written beside the output and read again, GELU's gradient too, and sums take
+passes of their own. Here only the input ``x`` of the norm is kept, and activations move so often:
+
+    forward     the pool, which also sums ``x`` and its squares: reads the pixels, writes ``x``
+                norm and GELU, XLA's: reads ``x``, writes the output
+    backward    the sums of the norm's gradient: reads ``x`` and the gradient of the output
+                the gradient of ``x``: reads both again, writes that of all four pixels of a window
+
+They are written in Pallas, and run through Triton. JAX 0.11 says that it will give up that way for
+another, which is for the newest GPUs alone; all releases that this project runs on have it.
+
+Activations are seen as ``[R, C]``: a row for each pixel of each image, in their order in memory. A
+block is some rows and some channels, powers of two as Triton wants them; a program of the GPU takes
+one block, or, to sum over them, several that follow each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from cifar_jax.models import gelu, gelu_slope
+from cifar_jax.pooling import first_winner
+
+_MOST_ROWS = 16
+_MOST_CHANNELS = 64
+_WARPS = 4  # so a thread has 16 bytes of each activation
+_MOST_PROGRAMS = 2112  # of so many warps the 132 multiprocessors of an H100 hold that many at once
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def norm_gelu(
+    x: jax.Array, bias: jax.Array, epsilon: float, pool: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Max-pooling 2x2 if wanted, batch norm in training without a scale, and GELU.
+
+    Args:
+        x: ``[B, H, W, C]``; H and W even if it is pooled.
+        bias: float32 ``[C]``.
+
+    Returns:
+        The activations ``[B, H, W, C]`` or ``[B, H/2, W/2, C]``, and of what is normalised the mean
+        and the variance, float32 ``[C]``. These two are for the running averages: nothing is
+        differentiated through them.
+    """
+    return _forward(x, bias, epsilon, pool)[0]
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs; the vectors are float32 ``[C]``.
+
+    Attributes:
+        x: what was normalised, ``[R, C]``.
+        winner: which of its four pixels each is, int8 ``[R, C]``; none without a pool.
+        inverse: of the standard deviation.
+    """
+
+    x: jax.Array
+    winner: jax.Array | None
+    mean: jax.Array
+    inverse: jax.Array
+    bias: jax.Array
+
+
+def _forward(
+    x: jax.Array, bias: jax.Array, epsilon: float, pool: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Kept]:
+    batch, height, width, channels = x.shape
+    dtype, x, winner = x.dtype, x.reshape(-1, channels), None
+    if pool:
+        height, width = height // 2, width // 2
+        grid = _Grid.to_sum(len(x) // 4, channels)
+        x, winner, sums = grid.run(
+            functools.partial(_pool_and_sums, grid, width),
+            [(x, _ANYWHERE)],
+            [(dtype, _BLOCK), (jnp.int8, _BLOCK), (jnp.float32, _SUMS)],
+        )
+    else:
+        grid = _Grid.to_sum(len(x), channels)
+        (sums,) = grid.run(functools.partial(_sums, grid), [(x, _BLOCK)], [(jnp.float32, _SUMS)])
+    mean, square = sums.sum(0) / grid.rows
+    variance = jnp.maximum(square - mean * mean, 0)  # Flax's faster variance, as in models.py
+    inverse = lax.rsqrt(variance + epsilon)
+    y = gelu(((x.astype(jnp.float32) - mean) * inverse + bias).astype(dtype))
+    kept = _Kept(x, winner, mean, inverse, bias)
+    return (y.reshape(batch, height, width, channels), mean, variance), kept
+
+
+def _backward(
+    epsilon: float, pool: bool, kept: _Kept, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    del epsilon  # is in kept.inverse
+    batch, height, width, channels = gradients[0].shape
+    activations = [(kept.x, _BLOCK), (gradients[0].reshape(-1, channels), _BLOCK)]
+    vectors = [(vector, _VECTOR) for vector in (kept.mean, kept.inverse, kept.bias)]
+    grid = _Grid.to_sum(len(kept.x), channels)
+    (sums,) = grid.run(
+        functools.partial(_gradient_sums, grid), activations + vectors, [(jnp.float32, _SUMS)]
+    )
+    of_bias, product = sums.sum(0)
+    vectors += [(of_bias, _VECTOR), (product, _VECTOR)]
+    grid = _Grid.of_single_blocks(len(kept.x), channels)
+    if kept.winner is None:
+        (of_x,) = grid.run(
+            functools.partial(_input_gradient, grid),
+            activations + vectors,
+            [(kept.x.dtype, _BLOCK)],
+        )
+        return of_x.reshape(batch, height, width, channels), of_bias
+    (of_x,) = grid.run(
+        functools.partial(_pixels_gradient, grid, width),
+        [(kept.winner, _BLOCK), *activations, *vectors],
+        [(kept.x.dtype, _ANYWHERE)],
+    )
+    return of_x.reshape(batch, 2 * height, 2 * width, channels), of_bias
+
+
+norm_gelu.defvjp(_forward, _backward)
+
+# How a kernel gets an array: its own blocks of [R, C]; its channels of [C]; its sums [2, C] of all
+# [P, 2, C]; or the pixels [4R, C], of which it finds its own.
+_BLOCK, _VECTOR, _SUMS, _ANYWHERE = "block", "vector", "sums", "anywhere"
+
+
+class _Grid(NamedTuple):
+    """Which program takes which of ``[R, C]``.
+
+    Attributes:
+        rows, channels: R and C.
+        block_rows, block_channels: of one block.
+        blocks: of each program, one below the other.
+    """
+
+    rows: int
+    channels: int
+    block_rows: int
+    block_channels: int
+    blocks: int
+
+    @classmethod
+    def of_single_blocks(cls, rows: int, channels: int) -> _Grid:
+        # Powers of two, as the largest are.
+        block_rows, block_channels = math.gcd(rows, _MOST_ROWS), math.gcd(channels, _MOST_CHANNELS)
+        return cls(rows, channels, block_rows, block_channels, 1)
+
+    @classmethod
+    def to_sum(cls, rows: int, channels: int) -> _Grid:
+        grid = cls.of_single_blocks(rows, channels)
+        programs, beside = grid.shape
+        blocks = next(
+            n
+            for n in range(1, programs + 1)
+            if programs % n == 0 and (programs // n * beside <= _MOST_PROGRAMS or n == programs)
+        )
+        return grid._replace(blocks=blocks)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Programs below each other, and beside each other."""
+        return (
+            self.rows // (self.block_rows * self.blocks),
+            self.channels // self.block_channels,
+        )
+
+    def run(
+        self,
+        kernel: Callable[..., None],
+        inputs: Sequence[tuple[jax.Array, str]],
+        outputs: Sequence[tuple[Any, str]],
+    ) -> list[jax.Array]:
+        """``kernel`` on all blocks; inputs are arrays, outputs types, each with how it is got."""
+        each, width = self.block_rows * self.blocks, self.block_channels
+        specs = {
+            _BLOCK: pl.BlockSpec((each, width), lambda i, j: (i, j)),
+            _VECTOR: pl.BlockSpec((width,), lambda i, j: (j,)),
+            _SUMS: pl.BlockSpec((1, 2, width), lambda i, j: (i, 0, j)),
+            _ANYWHERE: pl.BlockSpec(memory_space=pl.ANY),
+        }
+        shapes = {
+            _BLOCK: (self.rows, self.channels),
+            _SUMS: (self.shape[0], 2, self.channels),
+            _ANYWHERE: (4 * self.rows, self.channels),
+        }
+        return pl.pallas_call(
+            kernel,
+            grid=self.shape,
+            in_specs=[specs[how] for _, how in inputs],
+            out_specs=[specs[how] for _, how in outputs],
+            out_shape=[jax.ShapeDtypeStruct(shapes[how], dtype) for dtype, how in outputs],
+            compiler_params=triton.CompilerParams(num_warps=_WARPS),
+            interpret=jax.default_backend() == "cpu",  # to test it
+        )(*(array for array, _ in inputs))
+
+    def sum_blocks(self, sums: Any, values: Callable[[int], tuple[jax.Array, jax.Array]]) -> None:
+        """Two sums over the rows of all blocks into ``sums``; of the values of block i."""
+
+        def add(i: int, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            first, second = values(i)
+            return totals[0] + first, totals[1] + second
+
+        zeros = jnp.zeros((self.block_rows, self.block_channels), jnp.float32)
+        totals = lax.fori_loop(0, self.blocks, add, (zeros, zeros))
+        for i, total in enumerate(totals):
+            sums[0, i, :] = total.sum(0)
+
+    def block(self, i: int) -> Any:
+        """Where block i is in what the program got."""
+        return pl.ds(i * self.block_rows, self.block_rows), slice(None)
+
+    def pixels(self, width: int) -> Callable[[int], list[tuple[jax.Array, jax.Array]]]:
+        """Where the pixels of a program's block i are, of images pooled to ``width`` columns.
+
+        The four of each window in reading order: rows and columns of ``[4R, C]``.
+        """
+        start = pl.program_id(0) * self.blocks * self.block_rows
+        channel = pl.program_id(1) * self.block_channels + jnp.arange(self.block_channels)
+
+        def of_block(i: int) -> list[tuple[jax.Array, jax.Array]]:
+            window = start + i * self.block_rows + jnp.arange(self.block_rows)
+            # Two rows of the image, of twice its pooled width each, to a row of windows.
+            first = 2 * window + window // width * 2 * width
+            return [
+                ((first + down * 2 * width + right)[:, None], channel[None, :])
+                for down in (0, 1)
+                for right in (0, 1)
+            ]
+
+        return of_block
+
+
+def _sums(grid: _Grid, x: Any, sums: Any) -> None:
+    def values(i: int) -> tuple[jax.Array, jax.Array]:
+        block = x[grid.block(i)].astype(jnp.float32)
+        return block, block * block
+
+    grid.sum_blocks(sums, values)
+
+
+def _pool_and_sums(grid: _Grid, width: int, pixels: Any, x: Any, winner: Any, sums: Any) -> None:
+    pixels_of = grid.pixels(width)
+
+    def values(i: int) -> tuple[jax.Array, jax.Array]:
+        corners = [pixels[where] for where in pixels_of(i)]
+        pooled = functools.reduce(jnp.maximum, corners)
+        x[grid.block(i)] = pooled
+        winner[grid.block(i)] = first_winner(corners, pooled)
+        pooled = pooled.astype(jnp.float32)
+        return pooled, pooled * pooled
+
+    grid.sum_blocks(sums, values)
+
+
+def _gradient_sums(
+    grid: _Grid, x: Any, gradient: Any, mean: Any, inverse: Any, bias: Any, sums: Any
+) -> None:
+    """Of the gradient before GELU, which is that of the bias; and of its product with the norm."""
+    vectors = mean[...], inverse[...], bias[...]
+
+    def values(i: int) -> tuple[jax.Array, jax.Array]:
+        before, normalised = _before_gelu(x[grid.block(i)], gradient[grid.block(i)], *vectors)
+        return before, before * normalised
+
+    grid.sum_blocks(sums, values)
+
+
+def _before_gelu(
+    x: jax.Array, gradient: jax.Array, mean: jax.Array, inverse: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient before GELU, and the normalised ``x`` without its bias."""
+    normalised = (x.astype(jnp.float32) - mean) * inverse
+    return gradient.astype(jnp.float32) * gelu_slope(normalised + bias), normalised
+
+
+def _of_x(grid: _Grid, x: Any, gradient: Any, *vectors: Any) -> jax.Array:
+    """The gradient of ``x`` (Ioffe and Szegedy, 2015, arXiv:1502.03167, section 3)."""
+    mean, inverse, bias, of_bias, product = (vector[...] for vector in vectors)
+    before, normalised = _before_gelu(x[...], gradient[...], mean, inverse, bias)
+    return inverse * (before - (of_bias + normalised * product) / grid.rows)
+
+
+def _input_gradient(grid: _Grid, *refs: Any) -> None:
+    *inputs, of_x = refs
+    of_x[...] = _of_x(grid, *inputs).astype(of_x.dtype)
+
+
+def _pixels_gradient(grid: _Grid, width: int, winner: Any, *refs: Any) -> None:
+    *inputs, of_pixels = refs
+    of_x, winner = _of_x(grid, *inputs).astype(of_pixels.dtype), winner[...]
+    for i, where in enumerate(grid.pixels(width)(0)):
+        of_pixels[where] = jnp.where(winner == i, of_x, jnp.zeros_like(of_x))
