@@ -26,7 +26,7 @@ from cifar_jax.initializers import (
     unit_deviation,
 )
 from cifar_jax.layout import TorchLayout
-from cifar_jax.pooling import max_pool
+from cifar_jax.pooling import max_pool, whole_windows
 
 Layer = Callable[[jax.Array], jax.Array]
 
@@ -284,6 +284,7 @@ class NormGelu(nn.Module):
             self.variable("batch_stats", "mean", jnp.zeros, shape),
             self.variable("batch_stats", "var", jnp.ones, shape),
         ]
+        x = whole_windows(x) if self.pool else x
         y, *found = self.operation(x, bias, self.epsilon, self.pool)
         for average, value in zip(averages, found, strict=True):
             average.value = self.momentum * average.value + (1 - self.momentum) * value

@@ -25,6 +25,15 @@ def max_pool(x: jax.Array) -> jax.Array:
     Raises:
         CifarJaxError: data; not even one window fits.
     """
+    return _max_pool_even(whole_windows(x))
+
+
+def whole_windows(x: jax.Array) -> jax.Array:
+    """``[B, H, W, C]`` without an odd last row or column.
+
+    Raises:
+        CifarJaxError: data; nothing is left.
+    """
     _, height, width, _ = x.shape
     if min(height, width) < 2:
         raise CifarJaxError(
@@ -33,7 +42,7 @@ def max_pool(x: jax.Array) -> jax.Array:
             "2x2 pool comes",
             fix="give larger images, or a network with fewer pools, such as --widths 16,32",
         )
-    return _max_pool_even(x[:, : height // 2 * 2, : width // 2 * 2, :])
+    return x[:, : height // 2 * 2, : width // 2 * 2, :]
 
 
 def _corners(x: jax.Array) -> list[jax.Array]:

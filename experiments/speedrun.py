@@ -70,11 +70,6 @@ def main() -> None:
         help="channels of the stages instead of the recipe's; 16,64,64 takes minutes on a CPU",
     )
     parser.add_argument(
-        "--fused",
-        action="store_true",
-        help="batch norm, GELU and pooling by kernels written for them: for an NVIDIA GPU",
-    )
-    parser.add_argument(
         "--score", choices=("test", "val"), default="test", help="val: tune here, not on the test"
     )
     parser.add_argument(
@@ -130,14 +125,8 @@ def main() -> None:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT, "--beside needs a GPU, and JAX finds none", fix="leave it out"
         )
-    if arguments.fused:
-        if on_cpu:
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT, "--fused needs a GPU, and JAX finds none", fix="leave it out"
-            )
-        recipe = dataclasses.replace(recipe, fused=True)
-    if on_cpu:  # which has no fast half precision
-        recipe = dataclasses.replace(recipe, dtype="float32")
+    if on_cpu:  # which has no fast half precision, and no kernels
+        recipe = dataclasses.replace(recipe, dtype="float32", fused=False)
     setting = make_setting(recipe, train, classes)
     device = jax.devices()[0].device_kind
     print(f"compiling for {device}, cold and warm ...", end=" ", flush=True)

@@ -3,18 +3,18 @@
 #
 #     bash experiments/speedrun.sh cifar10.tar.gz results/ [airbench94_muon.py]
 #
-# 200 runs; then 15 of the author's own script if it is given (from
-# https://github.com/KellerJordan/cifar10-airbench; it needs torch and torchvision): that took nine
-# minutes on an H200, most of them compiling. Then what each choice gives, which compiles eleven
-# programs and so takes some ten minutes more; it has not been run on a GPU yet. Each run and each
-# choice is stored as it comes: what is there by then is kept if it is cut off.
+# 200 runs; then 10 of the author's own script if it is given (from
+# https://github.com/KellerJordan/cifar10-airbench; it needs torch and torchvision): that took ten
+# minutes on an H100, most of them compiling. Then what each choice gives, which compiles nine
+# programs and so takes some minutes more. Each run and each choice is stored as it comes: what is
+# there by then is kept if it is cut off.
 set -euo pipefail
 usage="usage: bash experiments/speedrun.sh DATA FOLDER [airbench94_muon.py]"
 data=$(realpath "${1:?$usage}")
 mkdir -p "${2:?$usage}"
 out=$(realpath "$2")
 beside=()
-[ $# -lt 3 ] || beside=(--beside "$(realpath "$3")" --beside-runs 15)
+[ $# -lt 3 ] || beside=(--beside "$(realpath "$3")" --beside-runs 10)
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 # His script is compiled with convolutions and products by cuDNN and cuBLAS: to try Triton's too takes

@@ -2,7 +2,7 @@
 
     python experiments/speedrun_gains.py --output experiments/results/speedrun_gains.json
 
-On a GPU some ten minutes, most of them compiling; each choice is stored as it comes. An epoch of
+On a GPU some minutes, most of them compiling; each choice is stored as it comes. An epoch of
 steps on random images, after the whitening's bias has been fixed: milliseconds a step, the median
 and the least of the rounds.
 """
@@ -25,7 +25,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import lax
 
 from airbench.measure import make_setting
@@ -50,18 +49,6 @@ def _full_conv(
     return conv3x3(x, kernel, strides, paired=paired)
 
 
-def _linen_max_pool(x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
-
-
-def _exact_gelu(x: jax.Array) -> jax.Array:
-    return nn.gelu(x, approximate=False)
-
-
-def _gelu_as_it_is(x: jax.Array) -> jax.Array:
-    return x * models.gelu_share(x)
-
-
 def _one_by_one(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
     return [_together([matrix], dtype)[0] for matrix in matrices]
 
@@ -74,7 +61,7 @@ def _none(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
 class _Part:
     """What is replaced to do without it; or other options of the recipe, or of the step."""
 
-    replaced: tuple[Any, str, Any] = (models, "gelu", models.gelu)
+    replaced: tuple[Any, str, Any] = (models, "conv3x3", conv3x3)
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     learn_whitening: bool = False
 
@@ -82,12 +69,10 @@ class _Part:
 WITH_ALL = _Part()
 PARTS = {
     "leaving out what a pool does not read (models.py)": _Part((models, "conv3x3", _full_conv)),
-    "max-pooling's own gradient (pooling.py)": _Part((models, "max_pool", _linen_max_pool)),
+    "kernels for batch norm, GELU and pooling (kernels.py)": _Part(recipe={"fused": False}),
     "taking columns in pairs (convolution.py)": _Part(
         (convolution, "in_pairs", convolution.plain_conv)
     ),
-    "a GELU of its own, and its gradient (models.py)": _Part((models, "gelu", _exact_gelu)),
-    "GELU's gradient alone (models.py)": _Part((models, "gelu", _gelu_as_it_is)),
     "Muon on all kernels together (muon.py)": _Part((muon, "orthogonalize", _one_by_one)),
     "Muon's products, without which it is not Muon": _Part((muon, "orthogonalize", _none)),
     "fixing the whitening's bias": _Part(learn_whitening=True),
@@ -113,7 +98,7 @@ def main() -> None:
     if arguments.smoke:
         recipe = dataclasses.replace(recipe, widths=(4, 8), batch_size=20)
     if jax.default_backend() == "cpu":
-        recipe = dataclasses.replace(recipe, dtype="float32")
+        recipe = dataclasses.replace(recipe, dtype="float32", fused=False)
     device = jax.devices()[0].device_kind
     found: dict[str, Any] = {
         "device": f"{device}, {os.cpu_count()} cores" if device == "cpu" else device,

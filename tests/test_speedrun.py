@@ -27,6 +27,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 import speedrun
 import speedrun_gains
 from airbench import measure
+from airbench.kernels import norm_gelu
 from airbench.optimizer import make_optimizer
 from airbench.recipe import RECIPES, Recipe
 from airbench.run import (
@@ -52,7 +53,9 @@ from cifar_jax.layer_table import layer_table
 from cifar_jax.models import Airbench, gelu
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
 
-SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
+SMALL = Recipe(
+    widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32", fused=False
+)
 DEEP = dataclasses.replace(SMALL, deep=True, whitening_epochs=3, crop=3, cutout=5)
 FUSED = dataclasses.replace(DEEP, fused=True)  # by an interpreter, on a CPU
 SHAPE = (12, 12, 3)
@@ -375,7 +378,7 @@ def test_the_count_of_operations_is_that_of_the_table() -> None:
 def test_a_recipe_is_a_program_of_the_work_that_is_told(name: str, tflop: int) -> None:
     """As a GPU gets it, on all images; no more than traced, as here it would compute for hours."""
     recipe = RECIPES[name]
-    model = Airbench(10, recipe.widths, recipe.deep, dtype=jnp.float16)
+    model = Airbench(10, recipe.widths, recipe.deep, norm_gelu, dtype=jnp.float16)
     setting = Setting(recipe, model, make_optimizer(recipe, 25), (0.5,) * 3, (0.25,) * 3)
     assert round(measure.run_flop(setting, 50_000, 10_000, (32, 32, 3)) / 1e12) == tflop
     state = jax.eval_shape(
