@@ -125,8 +125,9 @@ def main() -> None:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT, "--beside needs a GPU, and JAX finds none", fix="leave it out"
         )
-    if on_cpu:  # which has no fast half precision, and no kernels
-        recipe = dataclasses.replace(recipe, dtype="float32", fused=False)
+    recipe = dataclasses.replace(recipe, fused=jax.default_backend() == "gpu")
+    if on_cpu:  # which has no fast half precision
+        recipe = dataclasses.replace(recipe, dtype="float32")
     setting = make_setting(recipe, train, classes)
     device = jax.devices()[0].device_kind
     print(f"compiling for {device}, cold and warm ...", end=" ", flush=True)

@@ -97,8 +97,9 @@ def main() -> None:
     recipe = Recipe()
     if arguments.smoke:
         recipe = dataclasses.replace(recipe, widths=(4, 8), batch_size=20)
+    recipe = dataclasses.replace(recipe, fused=jax.default_backend() == "gpu")
     if jax.default_backend() == "cpu":
-        recipe = dataclasses.replace(recipe, dtype="float32", fused=False)
+        recipe = dataclasses.replace(recipe, dtype="float32")
     device = jax.devices()[0].device_kind
     found: dict[str, Any] = {
         "device": f"{device}, {os.cpu_count()} cores" if device == "cpu" else device,
