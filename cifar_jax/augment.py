@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import ImageShape
+from cifar_jax.errors import CifarJaxError, ExitCode
 
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -52,6 +54,22 @@ def _random_integers(key: jax.Array, limits: jax.Array) -> jax.Array:
     an image do not have; these draws are a good part of the step's compilation.
     """
     return jnp.floor(jax.random.uniform(key, limits.shape) * limits).astype(jnp.int32)
+
+
+def check_augmentation(config: TrainConfig, image_shape: ImageShape) -> None:
+    """Before a run begins.
+
+    Raises:
+        CifarJaxError: usage; a shift or square is larger than the images.
+    """
+    height, width, _ = image_shape
+    for option, pixels in (("--crop", config.crop), ("--cutout", config.cutout)):
+        if pixels > min(height, width):
+            raise CifarJaxError(
+                ExitCode.USAGE,
+                f"{option} {pixels} is more than there is in images of {height}x{width} pixels",
+                fix=f"give a smaller {option}, or 0 for none",
+            )
 
 
 def make_augmentation(config: TrainConfig, mean: tuple[float, ...]) -> Augmentation:

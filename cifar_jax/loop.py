@@ -25,7 +25,7 @@ import optax
 from tqdm import tqdm
 
 from cifar_jax import __version__, checkpoint, trained
-from cifar_jax.augment import make_augmentation
+from cifar_jax.augment import check_augmentation, make_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.distributed import (
@@ -130,6 +130,7 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
             "train on",
             fix="give a smaller --batch-size",
         )
+    check_augmentation(config, dataset.image_shape)
     total_steps = config.epochs * (len(dataset.train) // config.batch_size)
     schedule = make_schedule(config, total_steps)
     model = create_model(

@@ -3,9 +3,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from cifar_jax.augment import cutout, make_augmentation, random_crop, random_flip
+from cifar_jax.augment import (
+    check_augmentation,
+    cutout,
+    make_augmentation,
+    random_crop,
+    random_flip,
+)
 from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError
 
 IMAGE = np.arange(6 * 6 * 2, dtype=np.uint8).reshape(6, 6, 2)
 KEYS = jax.random.split(jax.random.key(0), 200)
@@ -57,3 +65,12 @@ def test_each_option_is_switched_on_alone() -> None:
     assert 0.3 < changed_share(flip=True) < 0.7
     assert 0.9 < changed_share(crop=2) < 1  # one window in 25 is the image itself
     assert changed_share(cutout=2) == 1
+
+
+def test_a_shift_or_square_larger_than_the_images_is_refused() -> None:
+    check_augmentation(TrainConfig(crop=6, cutout=6), (6, 8, 3))
+    for config in (TrainConfig(crop=7), TrainConfig(crop=0, cutout=7)):
+        with pytest.raises(
+            CifarJaxError, match=r"--c\w+ 7 is more than .* 6x8 pixels. Fix: give a"
+        ):
+            check_augmentation(config, (6, 8, 3))
