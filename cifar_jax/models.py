@@ -267,6 +267,7 @@ class NormGelu(nn.Module):
     """An operation that does what batch norm and GELU do in training, with that norm's variables.
 
     Attributes:
+        operation: as :class:`Airbench` is given it.
         pool: whether it pools first.
         epsilon, momentum: as in ``nn.BatchNorm``.
     """
