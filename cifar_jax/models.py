@@ -365,8 +365,9 @@ class Airbench(nn.Module):
             layers += rest
             height, width = height // 2, width // 2
         if self.norm_gelu:
-            # Or XLA may compute it again, and round it otherwise, where the gradient of the maximum
-            # looks for what is as large: it would find nothing, and divide by how many they are.
+            # Or XLA for a GPU might compute it again, and round it otherwise, where the gradient of
+            # the maximum looks for what is as large: finding nothing, it would divide by 0. XLA for
+            # a CPU fuses across it.
             layers.append(lax.optimization_barrier)
         head = nn.Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation)
         return nn.Sequential([*layers, global_max_pool, head, scale])(x)

@@ -118,6 +118,7 @@ def main() -> None:
         make_setting,
         run_flop,
         shows_progress,
+        takes_kernels,
     )
 
     on_cpu = jax.default_backend() == "cpu"
@@ -125,7 +126,7 @@ def main() -> None:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT, "--beside needs a GPU, and JAX finds none", fix="leave it out"
         )
-    recipe = dataclasses.replace(recipe, fused=jax.default_backend() == "gpu")
+    recipe = dataclasses.replace(recipe, fused=takes_kernels())
     if on_cpu:  # which has no fast half precision
         recipe = dataclasses.replace(recipe, dtype="float32")
     setting = make_setting(recipe, train, classes)

@@ -6,8 +6,8 @@
 # 200 runs; then 10 of the author's own script if it is given (from
 # https://github.com/KellerJordan/cifar10-airbench; it needs torch and torchvision): that took ten
 # minutes on an H100, most of them compiling. Then what each choice gives, which compiles nine
-# programs and so takes some minutes more. Each run and each choice is stored as it comes: what is
-# there by then is kept if it is cut off.
+# programs, and has not been run whole on a GPU yet. Each run and each choice is stored as it comes:
+# what is there by then is kept if it is cut off.
 set -euo pipefail
 usage="usage: bash experiments/speedrun.sh DATA FOLDER [airbench94_muon.py]"
 data=$(realpath "${1:?$usage}")

@@ -79,15 +79,21 @@ def test_a_window_of_equal_pixels_gives_its_gradient_to_the_first() -> None:
 
 # JAX says so from 0.11 on, where a kernel is lowered for a GPU; see kernels.py.
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("channels", [64, 256, 384])
-def test_triton_takes_it(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("batch", "channels", "dtype"),
+    [(16, n, "float16") for n in (64, 256, 384)]
+    + [(16, 64, "bfloat16"), (16, 64, "float32"), (1, 2, "float16")],
+)
+def test_triton_takes_it(
+    batch: int, channels: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As far as it goes without a GPU: each pass is a kernel of its own, in Triton's form."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=h100)
     bias = jax.ShapeDtypeStruct((channels,), jnp.float32)
     for pool in (True, False):
-        x = jax.ShapeDtypeStruct((16, 6, 6, channels), jnp.float16)
+        x = jax.ShapeDtypeStruct((batch, 6, 6, channels), dtype)
 
         def loss_fn(x: jax.Array, bias: jax.Array, pool: bool = pool) -> jax.Array:
             return norm_gelu(x, bias, 1e-12, pool)[0].astype(jnp.float32).sum()

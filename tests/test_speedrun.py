@@ -53,11 +53,8 @@ from cifar_jax.layer_table import layer_table
 from cifar_jax.models import Airbench, gelu
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
 
-SMALL = Recipe(
-    widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32", fused=False
-)
+SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
 DEEP = dataclasses.replace(SMALL, deep=True, whitening_epochs=3, crop=3, cutout=5)
-FUSED = dataclasses.replace(DEEP, fused=True)  # by an interpreter, on a CPU
 SHAPE = (12, 12, 3)
 
 
@@ -294,11 +291,13 @@ def test_it_trains_as_its_authors_loop_does(recipe: Recipe) -> None:
     check_training(recipe)
 
 
-def test_it_does_so_with_kernels_too() -> None:
+@pytest.mark.parametrize("recipe", [SMALL, DEEP], ids=["as it is", "deep"])
+def test_it_does_so_with_kernels_too(recipe: Recipe) -> None:
+    """Which an interpreter runs."""
     # Not optimized, XLA rounds the last activations in two ways, and finds no maximum among them.
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        check_training(FUSED)
+        check_training(dataclasses.replace(recipe, fused=True))
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
 
@@ -433,7 +432,7 @@ def test_widths_are_three_numbers(widths: str) -> None:
 
 
 def test_each_choice_taken_away_is_another_program_for_a_gpu() -> None:
-    recipe = Recipe(widths=(4,), batch_size=20)
+    recipe = Recipe(widths=(4,), batch_size=20, fused=True)
     parts = {"": speedrun_gains.WITH_ALL, **speedrun_gains.PARTS}
     programs = {
         name: speedrun_gains.trace(recipe, part)[0].lower(lowering_platforms=("cuda",)).as_text()

@@ -1,8 +1,9 @@
 """Batch norm and GELU as one operation, with the max-pool before them: kernels for a GPU.
 
-Two fifths of a run go into these, nearly all of it to move activations. As XLA fuses them, the
-normalised input is written beside the output and read again, GELU's gradient too, and sums take
-passes of their own. Here only the input ``x`` of the norm is kept, and activations move so often:
+Most of what a run does outside of its convolutions is to move activations through these. As XLA
+fuses them, the normalised input is written beside the output and read again, GELU's gradient too,
+and sums take passes of their own. Here only the input ``x`` of the norm is kept, and which pixel
+won each window, in a byte; and activations move so often:
 
     forward     the pool, which also sums ``x`` and its squares: reads the pixels, writes ``x``
                 norm and GELU, XLA's: reads ``x``, writes the output
@@ -35,8 +36,8 @@ from cifar_jax.pooling import first_winner
 
 _MOST_ROWS = 16
 _MOST_CHANNELS = 64
-_WARPS = 4  # so a thread has 16 bytes of each activation
-_MOST_PROGRAMS = 2112  # of so many warps the 132 multiprocessors of an H100 hold that many at once
+_WARPS = 4  # a thread then has 8 numbers of a full block: 16 bytes in half precision, one load
+_MOST_PROGRAMS = 132 * 64 // _WARPS  # an H100's multiprocessors, each of which holds 64 warps
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -128,8 +129,8 @@ def _backward(
 
 norm_gelu.defvjp(_forward, _backward)
 
-# How a kernel gets an array: its own blocks of [R, C]; its channels of [C]; its sums [2, C] of all
-# [P, 2, C]; or the pixels [4R, C], of which it finds its own.
+# How a program gets an array: its own blocks of [R, C]; its channels of [C]; its own two sums, of
+# the [P, 2, C] of all P below each other; or all pixels [4R, C], among which it finds its own.
 _BLOCK, _VECTOR, _SUMS, _ANYWHERE = "block", "vector", "sums", "anywhere"
 
 

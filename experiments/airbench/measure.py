@@ -20,7 +20,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from scipy import stats
 from tqdm import tqdm
 
-from airbench.kernels import norm_gelu
 from airbench.optimizer import make_optimizer
 from airbench.recipe import Recipe
 from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
@@ -39,10 +38,20 @@ _KERNELS_NAMED = 30
 def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
     """The network, optimizer and normalisation for ``train``."""
     dtype = jnp.dtype(recipe.dtype)
-    operation = norm_gelu if recipe.fused else None
+    operation = None
+    if recipe.fused:
+        from airbench.kernels import norm_gelu as operation
     model = Airbench(num_classes, recipe.widths, recipe.deep, operation, dtype=dtype)
     tx = make_optimizer(recipe, len(train) // recipe.batch_size)
     return Setting(recipe, model, tx, *channel_statistics(train.pixels))
+
+
+def takes_kernels() -> bool:
+    """Whether Triton, and so kernels.py, runs here: on NVIDIA's GPUs from Ampere on."""
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", "")) >= 8
+    except ValueError:  # no GPU; or AMD's, which have names for it, and were not tried
+        return False
 
 
 def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[str, float]]:
