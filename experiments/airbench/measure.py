@@ -38,10 +38,11 @@ _KERNELS_NAMED = 30
 def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
     """The network, optimizer and normalisation for ``train``."""
     dtype = jnp.dtype(recipe.dtype)
-    operation = None
+    model = Airbench(num_classes, recipe.widths, recipe.deep, dtype=dtype)
     if recipe.fused:
-        from airbench.kernels import norm_gelu as operation
-    model = Airbench(num_classes, recipe.widths, recipe.deep, operation, dtype=dtype)
+        from airbench.kernels import norm_gelu
+
+        model = model.clone(norm_gelu=norm_gelu)
     tx = make_optimizer(recipe, len(train) // recipe.batch_size)
     return Setting(recipe, model, tx, *channel_statistics(train.pixels))
 
