@@ -58,8 +58,12 @@ def test_it_is_the_plain_form_and_so_is_its_gradient(
     gradient = jax.random.normal(keys[2], (*images, channels)).astype(dtype)
 
     def run(operation, x):  # type: ignore[no-untyped-def]
-        out, pull_back = jax.vjp(lambda x, bias: operation(x, bias)[0], x, bias)
-        return out, *pull_back(gradient.astype(out.dtype)), *operation(x, bias)[1:]
+        def activations(x, bias):  # type: ignore[no-untyped-def]
+            out, *statistics = operation(x, bias)
+            return out, statistics
+
+        out, pull_back, statistics = jax.vjp(activations, x, bias, has_aux=True)
+        return out, *pull_back(gradient.astype(out.dtype)), *statistics
 
     ours = jax.jit(run, static_argnums=0)(lambda x, b: norm_gelu(x, b, 1e-12, pool), x)
     # In float32: a plain form in float16 rounds more often.

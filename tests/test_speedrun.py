@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -300,6 +301,19 @@ def test_it_does_so_with_kernels_too(recipe: Recipe) -> None:
         check_training(dataclasses.replace(recipe, fused=True))
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "takes"),
+    [({"compute_capability": "9.0"}, True), ({"compute_capability": "8.0"}, True)]
+    + [({"compute_capability": older}, False) for older in ("7.5", "gfx942")]
+    + [({}, False)],  # a CPU
+)
+def test_kernels_are_for_gpus_that_triton_is_for(
+    capability: dict[str, str], takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**capability)])
+    assert measure.takes_kernels() is takes
 
 
 def check_training(recipe: Recipe) -> None:
