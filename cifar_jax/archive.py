@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import gzip
 import hashlib
 import os
 import re
 import shutil
 import tarfile
-import threading
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from typing import Self
 from tqdm import tqdm
 
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.lock import alone_in
 
 SUFFIXES = (".tar.gz", ".tgz")
 
@@ -43,7 +43,6 @@ _GIVE_ANOTHER = "do not trust this archive; give another --data"
 _UNPACK_IT = "if you trust it, unpack it with tar and give --data the folder"
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_QUIET_SECONDS = 2.0
 
 
 class TarGz:
@@ -249,8 +248,8 @@ def extract_once(archive: Path, into: Path) -> Path:
     """Extract ``archive`` to a folder below ``into`` named by its content; skip what is there.
 
     The folder appears whole or not at all: extraction goes to a hidden one, which is then renamed.
-    Of several processes one extracts, and the others wait for it; what a killed one has left is
-    removed.
+    Of several processes one extracts, and the others wait for it, and what a killed one has left is
+    removed; where the file system has no locks, each extracts, and the first one's stays.
 
     Raises:
         CifarJaxError: data; as for :class:`TarGz`. Environment; ``into`` cannot be written, or has
@@ -262,10 +261,9 @@ def extract_once(archive: Path, into: Path) -> Path:
         if folder.is_dir():
             return folder
         try:
-            into.mkdir(parents=True, exist_ok=True)
-            with _alone_in(into):
+            with alone_in(into, "extracting") as alone:
                 if not folder.is_dir():
-                    _extract(members, folder)
+                    _extract(members, folder, alone)
         except OSError as error:  # of writing: what reading raises is no OSError any more
             what = f"cannot write to --data-dir {into}: {error.strerror or error}"
             if error.errno in _NO_ROOM:
@@ -278,24 +276,17 @@ def extract_once(archive: Path, into: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process extracts to ``folder``, and have others wait meanwhile."""
-    notice = f"waiting for another process, which is extracting to {folder} ..."
-    timer = threading.Timer(_QUIET_SECONDS, print, [notice], {"flush": True})
-    with (folder / ".lock").open("w") as lock:  # which the kernel lifts when a process is killed
-        timer.start()
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        finally:
-            timer.cancel()
-        yield
+def _extract(members: TarGz, folder: Path, alone: bool) -> None:
+    """Extract to ``folder``, which appears whole or not at all.
 
-
-def _extract(members: TarGz, folder: Path) -> None:
-    for leftover in folder.parent.glob(".incomplete-*"):
-        shutil.rmtree(leftover)
-    incomplete = folder.with_name(f".incomplete-{folder.name}")
+    Args:
+        alone: no other process extracts beside it.
+    """
+    if alone:
+        for leftover in folder.parent.glob(".incomplete-*"):
+            shutil.rmtree(leftover)
+    hidden = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=folder.parent))
+    incomplete = hidden / folder.name
     incomplete.mkdir()
     try:
         with tqdm(
@@ -310,5 +301,8 @@ def _extract(members: TarGz, folder: Path) -> None:
                 bar.update(members.position - bar.n)
         os.sync()
         incomplete.rename(folder)
+    except OSError:
+        if alone or not folder.is_dir():  # else another process was faster
+            raise
     finally:
-        shutil.rmtree(incomplete, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -73,7 +73,8 @@ def check_data(data: str, options: CheckOptions) -> None:
         return f"{name} {shown(images.paths[i]) if isinstance(images, ImageFiles) else f'#{i}'}"
 
     found = load_splits(data, data_dir=options.data_dir, image_size=options.image_size)
-    assert found.val is not None
+    if found.notice:
+        print(f"note: {' '.join(found.notice.split())}")
     splits = {"train": found.train, "val": found.val, "test": found.test}
     places = [(name, i) for name, split in splits.items() for i in range(len(split))]
     n_bad, same = 0, defaultdict(list)

@@ -19,11 +19,14 @@ class ImageFiles:
         paths: bytes ``[N]``, as the file system spells them.
         shape: ``(H, W, C)`` of each decoded image.
         resize: whether images of another size are resized to ``shape``, or refused.
+        to_grey: whether images in colour are made greyscale where ``shape`` has one channel, or
+            refused.
     """
 
     paths: NDArray[np.bytes_]
     shape: ImageShape
     resize: bool
+    to_grey: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)

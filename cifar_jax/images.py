@@ -84,7 +84,8 @@ def read_image(
 def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape:
     """The shape of a data set's images, from a few of them: greyscale only if all of these are.
 
-    Those that cannot be read are passed over here, and come up when all are read.
+    The size is the first one's. Those that cannot be read are passed over here, and come up when
+    all are read.
 
     Raises:
         CifarJaxError: data; none of them can be read.
@@ -93,6 +94,8 @@ def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape
     for path in paths:
         with contextlib.suppress(CifarJaxError):
             shapes.append(_read(path)[1])
+            if shapes[-1][2] > 1:
+                break
     shapes = shapes or [_read(paths[0])[1]]
     height, width = (image_size, image_size) if image_size is not None else shapes[0][:2]
     return height, width, max(channels for _, _, channels in shapes)
@@ -129,8 +132,8 @@ def decode_file(files: ImageFiles, path: bytes) -> NDArray[np.uint8]:
 def read_checked(files: ImageFiles, path: bytes) -> bytes:
     """The content of one of ``files``: a JPEG or PNG that is all there, of the right size.
 
-    Of an image in colour among greyscale ones it is a greyscale copy: decoders have greys of their
-    own.
+    With ``files.to_grey``, of an image in colour it is a greyscale copy: decoders have greys of
+    their own.
 
     Raises:
         CifarJaxError: data; says what else it is.
@@ -146,6 +149,12 @@ def read_checked(files: ImageFiles, path: bytes) -> bytes:
             fix=f"give --image-size {h} to resize all images to {h}x{h}",
         )
     if channels > wanted_channels:
+        if not files.to_grey:
+            raise unusable(
+                path,
+                "is in colour, and those of the data set that were looked at first are greyscale",
+                fix="make it greyscale, or some of the others colour",
+            )
         with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
             return png(_decoded(path, content, wanted_channels))
     return content

@@ -16,7 +16,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import shown
 from cifar_jax.inference import make_logits
 from cifar_jax.sources import load_splits
-from cifar_jax.trained import TrainedNetwork
+from cifar_jax.trained import UNKNOWN_DATA, TrainedNetwork
 
 _BATCH_SIZE = 128
 
@@ -65,7 +65,9 @@ def load_labelled(
         data: a source as in ``cifar_jax.train``; None is the one that the network was trained on.
 
     Raises:
-        CifarJaxError: data; the source cannot be had, or has other classes or images.
+        CifarJaxError: data; the source cannot be had, or has other classes or images. Or the split
+            would be drawn from other images than in training, and so hold some that were trained
+            on.
     """
     config = network.config
     source = data or config.data
@@ -85,8 +87,14 @@ def load_labelled(
             f"{', '.join(network.class_names)}",
             fix="give --data with the network's classes",
         )
+    if split in found.drawn and network.data_digest not in (UNKNOWN_DATA, found.digest):
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"--split {split}: {found.name} has changed since the network was trained, or is other "
+            f"data, and its {split} images are drawn at random: some may have been trained on",
+            fix="give the --data of training as it was, or images in a test/ folder beside train/",
+        )
     chosen = {"train": found.train, "val": found.val, "test": found.test}[split]
-    assert chosen is not None
     if not len(chosen):
         raise CifarJaxError(
             ExitCode.DATA,
@@ -95,7 +103,8 @@ def load_labelled(
         )
     images = chosen.images
     if isinstance(images, ImageFiles):
-        images = dataclasses.replace(images, shape=network.image_shape, resize=True)
+        shape = network.image_shape
+        images = dataclasses.replace(images, shape=shape, resize=True, to_grey=True)
     elif chosen.image_shape != network.image_shape:
         found_shape, wanted = (
             "x".join(map(str, s)) for s in (images.shape[1:], network.image_shape)

@@ -50,6 +50,10 @@ class Listing:
         _, first = np.unique(self.labels, return_index=True)
         return self.paths[first]
 
+    def evenly_spread(self, count: int) -> NDArray[np.bytes_]:
+        """At most ``count`` paths, at equal distances in their order."""
+        return self.paths[:: max(1, -(-len(self.paths) // count))]
+
 
 def list_images(root: Path, kept_in: Path) -> Listing:
     """The image files of each class folder below ``root``.

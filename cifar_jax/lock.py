@@ -1,4 +1,4 @@
-"""One training run at a time in a folder."""
+"""One process at a time in a folder: of runs the second is refused, of others it waits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 
 _NAME = ".lock"
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of some clusters' file systems
+_QUIET_SECONDS = 2.0
 
 
 @contextlib.contextmanager
@@ -45,12 +47,49 @@ def locked(workdir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path, doing: str) -> Iterator[bool]:
+    """Make ``folder`` if need be, wait until no other process is in here, and have others wait.
+
+    Yields whether that is so: some file systems have no locks.
+
+    Args:
+        doing: what this is for, to say to those who wait.
+
+    Raises:
+        OSError: ``folder`` cannot be written.
+    """
+    notice = f"waiting for another process, which is {doing} in {folder} ..."
+    timer = threading.Timer(_QUIET_SECONDS, print, [notice], {"flush": True})
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _NAME).open("w") as lock:  # which the kernel lifts when a process is killed
+        timer.start()
+        try:
+            alone = _lock(lock.fileno(), fcntl.LOCK_EX, folder)
+        finally:
+            timer.cancel()
+        yield alone
+
+
+def _lock(descriptor: int, how: int, folder: Path) -> bool:
+    """Lock as ``flock`` does; False, and a warning, if the file system of ``folder`` has none."""
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        print(f"warning: no lock on {folder}, whose file system has none")
+        return False
+    return True
+
+
 def _open_and_lock(path: Path) -> int:
     """A descriptor of the lock file, which no other process has locked."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path.parent):
+                return descriptor
         except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
@@ -59,12 +98,9 @@ def _open_and_lock(path: Path) -> int:
                 f"--workdir {path.parent} is locked by {holder or 'another run'}",
                 fix="wait for that run to end or stop it, or give another --workdir",
             ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
-                os.close(descriptor)
-                raise
-            print(f"warning: no lock on {path.parent}, whose file system has none")
-            return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
         if _is_file_of(descriptor, path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import http.client
-import io
 import os
-import pickle
 import threading
 import unicodedata
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cifar_jax import archive, shapes
+from cifar_jax import archive, cifar10_archive, shapes
+from cifar_jax.config import SplitName
 from cifar_jax.dataset import (
     Dataset,
     ImageFiles,
@@ -32,6 +29,7 @@ from cifar_jax.dataset import (
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import probe_shape, shown
 from cifar_jax.listing import folders_and_files, list_images, reading
+from cifar_jax.lock import alone_in
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 # How long to wait for that host before the network counts as absent; tfds would retry for minutes.
@@ -40,20 +38,38 @@ _DOWNLOAD_TIMEOUT_SECONDS = 4
 # are large.
 _STATISTICS_SAMPLE = 10_000
 _STATISTICS_BYTES = 256 * 2**20
-
-# CIFAR-10's own archives: what they hold, and which of them is read although its files are pickles.
-_PYTHON_ROOT, _BINARY_ROOT = "cifar-10-batches-py", "cifar-10-batches-bin"
-_PYTHON_ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-_MOST_RECORDS, _RECORD_BYTES = 10_000, 1 + 3 * 32 * 32
+# Of each split so many files are looked at before a data set counts as greyscale.
+_SHAPE_SAMPLE = 500
+# The folders of splits, and what else their names may be meant by.
+_SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a source holds, before files are decoded; the attributes are those of ``Dataset``.
+    """A source in three splits, before files are decoded; most attributes are ``Dataset``'s.
 
-    ``val`` is None where the source has none of its own and none was split off.
+    Attributes:
+        drawn: the splits that were drawn here, at random: of other images, or of the same in
+            another order, the draw is another.
     """
+
+    name: str
+    digest: str
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    drawn: frozenset[SplitName]
+    notice: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """What a source itself holds; ``val`` is None where it has no such split."""
 
     name: str
     digest: str
@@ -61,6 +77,7 @@ class Source:
     train: Split
     test: Split
     val: Split | None = None
+    drawn: frozenset[SplitName] = frozenset()
     notice: str | None = None
 
 
@@ -103,12 +120,23 @@ def load_splits(
     """
     found = _load(source, _data_dir(data_dir), image_size, val_fraction, seed)
     rng = np.random.default_rng(seed)
-    train, val = found.train, found.val
+    train, val, drawn = found.train, found.val, set(found.drawn)
     if val is None:
         train, val = split_off(train, val_fraction, rng)
+        drawn |= {"train", "val"}
     if max_train_examples is not None and max_train_examples < len(train):
         train = train.take(stratified_choice(train.labels, max_train_examples, rng))
-    return dataclasses.replace(found, train=train, val=val)
+        drawn.add("train")
+    return Source(
+        found.name,
+        found.digest,
+        found.class_names,
+        train,
+        val,
+        found.test,
+        frozenset(drawn),
+        found.notice,
+    )
 
 
 def load_dataset(
@@ -142,7 +170,6 @@ def load_dataset(
         seed=seed,
     )
     train, val = found.train, found.val
-    assert val is not None
     if image_size is not None and not isinstance(train.images, ImageFiles):
         height, width, _ = train.image_shape
         raise CifarJaxError(
@@ -193,7 +220,7 @@ def _data_dir(data_dir: str | None) -> Path:
 
 def _load(
     source: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> Source:
+) -> _Contents:
     if source == "shapes":
         return _shapes()
     if source == "cifar10":
@@ -220,10 +247,10 @@ def _load(
 # ------------------------------------------------------------------------ shapes, and CIFAR-10
 
 
-def _shapes() -> Source:
+def _shapes() -> _Contents:
     train = Split(*shapes.draw(shapes.N_TRAIN, seed=0))
     test = Split(*shapes.draw(shapes.N_TEST, seed=1))
-    return Source("shapes", array_digest(train, test), shapes.CLASS_NAMES, train, test)
+    return _Contents("shapes", array_digest(train, test), shapes.CLASS_NAMES, train, test)
 
 
 def _shapes_notice(data_dir: Path, obstacle: str) -> str:
@@ -261,12 +288,23 @@ def _download_obstacle() -> str | None:
     return obstacle[0]
 
 
-def _cifar10(data_dir: Path) -> Source:
+def _cifar10(data_dir: Path) -> _Contents:
     from cifar_jax.input_pipeline import read_cifar10
 
-    splits, class_names = read_cifar10(data_dir, download=not _is_prepared(data_dir))
+    if _is_prepared(data_dir):
+        splits, class_names = read_cifar10(data_dir, download=False)
+    else:  # by one process at a time: tfds expects no other
+        try:
+            with alone_in(data_dir, "preparing CIFAR-10"):
+                splits, class_names = read_cifar10(data_dir, download=not _is_prepared(data_dir))
+        except OSError as error:
+            raise CifarJaxError(
+                ExitCode.ENVIRONMENT,
+                f"cannot write to --data-dir {data_dir}: {error.strerror or error}",
+                fix="give another --data-dir",
+            ) from error
     train, test = splits["train"], splits["test"]
-    return Source("cifar10", array_digest(train, test), class_names, train, test)
+    return _Contents("cifar10", array_digest(train, test), class_names, train, test)
 
 
 # ------------------------------------------------------------------------------------ archives
@@ -274,11 +312,10 @@ def _cifar10(data_dir: Path) -> Source:
 
 def _archive(
     path: Path, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> Source:
-    roots = {first.parts[0] for first in archive.first_paths(path, 3) if first.parts}
-    for root in (_PYTHON_ROOT, _BINARY_ROOT):
-        if root in roots:
-            return _official_archive(path, root)
+) -> _Contents:
+    if root := cifar10_archive.root_of(path):
+        train, test, class_names = cifar10_archive.read(path, root)
+        return _Contents(shown(path.name), array_digest(train, test), class_names, train, test)
     folder = archive.extract_once(path, data_dir / "extracted")
     try:
         return _folder(folder, shown(path.name), data_dir, image_size, val_fraction, seed)
@@ -290,101 +327,12 @@ def _archive(
         ) from error
 
 
-def _official_archive(path: Path, root: str) -> Source:
-    """The archives of https://www.cs.toronto.edu/~kriz/cifar.html, read without extraction."""
-    is_python = root == _PYTHON_ROOT
-    ending, meta = ("", "batches.meta") if is_python else (".bin", "batches.meta.txt")
-    read = _read_python_batch if is_python else _read_binary_batch
-    batches = [f"{name}{ending}" for name in _BATCHES]
-    files: dict[str, bytes] = {}
-    with archive.TarGz(path) as members:
-        if is_python and (digest := members.sha256()) != _PYTHON_ARCHIVE_SHA256:
-            raise CifarJaxError(
-                ExitCode.DATA,
-                f"{path} is not CIFAR-10's own: it holds pickles, which are programs, and its "
-                f"SHA-256 is {digest[:12]}..., not {_PYTHON_ARCHIVE_SHA256[:12]}...",
-                fix="use the binary version, whose content needs no pickle, or image folders",
-            )
-        for member, _ in members:
-            if str(member.parent) == root and member.name in (*batches, meta):
-                files[member.name] = b"".join(members.content())
-    try:
-        if missing := {*batches, meta} - files.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if is_python:
-            class_names = tuple(_unpickle(files[meta])["label_names"])
-        else:
-            class_names = tuple(files[meta].decode().split())
-        *parts, test_part = [read(files[name]) for name in batches]
-        train = Split(
-            np.concatenate([images for images, _ in parts]),
-            np.concatenate([labels for _, labels in parts]),
-        )
-        test = Split(*test_part)
-        for split in (train, test):
-            if split.labels.max() >= len(set(class_names)):
-                raise ValueError(f"label {split.labels.max()} has none of the class names")
-    except (KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise CifarJaxError(
-            ExitCode.DATA,
-            f"{path} is laid out like CIFAR-10's own archive, but cannot be read as it: "
-            f"{type(error).__name__} {error}",
-            fix="download it again",
-        ) from error
-    return Source(shown(path.name), array_digest(train, test), class_names, train, test)
-
-
-def _read_binary_batch(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Records of a label byte and 3 x 32 x 32 pixel bytes."""
-    if not 0 < len(content) <= _MOST_RECORDS * _RECORD_BYTES:
-        raise ValueError(f"a batch has 1 to {_MOST_RECORDS:,} images of {_RECORD_BYTES:,} bytes")
-    records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
-    return _channels_last(records[:, 1:]), records[:, 0].astype(np.int32)
-
-
-def _read_python_batch(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    batch = _unpickle(content)
-    return _channels_last(np.asarray(batch["data"], np.uint8)), np.asarray(
-        batch["labels"], np.int32
-    )
-
-
-def _channels_last(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """``[N, C*H*W]`` -> ``[N, H, W, C]``."""
-    return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """A pickle is a program; this one may make NumPy arrays and plain values, and nothing else."""
-
-    _ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image file needs")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def _unpickle(content: bytes) -> dict[str, Any]:
-    # The official files were written by Python 2, whose strings are bytes.
-    loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    return {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
-
-
 # ------------------------------------------------------------------------------- image folders
 
 
 def _folder(
     root: Path, name: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> Source:
+) -> _Contents:
     """A folder in the layout of torchvision's ImageFolder, with splits or flat.
 
     ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
@@ -392,7 +340,7 @@ def _folder(
     """
     with reading(root):
         root = _unwrap(root)
-        present = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+        present = _split_folders(root)
     if present and ("train" not in present or len(present) == 1):
         raise CifarJaxError(
             ExitCode.DATA,
@@ -408,20 +356,53 @@ def _folder(
         _check_same_classes(roots[first], class_names, roots[other], listings[other].class_names)
     _print_remarks(root, class_names, sum((x.ignored for x in listings.values()), Counter()))
 
-    shape = probe_shape(listings[first].one_of_each_class(), image_size)
+    some = [listing.evenly_spread(_SHAPE_SAMPLE) for listing in listings.values()]
+    shape = probe_shape(np.concatenate([listings[first].one_of_each_class(), *some]), image_size)
     splits = {
         split: Split(ImageFiles(listing.paths, shape, image_size is not None), listing.labels)
         for split, listing in listings.items()
     }
+    drawn: frozenset[SplitName] = frozenset()
     if "all" in splits:
         train, test = split_off(splits["all"], val_fraction, np.random.default_rng([seed, 1]))
-        val = None
+        val, drawn = None, frozenset({"train", "test"})
     else:
         train, test = splits["train"], splits.get("test") or splits["val"]
         val = splits["val"] if len(splits) == 3 else None
     sizes = b"".join(listings[split].sizes for split in sorted(listings))
     digest = hashlib.sha256(sizes).hexdigest()
-    return Source(name, digest, class_names, train, test, val)
+    return _Contents(name, digest, class_names, train, test, val, drawn)
+
+
+def _split_folders(root: Path) -> list[str]:
+    """Which of ``train``, ``val`` and ``test`` are there; none in a folder of class folders.
+
+    Raises:
+        CifarJaxError: data; there are folders that must be meant as splits, by other names.
+    """
+    names = [folder.name for folder in folders_and_files(root)[0]]
+    present = [split for split in _SPLIT_FOLDERS if split in names]
+    meant = {
+        name: split
+        for split, spellings in _SPLIT_FOLDERS.items()
+        for name in names
+        if name not in _SPLIT_FOLDERS and name.casefold() in spellings
+    }
+    # 'valid' and 'test' alone may be classes.
+    if meant and (present or "train" in meant.values()):
+        renamed = ", ".join(f"{shown(name)}/ to {split}/" for name, split in meant.items())
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"{shown(root)} has {' and '.join(f'{shown(name)}/' for name in meant)}, and splits "
+            "are looked for in train/, val/ and test/",
+            fix=f"rename {renamed}",
+        )
+    if present and (others := [name for name in names if name not in present]):
+        print(
+            f"{shown(root)}: ignored beside {' and '.join(f'{split}/' for split in present)}: "
+            f"{', '.join(f'{shown(name)}/' for name in others[:5])}"
+        )
+    return present
 
 
 def _unwrap(root: Path) -> Path:

@@ -38,6 +38,7 @@ class TrainedNetwork:
         image_shape: ``(H, W, C)`` of the images of training.
         mean, std: of each channel, in units of 0..1; images are normalised by them.
         variables: ``params`` and ``batch_stats`` with NumPy leaves.
+        data_digest: of what it was trained on, as in ``Dataset``.
     """
 
     config: TrainConfig
@@ -46,6 +47,7 @@ class TrainedNetwork:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     variables: Variables
+    data_digest: str = UNKNOWN_DATA
 
     @property
     def model(self) -> nn.Module:
@@ -73,6 +75,7 @@ def load(path: Path) -> TrainedNetwork:
     metadata = checkpoint.restore_metadata(step)
     try:
         network = parse_description(metadata)
+        digest = str(metadata["data"]["digest"])
         # The shapes to read are those of the network, whatever amount of memory a file may claim.
         like = _shapes(network.config, len(network.class_names), network.image_shape)
     except (*DESCRIBES_NONE, CifarJaxError) as error:
@@ -83,7 +86,7 @@ def load(path: Path) -> TrainedNetwork:
             fix="use the version of cifar_jax that wrote it",
         ) from error
     state = jax.device_get(checkpoint.restore(step, like).state)
-    return dataclasses.replace(network, variables=dict(state.variables))
+    return dataclasses.replace(network, variables=dict(state.variables), data_digest=digest)
 
 
 # What :func:`parse_description` raises, besides the ``CifarJaxError`` of a config.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import gzip
 import hashlib
 import http.server
@@ -23,6 +25,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-from cifar_jax import archive, listing, sources
+from cifar_jax import archive, cifar10_archive, listing, sources
+from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.listing import list_images
 from cifar_jax.network_metadata import network_of
@@ -418,7 +422,7 @@ def test_what_a_killed_extraction_leaves_is_removed(image_folder: Path, tmp_path
     program = """
         class Killed(archive.TarGz):
             def content(self):
-                if len(list(into.glob(".incomplete-*/*/*/*/*"))) == 30:
+                if len(list(into.glob(".incomplete-*/*/*/*/*/*"))) == 30:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().content()
         archive.TarGz = Killed"""
@@ -439,7 +443,8 @@ def test_of_two_processes_one_extracts_and_the_other_waits(
     path, into = tgz_of(image_folder, tmp_path / "images.tar.gz"), tmp_path / "into"
     into.mkdir()
     program = """
-        archive._QUIET_SECONDS = 0.1
+        from cifar_jax import lock
+        lock._QUIET_SECONDS = 0.1
         extract = archive._extract
         archive._extract = lambda *arguments: print("extracting") or extract(*arguments)"""
     with (into / ".lock").open("w") as lock:
@@ -453,6 +458,36 @@ def test_of_two_processes_one_extracts_and_the_other_waits(
     assert sorted(map(len, said)) == [1, 2]
     assert {lines[-1] for lines in said} == {str(next(into.glob("images-*")))}
     assert contents(Path(said[0][-1]) / image_folder.name) == contents(image_folder)
+
+
+@pytest.mark.fault("D13")
+def test_where_there_are_no_locks_each_extracts_and_the_first_stays(
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, into = tgz_of(image_folder, tmp_path / "images.tar.gz"), tmp_path / "into"
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    extract = archive._extract
+
+    def another_is_faster(members: Any, *rest: Any) -> None:
+        (into / ".incomplete-of-another").mkdir()
+        with archive.TarGz(path) as again:
+            extract(again, *rest)
+        extract(members, *rest)
+
+    monkeypatch.setattr(archive, "_extract", another_is_faster)
+    folder = archive.extract_once(path, into)
+    assert contents(folder / image_folder.name) == contents(image_folder)
+    assert {file.name for file in into.iterdir()} == {
+        *(".lock", ".incomplete-of-another", folder.name)
+    }
+    assert f"warning: no lock on {into}" in capsys.readouterr().out
 
 
 @pytest.mark.fault("D14")
@@ -516,7 +551,7 @@ def official(path: Path, files: dict[str, bytes], ending: str) -> Path:
 
 def trust(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(sources, "_PYTHON_ARCHIVE_SHA256", digest)
+    monkeypatch.setattr(cifar10_archive, "_PYTHON_ARCHIVE_SHA256", digest)
 
 
 @pytest.mark.parametrize("ending", ["py", "bin"])
@@ -564,7 +599,7 @@ def test_no_pickle_of_another_archive_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pickle, "Unpickler", None)
-    monkeypatch.setattr(sources, "_unpickle", None)
+    monkeypatch.setattr(cifar10_archive, "_unpickle", None)
     path = official(tmp_path / "x.tar.gz", python_files(2), "py")
     with pytest.raises(CifarJaxError, match=r"SHA-256 is .*, not 6d958be07457.*") as caught:
         load_dataset(str(path))
@@ -621,7 +656,7 @@ def with_too_many_images(files: dict[str, bytes]) -> None:
 def test_a_binary_archive_must_be_of_whole_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, message: str
 ) -> None:
-    monkeypatch.setattr(sources, "_MOST_RECORDS", 20)
+    monkeypatch.setattr(cifar10_archive, "_MOST_RECORDS", 20)
     files = binary_files(20)
     damage(files)
     path = official(tmp_path / "x.tar.gz", files, "bin")
@@ -735,6 +770,32 @@ def test_before_a_download_its_host_is_asked(tfds_from: Any, kind: str, reason: 
     tfds_from(kind)
     obstacle = sources._download_obstacle()
     assert obstacle == reason or re.search(str(reason), str(obstacle))
+
+
+@pytest.mark.fault("D10")
+def test_of_two_processes_one_prepares_cifar10(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads stand for them: each opens the lock by itself."""
+    info = tmp_path / "data" / "cifar10" / "3.0.2" / "dataset_info.json"
+    split = Split(np.zeros((20, 32, 32, 3), np.uint8), np.arange(20, dtype=np.int32) % 10)
+    downloads = []
+
+    def read_cifar10(data_dir: Path, *, download: bool) -> Any:
+        downloads.append(download)
+        if download:
+            time.sleep(0.2)
+            info.parent.mkdir(parents=True)  # as tfds, whose renaming fails if it is there
+            info.touch()
+        return {"train": split, "test": split}, tuple(NAMES)
+
+    monkeypatch.setattr("cifar_jax.input_pipeline.read_cifar10", read_cifar10)
+    monkeypatch.setattr(sources, "_download_obstacle", lambda: None)
+    with ThreadPoolExecutor(2) as pool:
+        load = functools.partial(load_dataset, "cifar10", data_dir=str(tmp_path / "data"))
+        both = [pool.submit(load) for _ in range(2)]
+        assert [len(each.result().train) for each in both] == [18, 18]
+    assert sorted(downloads) == [False, True]
 
 
 # ------------------------------------------------------------------------------ kept listings

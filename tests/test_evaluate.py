@@ -118,7 +118,8 @@ def test_labels_follow_the_network_not_the_folder(trained_run: Path, tmp_path: P
 
 
 def test_images_of_another_size_are_resized(trained_run: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "data", {"bird": 10, "cat": 10, "frog": 10}, size=13)
+    for split in ("train", "test"):
+        write_images(tmp_path / "data" / split, {"bird": 1, "cat": 1, "frog": 1}, size=13)
     found = evaluate(
         EvaluateOptions(str(trained_run), data=str(tmp_path / "data"), output=str(tmp_path))
     )
@@ -140,6 +141,24 @@ def test_other_classes_are_refused_and_both_listed(trained_run: Path, tmp_path: 
         load_labelled(converted, "test", data=None, data_dir=None)
 
 
+def test_no_split_is_drawn_from_other_data_than_in_training(
+    trained_run: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """It would hold images that were trained on. A test set of its own may be of any data."""
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    network = trained.load(trained_run)
+    assert len(load_labelled(network, "val", data=str(data), data_dir=None)) == 9
+    (data / "train" / "cat" / "003.png").unlink()
+    for split in ("train", "val"):
+        with pytest.raises(CifarJaxError, match=f"^--split {split}: data has changed") as caught:
+            load_labelled(network, split, data=str(data), data_dir=None)
+        assert caught.value.exit_code == ExitCode.DATA
+    assert len(load_labelled(network, "test", data=str(data), data_dir=None)) == 21
+    with pytest.raises(CifarJaxError, match=r"^--split test: train has changed"):
+        load_labelled(network, "test", data=str(data / "train"), data_dir=None)
+
+
 def test_arrays_of_another_shape_are_refused(trained_run: Path, tmp_path: Path) -> None:
     network = trained.load(trained_run)
     from cifar_jax.shapes import CLASS_NAMES
@@ -156,7 +175,7 @@ def test_a_split_without_images_is_refused(trained_run: Path, tmp_path: Path) ->
     write_images(tmp_path / "flat", {"bird": 1, "cat": 1, "frog": 1})
     network = trained.load(trained_run)
     all_held_out = dataclasses.replace(network.config, val_fraction=0.99)
-    network = dataclasses.replace(network, config=all_held_out)
+    network = dataclasses.replace(network, config=all_held_out, data_digest=trained.UNKNOWN_DATA)
     with pytest.raises(CifarJaxError, match="--split train: flat has no such images"):
         load_labelled(network, "train", data=str(tmp_path / "flat"), data_dir=None)
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_images
+from PIL import Image
 
 from cifar_jax import sources
 from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.sources import load_dataset
+from cifar_jax.sources import load_dataset, load_splits
 
 
 @pytest.fixture
@@ -151,6 +152,71 @@ def test_greyscale_and_other_sizes(tmp_path: Path) -> None:
     assert load_dataset(str(tmp_path), image_size=6).image_shape == (6, 6, 1)
     with pytest.raises(CifarJaxError, match=r"--image-size 6 with --data shapes, whose .* 32x32"):
         load_dataset("shapes", image_size=6)
+
+
+@pytest.mark.fault("C5")
+def test_one_image_in_colour_makes_a_data_set_colour(tmp_path: Path) -> None:
+    """Also where each class and each split begin with grey ones."""
+    for split in ("train", "test"):
+        write_images(tmp_path / split, {"a": 10, "b": 10}, mode="L")
+    assert load_dataset(str(tmp_path)).image_shape == (8, 8, 1)
+    for path in ("test/b/007.png", "train/a/004.png"):
+        grey = (tmp_path / path).read_bytes()
+        Image.new("RGB", (8, 8), "red").save(tmp_path / path)
+        assert load_dataset(str(tmp_path)).image_shape == (8, 8, 3)
+        (tmp_path / path).write_bytes(grey)
+
+
+@pytest.mark.fault("C5")
+def test_one_that_was_passed_over_is_not_made_grey_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_SHAPE_SAMPLE", 2)
+    write_images(tmp_path, {"a": 10, "b": 10}, mode="L")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a" / "004.png")
+    with pytest.raises(CifarJaxError, match=r"a/004\.png is in colour, .*greyscale\. Fix: make it"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.fault("C24")
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("Train", "Test"), r"has Train/ and Test/, .* Fix: rename Train/ to train/, Test/ to te"),
+        (("train", "test", "valid"), "has valid/, .* Fix: rename valid/ to val/"),
+        (("training", "val"), "has training/, .* Fix: rename training/ to train/"),
+    ],
+)
+def test_splits_by_another_name_are_no_classes(
+    tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
+    for name in names:
+        write_images(tmp_path / name, {"a": 3, "b": 3})
+    with pytest.raises(CifarJaxError, match=message):
+        load_dataset(str(tmp_path))
+
+
+def test_folders_beside_the_splits_are_told_and_classes_may_be_called_as_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "test", "drafts"):
+        write_images(tmp_path / "splits" / name, {"a": 3, "b": 3})
+    load_dataset(str(tmp_path / "splits"))
+    assert "splits: ignored beside train/ and test/: drafts/" in capsys.readouterr().out
+    write_images(tmp_path / "flat", {"invalid": 3, "valid": 3})
+    assert load_dataset(str(tmp_path / "flat")).class_names == ("invalid", "valid")
+
+
+def test_what_is_drawn_at_random_is_told(image_folder: Path, tmp_path: Path) -> None:
+    def drawn(source: Path, **options: Any) -> set[str]:
+        return set(load_splits(str(source), **options).drawn)
+
+    assert drawn(image_folder) == {"train", "val"}
+    assert drawn(image_folder / "train") == {"train", "val", "test"}
+    shutil.copytree(image_folder, tmp_path / "data")
+    shutil.copytree(image_folder / "test", tmp_path / "data" / "val")
+    assert drawn(tmp_path / "data") == set()
+    assert drawn(tmp_path / "data", max_train_examples=10) == {"train"}
 
 
 def test_the_digest_follows_names_and_sizes(image_folder: Path, tmp_path: Path) -> None:
