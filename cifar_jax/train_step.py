@@ -31,6 +31,10 @@ class TrainState(struct.PyTreeNode):
     def variables(self) -> Variables:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
+    @property
+    def n_params(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
 
 def initial_train_state(
     model: nn.Module, tx: optax.GradientTransformation, image_shape: ImageShape, seed: int

@@ -772,7 +772,7 @@ def test_before_a_download_its_host_is_asked(tfds_from: Any, kind: str, reason: 
     assert obstacle == reason or re.search(str(reason), str(obstacle))
 
 
-@pytest.mark.fault("D10")
+@pytest.mark.fault("D13")
 def test_of_two_processes_one_prepares_cifar10(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

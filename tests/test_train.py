@@ -524,12 +524,12 @@ def launch(
 @pytest.mark.parametrize(
     ("where", "signum", "said"),
     [
-        ("cifar_jax.loop.load_dataset", signal.SIGTERM, "nothing was under way"),
+        ("cifar_jax.start.load_dataset", signal.SIGTERM, "nothing was under way"),
         ("cifar_jax.device_input.make_advance", signal.SIGTERM, "nothing was under way"),
         ("cifar_jax.loop._validate", signal.SIGTERM, "step 5 is saved"),
         ("cifar_jax.checkpoint.save", signal.SIGINT, "step 5 is saved"),
-        ("cifar_jax.loop._test_and_report", signal.SIGTERM, "all training is saved"),
-        ("cifar_jax.loop._test_and_report", signal.SIGINT, "--resume --workdir"),
+        ("cifar_jax.loop.test_and_report", signal.SIGTERM, "all training is saved"),
+        ("cifar_jax.loop.test_and_report", signal.SIGINT, "--resume --workdir"),
     ],
 )
 def test_a_signal_in_any_phase_ends_the_run_cleanly(

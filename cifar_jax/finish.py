@@ -1,0 +1,77 @@
+"""The end of a training run: its curves, and its score on the test set."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from typing import Any
+
+import jax
+
+from cifar_jax import checkpoint
+from cifar_jax.distributed import is_first
+from cifar_jax.errors import CifarJaxError
+from cifar_jax.files import write_atomically
+from cifar_jax.metrics import best_row
+from cifar_jax.run import Progress, Run, versions
+
+
+def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
+    """Score the best epoch on the test set, which nothing has seen before, and write the report."""
+    config, dataset, history = run.config, run.dataset, progress.history
+    best = best_row(history)
+    try:
+        state = checkpoint.restore(run.checkpoints / str(best["step"]), like=progress.state).state
+    except CifarJaxError as error:
+        print(f"warning: {error} The last epoch is scored in its place.")
+        best, state = history[-1], progress.state
+    test = run.evaluate(state.variables, dataset.test)
+    report = {
+        "data": {"name": dataset.name, "digest": dataset.digest},
+        "model": config.model,
+        "n_params": progress.state.n_params,
+        "n_train": len(dataset.train),
+        "n_val": len(dataset.val),
+        "n_test": len(dataset.test),
+        "val_accuracy": best["val_accuracy"],
+        "test_accuracy": test.accuracy,
+        "test_loss": test.mean_loss,
+        "test_correct": int(test.correct),
+        "epochs": len(history),
+        "steps": progress.step,
+        "best_step": best["step"],
+        "train_seconds": sum(row["seconds"] for row in history),
+        # The epochs have equal numbers of images, so this is all images by all their time.
+        "images_per_second": statistics.harmonic_mean(
+            [row["images_per_second"] for row in history]
+        ),
+        "devices": len(run.devices),
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "device_kind": run.devices[0].device_kind,
+        "seed": config.seed,
+        "versions": versions(),
+        # After the last step, where a resumed run must arrive; what was scored is best_step.
+        "params_sha256": checkpoint.tree_sha256(jax.device_get(progress.state.params)),
+    }
+    if is_first():
+        write_atomically(run.workdir / "report.json", json.dumps(report, indent=2) + "\n")
+    print(
+        f"test on {dataset.name}: accuracy {100 * test.accuracy:.2f} % ({test.correct:.0f} of "
+        f"{test.count:.0f}), loss {test.mean_loss:.4f}, with epoch {best['epoch']}"
+        f"{', the best by validation' if best == best_row(history) else ''}\n"
+        f"in {run.workdir}: report.json, metrics.jsonl, config.json, plots/curves.png, checkpoints/"
+    )
+    return report
+
+
+def draw_curves(run: Run, progress: Progress) -> None:
+    from cifar_jax.plots import save_curves  # half a second of matplotlib, which no step needs
+
+    title = f"{run.config.model} on {run.dataset.name}"
+    path = run.workdir / "plots" / "curves.png"
+    try:
+        save_curves(progress.history, title, path)
+    except OSError as error:  # a full disk, say, of which the run itself has more to tell
+        print(f"warning: cannot draw {path}: {error.strerror}")

@@ -1,0 +1,82 @@
+"""What a training run is made of, and how far it has come."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import optax
+
+from cifar_jax import __version__
+from cifar_jax.config import TrainConfig, to_json
+from cifar_jax.dataset import Dataset
+from cifar_jax.files import write_atomically
+from cifar_jax.metrics import EpochRow, RunningSums
+from cifar_jax.parallel import Advance, Evaluate
+from cifar_jax.train_step import TrainState
+from cifar_jax.workdir import checkpoints_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of, and does not change as it goes."""
+
+    config: TrainConfig
+    workdir: Path
+    dataset: Dataset
+    devices: Sequence[jax.Device]
+    schedule: optax.Schedule
+    advance: Advance
+    evaluate: Evaluate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.dataset.train) // self.config.batch_size
+
+    @property
+    def checkpoints(self) -> Path:
+        return checkpoints_of(self.workdir)
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds, and all that a resumed run needs.
+
+    Attributes:
+        state: the training state after ``state.step`` steps.
+        history: a row for each epoch done.
+        sums: training sums of the epoch under way.
+        seconds: what the epoch under way has taken.
+    """
+
+    state: TrainState
+    history: list[EpochRow] = dataclasses.field(default_factory=list)
+    sums: RunningSums = dataclasses.field(default_factory=RunningSums)
+    seconds: float = 0.0
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+
+def write_config(config: TrainConfig, workdir: Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    packages = (
+        *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+        *("tensorflow-cpu", "tensorflow"),  # the one or the other
+    )
+    versions = {"cifar_jax": __version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
