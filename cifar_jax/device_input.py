@@ -28,10 +28,10 @@ from cifar_jax.parallel import (
     Advance,
     Evaluate,
     compile_step,
-    of_this_process,
+    local_devices,
+    local_rows,
     replicate,
-    rows_of_this_process,
-    to_floats,
+    sum_on_host,
 )
 from cifar_jax.train_step import Sums, TrainState, Variables, eval_step
 
@@ -54,7 +54,7 @@ def decode(split: Split) -> Split:
 
 def room_mb(devices: Sequence[jax.Device]) -> int:
     """Megabytes of images that each device can take."""
-    own = of_this_process(devices)
+    own = local_devices(devices)
     stats = own[0].memory_stats()
     if stats is not None:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
@@ -91,9 +91,9 @@ def make_advance(
     """Put ``split`` on the devices, and compile ``step`` for as many steps as a dispatch takes."""
     del first_step  # each call says where it is
     held = _place(split, devices)
-    batch_size, n_devices = config.batch_size, len(of_this_process(devices))
+    batch_size, n_devices = config.batch_size, len(local_devices(devices))
     steps_per_epoch = len(split) // batch_size
-    rows = rows_of_this_process(batch_size, devices)
+    rows = local_rows(batch_size, devices)
     many_steps = _scan(step)
     order_of = functools.lru_cache(maxsize=1)(
         functools.partial(epoch_order, len(split), config.seed)
@@ -140,8 +140,8 @@ def make_evaluate(
 ) -> Evaluate:
     """As :func:`cifar_jax.host_input.make_evaluate`, with the images on the devices."""
     batch_size = -(-batch_size // len(devices)) * len(devices)
-    rows = rows_of_this_process(batch_size, devices)
-    n_devices = len(of_this_process(devices))
+    rows = local_rows(batch_size, devices)
+    n_devices = len(local_devices(devices))
     bound_step = functools.partial(
         eval_step, model=model, mean=dataset.mean, std=dataset.std, axis_name=AXIS_NAME
     )
@@ -174,7 +174,7 @@ def make_evaluate(
         def evaluate(variables: Variables) -> RunningSums:
             total = RunningSums()
             for dispatch in dispatches:
-                total.add(to_floats(compiled(variables, dispatch)))
+                total.add(sum_on_host(compiled(variables, dispatch)))
             return total
 
         return evaluate

@@ -20,10 +20,10 @@ from cifar_jax.parallel import (
     Evaluate,
     compile_step,
     empty_batch,
-    of_this_process,
-    rows_of_this_process,
+    local_devices,
+    local_rows,
     shard,
-    to_floats,
+    sum_on_host,
 )
 from cifar_jax.train_step import Sums, TrainState, Variables, eval_step
 
@@ -37,7 +37,7 @@ def make_advance(
     first_step: int,
 ) -> Advance:
     """Compile ``step``, and start reading ``split`` from ``first_step`` on: a step at a time."""
-    n_devices = len(of_this_process(devices))
+    n_devices = len(local_devices(devices))
     empty = empty_batch(config.batch_size, split.image_shape, devices)
     empty["signal"] = np.zeros(n_devices, np.int32)
     compiled = compile_step(step, state, empty, devices, donate_state=True)
@@ -47,7 +47,7 @@ def make_advance(
         seed=config.seed,
         epochs=config.epochs,
         first_step=first_step,
-        rows=rows_of_this_process(config.batch_size, devices),
+        rows=local_rows(config.batch_size, devices),
     )
 
     def advance(
@@ -87,12 +87,12 @@ def make_evaluate(
         devices,
         donate_state=False,
     )
-    rows = rows_of_this_process(batch_size, devices)
+    rows = local_rows(batch_size, devices)
 
     def evaluate(variables: Variables, split: Split) -> RunningSums:
         total = RunningSums()
         for batch in eval_batches(split, batch_size=batch_size, rows=rows):
-            total.add(to_floats(step(variables, shard(batch, devices))))
+            total.add(sum_on_host(step(variables, shard(batch, devices))))
         return total
 
     return evaluate

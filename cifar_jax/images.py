@@ -189,8 +189,8 @@ def _read(path: bytes) -> tuple[bytes, ImageShape]:
         # Without O_NONBLOCK, a pipe that has taken the file's place would be waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            content = os.read(descriptor, _MOST_FILES)
-            if len(content) == _MOST_FILES:
+            content = os.read(descriptor, _FIRST_READ)
+            if len(content) == _FIRST_READ:
                 content += os.read(descriptor, min(os.fstat(descriptor).st_size, MAX_BYTES))
                 if len(content) > MAX_BYTES:
                     raise ValueError(f"has more than {MAX_BYTES >> 20} MB")
@@ -205,7 +205,7 @@ def _read(path: bytes) -> tuple[bytes, ImageShape]:
         raise unusable(path, str(error)) from error
 
 
-_MOST_FILES = 64 * 2**10  # have fewer bytes: they are read in one call
+_FIRST_READ = 64 * 2**10  # bytes; most files have fewer, and are read in one call
 _PNG, _JPEG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 _JPEG_MARKER = re.compile(rb"\xff([^\xff])")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}

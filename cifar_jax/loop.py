@@ -32,7 +32,7 @@ from cifar_jax.metrics import (
     epochs_without_progress,
     table_row,
 )
-from cifar_jax.parallel import to_floats
+from cifar_jax.parallel import sum_on_host
 from cifar_jax.run import Progress, Run, versions, write_config
 from cifar_jax.start import start
 from cifar_jax.stop_signals import StopSignals
@@ -109,7 +109,7 @@ def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
         while len(in_flight) > at_most:
             done, sums = in_flight.popleft()
             signum = signum or int(np.max(np.asarray(sums.pop("signal"))))
-            progress.sums.add(to_floats(sums))
+            progress.sums.add(sum_on_host(sums))
             losses = np.atleast_1d(np.asarray(sums["loss"]))
             for at_step, loss in enumerate(losses, done - len(losses) + 1):
                 if not math.isfinite(loss):

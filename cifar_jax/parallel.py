@@ -64,20 +64,21 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     return [device for i in processes for device in jax.local_devices(process_index=i)[:count]]
 
 
-def of_this_process(devices: Sequence[jax.Device]) -> list[jax.Device]:
+def local_devices(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Those of ``devices`` that are this process's."""
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
-def rows_of_this_process(batch_size: int, devices: Sequence[jax.Device]) -> slice:
+def local_rows(batch_size: int, devices: Sequence[jax.Device]) -> slice:
     """Which images of a global batch are for this process's ``devices``; they stand together."""
     share = batch_size // len(devices)
-    first = devices.index(of_this_process(devices)[0])
-    return slice(first * share, (first + len(of_this_process(devices))) * share)
+    first = devices.index(local_devices(devices)[0])
+    return slice(first * share, (first + len(local_devices(devices))) * share)
 
 
 def shard(batch: dict[str, NDArray[Any]], devices: Sequence[jax.Device]) -> dict[str, NDArray[Any]]:
     """``[B, ...]`` -> ``[D, B/D, ...]``: each device's share of this process's part of a batch."""
-    count = len(of_this_process(devices))
+    count = len(local_devices(devices))
     return {name: x.reshape(count, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
@@ -85,7 +86,7 @@ def empty_batch(
     batch_size: int, image_shape: ImageShape, devices: Sequence[jax.Device]
 ) -> dict[str, NDArray[Any]]:
     """What :func:`shard` makes of a batch of that global size, to compile for: all zeros."""
-    share = (len(of_this_process(devices)), batch_size // len(devices))
+    share = (len(local_devices(devices)), batch_size // len(devices))
     return {
         "image": np.zeros((*share, *image_shape), np.uint8),
         "label": np.zeros(share, np.int32),
@@ -173,6 +174,6 @@ def _place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(place, tree)
 
 
-def to_floats(sums: dict[str, jax.Array]) -> dict[str, float]:
+def sum_on_host(sums: dict[str, jax.Array]) -> dict[str, float]:
     """Sums of one step, or ``[n]`` of n, as the host counts; waits for the steps that make them."""
     return {name: float(np.sum(np.asarray(x), dtype=np.float64)) for name, x in sums.items()}

@@ -23,7 +23,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.layout import Array, Variables
 from cifar_jax.models import Model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import compile_step, shard, to_floats
+from cifar_jax.parallel import compile_step, shard, sum_on_host
 from cifar_jax.train_step import TrainState, normalize, train_step
 
 
@@ -176,7 +176,7 @@ def train_in_lockstep(
         x = np.asarray(normalized(images)).astype(floating)
         ahead.append((layout.nhwc_to_nchw(x), labels))
         their_loss = next(their_losses)
-        total = to_floats(sums)
+        total = sum_on_host(sums)
         yield state, total["loss"] / total["count"], their_loss
 
 

@@ -25,7 +25,7 @@ from cifar_jax.parallel import (
     empty_batch,
     select_devices,
     shard,
-    to_floats,
+    sum_on_host,
 )
 from cifar_jax.train_step import (
     TrainState,
@@ -78,7 +78,7 @@ def run_steps(config: TrainConfig, devices: int, n_steps: int) -> tuple[list[flo
     losses = []
     for batch in make_batches(n_steps, 16):
         state, sums = compiled(state, shard(batch, used))
-        total = to_floats(sums)
+        total = sum_on_host(sums)
         losses.append(total["loss"] / total["count"])
     return losses, jax.device_get(state)
 
