@@ -1,7 +1,8 @@
 """Image files of any kind, as the pixels that a network was trained on. Pillow only.
 
 A JPEG gives the very pixels that training's decoder gives; what else that decoder does is done
-here too: transparency is dropped, and of 16 bits the upper 8 are kept.
+here too: transparency is dropped, and of 16 bits the upper 8 are kept. What it does not do, it is
+spared: a photograph is turned as its EXIF says before it sees it.
 
 The files of a data set are JPEG and PNG alone. Whichever decoder takes them, :func:`read_checked`
 reads them: what their bytes tell before anything is decoded, it has looked at.
@@ -24,7 +25,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from cifar_jax.config import FitName
@@ -196,7 +197,7 @@ def _read(path: bytes) -> tuple[bytes, ImageShape]:
                     raise ValueError(f"has more than {MAX_BYTES >> 20} MB")
         finally:
             os.close(descriptor)
-        return content, _header(content)
+        return _upright(path, content, _header(content))
     except FileNotFoundError as error:
         raise unusable(path, "is not there any more", fix="put it back") from error
     except OSError as error:
@@ -205,6 +206,27 @@ def _read(path: bytes) -> tuple[bytes, ImageShape]:
         raise unusable(path, str(error)) from error
 
 
+def _upright(path: bytes, content: bytes, shape: ImageShape) -> tuple[bytes, ImageShape]:
+    """The image and its shape; if it is to be turned, as another file, which is upright."""
+    if not any(mark in content for mark in _MAY_BE_TURNED):
+        return content, shape
+    with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
+        try:
+            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+            if image.size != (shape[1], shape[0]):  # there is a second header
+                raise ValueError
+            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                return content, shape
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = np.asarray(_eight_bits(image, shape[2]))
+        except Exception as error:  # a damaged file ends in whatever its decoder runs into
+            raise undecodable(path) from error
+    height, width = pixels.shape[:2]
+    return png(pixels, compress_level=0), (height, width, shape[2])
+
+
+# Pillow finds an orientation in EXIF, also in that of PNG's texts, and in XMP.
+_MAY_BE_TURNED = (b"Exif", b"eXIf", b"exif", b":Orientation")
 _FIRST_READ = 64 * 2**10  # bytes; most files have fewer, and are read in one call
 _PNG, _JPEG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 _JPEG_MARKER = re.compile(rb"\xff([^\xff])")
@@ -308,10 +330,11 @@ def _resized(image: Image.Image, image_shape: ImageShape, fit: FitName) -> NDArr
     return np.asarray(image).reshape(height, width, channels)
 
 
-def png(pixels: NDArray[np.uint8]) -> bytes:
+def png(pixels: NDArray[np.uint8], *, compress_level: int = 6) -> bytes:
     """The PNG file of an image ``[H, W]`` or ``[H, W, C]``."""
     file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(file, "PNG")
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+    image.save(file, "PNG", compress_level=compress_level)
     return file.getvalue()
 
 

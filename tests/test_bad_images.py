@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from conftest import write_images
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cifar_jax import host_input, images, input_pipeline
 from cifar_jax.config import TrainConfig
@@ -97,7 +97,11 @@ def without_adobe(jpeg: bytes) -> bytes:
     return jpeg[:start] + jpeg[start + 2 + struct.unpack_from(">H", jpeg, start + 2)[0] :]
 
 
-CMYK = encode(Image.fromarray(np.dstack([RGB, ALPHA]), "CMYK"), "JPEG")
+CMYK_IMAGE = Image.fromarray(np.dstack([RGB, ALPHA]), "CMYK")
+TURNED_CMYK = CMYK_IMAGE.transpose(Image.Transpose.ROTATE_90)
+CMYK = encode(CMYK_IMAGE, "JPEG")
+TURNED = Image.Exif()
+TURNED[ExifTags.Base.Orientation] = 6  # the camera was held upright: turn by 90 degrees
 JPEG = encode(RGB, "JPEG")
 SIXTEEN_BITS = (RGB.astype(np.uint16) * 256 + 255).astype(">u2")
 ODD: dict[str, tuple[bytes, NDArray[Any] | None]] = {  # a JPEG's pixels are what both say
@@ -122,6 +126,10 @@ ODD: dict[str, tuple[bytes, NDArray[Any] | None]] = {  # a JPEG's pixels are wha
     "alpha.png": (encode(np.dstack([RGB, ALPHA]), "PNG"), RGB),
     "a-transparent-colour.png": (encode(RGB, "PNG", transparency=tuple(RGB[0, 0].tolist())), RGB),
     "animated.png": (encode(RGB, "PNG", **FRAMES), RGB),
+    "turned.jpg": (encode(np.rot90(RGB), "JPEG", exif=TURNED), None),
+    "turned.png": (encode(np.rot90(RGB), "PNG", exif=TURNED), RGB),
+    "turned-grey.png": (encode(np.rot90(GREY), "PNG", exif=TURNED), THREE_GREY),
+    "turned-cmyk.jpg": (encode(TURNED_CMYK, "JPEG", exif=TURNED), None),
     "jpeg-in-truth.png": (encode(RGB, "JPEG"), None),
     "png-in-truth.jpg": (encode(RGB, "PNG"), RGB),
 }
@@ -156,6 +164,7 @@ def test_a_data_set_is_grey_if_all_its_images_are(tmp_path: Path) -> None:
     assert channels_of("grey.jpg", "grey.png", "grey-alpha.png", "one-bit.png") == 1
     assert channels_of("grey.jpg", "palette.png") == 3
     assert channels_of("cmyk.jpg") == channels_of("alpha.png") == 3
+    assert channels_of("turned-grey.png") == 1
 
 
 @pytest.mark.fault("C16")
