@@ -46,7 +46,7 @@ def partly_identity(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> j
     return kernel.at[..., :n].set(identity)
 
 
-def unit_deviation(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+def unit_std(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
     """A kernel ``[F, K]``, uniform, with a standard deviation of 1."""
     kernel = uniform(shape[0])(key, shape, dtype)
     return kernel / kernel.std(ddof=1)

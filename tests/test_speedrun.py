@@ -28,7 +28,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 import speedrun
 import speedrun_gains
 from airbench import measure
-from airbench.kernels import norm_gelu
+from airbench.fused import FusedAirbench
 from airbench.optimizer import make_optimizer
 from airbench.recipe import RECIPES, Recipe
 from airbench.run import (
@@ -47,11 +47,12 @@ from airbench.run import (
     train_whole,
     views,
 )
-from cifar_jax import layout, models, shapes, torch_reference
+from cifar_jax import airbench as network
+from cifar_jax import layout, shapes, torch_reference
+from cifar_jax.airbench import Airbench, gelu
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.layer_table import layer_table
-from cifar_jax.models import Airbench, gelu
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
 
 SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
@@ -178,7 +179,7 @@ def test_the_trimmed_convolutions_give_what_the_full_ones_do(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    monkeypatch.setattr(models, "conv3x3", full)
+    monkeypatch.setattr(network, "conv3x3", full)
     in_full = jax.jit(jax.value_and_grad(loss_fn))(variables["params"])
     assert ((1, 0), (1, 0)) in paddings  # so there was something to trim
     for ours, theirs in zip(jax.tree.leaves(trimmed), jax.tree.leaves(in_full), strict=True):
@@ -303,6 +304,27 @@ def test_it_does_so_with_kernels_too(recipe: Recipe) -> None:
         jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_fused_network_has_the_same_variables(deep: bool) -> None:
+    """So its parameters are scored, and stored, as those of the other."""
+    x = jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
+    plain, fused = (network(10, (4, 8), deep) for network in (Airbench, FusedAirbench))
+    expected = jax.eval_shape(plain.init, jax.random.key(0), x)
+    for train in (False, True):
+        assert expected == jax.eval_shape(
+            functools.partial(fused.init, train=train), jax.random.key(0), x
+        )
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_barrier_is_before_the_last_maximum_of_the_fused_network(train: bool) -> None:
+    """What it prevents happens on a GPU alone."""
+    init = functools.partial(FusedAirbench(10, (4,)).init, train=train)
+    program = jax.make_jaxpr(init)(jax.random.key(0), jnp.zeros((2, *SHAPE)))
+    operations = [equation.primitive.name for equation in program.eqns]
+    assert operations[operations.index("reduce_max") - 1] == "optimization_barrier"
+
+
 @pytest.mark.parametrize(
     ("capability", "takes"),
     [({"compute_capability": "9.0"}, True), ({"compute_capability": "8.0"}, True)]
@@ -391,7 +413,7 @@ def test_the_count_of_operations_is_that_of_the_table() -> None:
 def test_a_recipe_is_a_program_of_the_work_that_is_told(name: str, tflop: int) -> None:
     """As a GPU gets it, on all images; no more than traced, as here it would compute for hours."""
     recipe = RECIPES[name]
-    model = Airbench(10, recipe.widths, recipe.deep, norm_gelu, dtype=jnp.float16)
+    model = FusedAirbench(10, recipe.widths, recipe.deep, dtype=jnp.float16)
     setting = Setting(recipe, model, make_optimizer(recipe, 25), (0.5,) * 3, (0.25,) * 3)
     assert round(measure.run_flop(setting, 50_000, 10_000, (32, 32, 3)) / 1e12) == tflop
     state = jax.eval_shape(

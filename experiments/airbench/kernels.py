@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cifar_jax.models import gelu, gelu_slope
+from cifar_jax.airbench import gelu, gelu_slope
 from cifar_jax.pooling import first_winner
 
 _MOST_ROWS = 16
@@ -91,7 +91,7 @@ def _forward(
         grid = _Grid.to_sum(len(x), channels)
         (sums,) = grid.run(functools.partial(_sums, grid), [(x, _BLOCK)], [(jnp.float32, _SUMS)])
     mean, square = sums.sum(0) / grid.rows
-    variance = jnp.maximum(square - mean * mean, 0)  # Flax's faster variance, as in models.py
+    variance = jnp.maximum(square - mean * mean, 0)  # nn.BatchNorm's fast variance
     inverse = lax.rsqrt(variance + epsilon)
     y = gelu(((x.astype(jnp.float32) - mean) * inverse + bias).astype(dtype))
     kept = _Kept(x, winner, mean, inverse, bias)

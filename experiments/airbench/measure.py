@@ -23,10 +23,10 @@ from tqdm import tqdm
 from airbench.optimizer import make_optimizer
 from airbench.recipe import Recipe
 from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
+from cifar_jax.airbench import Airbench
 from cifar_jax.dataset import Split, channel_statistics
 from cifar_jax.initializers import WHITENING
 from cifar_jax.layer_table import layer_table
-from cifar_jax.models import Airbench
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.train_step import initial_train_state
 
@@ -38,11 +38,12 @@ _KERNELS_NAMED = 30
 def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
     """The network, optimizer and normalisation for ``train``."""
     dtype = jnp.dtype(recipe.dtype)
-    model = Airbench(num_classes, recipe.widths, recipe.deep, dtype=dtype)
+    network = Airbench
     if recipe.fused:
-        from airbench.kernels import norm_gelu
+        from airbench.fused import FusedAirbench
 
-        model = model.clone(norm_gelu=norm_gelu)
+        network = FusedAirbench
+    model = network(num_classes, recipe.widths, recipe.deep, dtype=dtype)
     tx = make_optimizer(recipe, len(train) // recipe.batch_size)
     return Setting(recipe, model, tx, *channel_statistics(train.pixels))
 

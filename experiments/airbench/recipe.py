@@ -19,7 +19,7 @@ class Recipe:
         kernel_rate, kernel_momentum: Muon's, for the 3x3 kernels.
         bias_rate, head_rate, momentum, decay: of Nesterov SGD for all else; what decays is this
             divided by the rate, so that it does not grow with it. All rates fall linearly to 0.
-        deep: as in :class:`cifar_jax.models.Airbench`.
+        deep: as in :class:`cifar_jax.airbench.Airbench`.
         crop: pixels that an image is shifted by, at most.
         cutout: side in pixels of a square that is blanked in each image; 0: none is.
         dtype: of activations.
