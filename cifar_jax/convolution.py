@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,13 @@ from cifar_jax.winograd import Padding
 _MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
 
+_LEAVE_IT_OUT = "leave conv_general_dilated=conv3x3 out of that nn.Conv"
+
 _Convolution = Callable[..., jax.Array]
 _Gradients = tuple[jax.Array, jax.Array]
 
 _ALL_ROUND: Padding = ((1, 1), (1, 1))
+_NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def conv3x3(
@@ -50,9 +54,10 @@ def conv3x3(
     *,
     lhs_dilation: Sequence[int] = (1, 1),
     rhs_dilation: Sequence[int] = (1, 1),
+    dimension_numbers: Any = _NHWC,
     feature_group_count: int = 1,
+    precision: Any = None,
     paired: bool = False,
-    **kwargs: object,
 ) -> jax.Array:
     """``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``, as ``nn.Conv`` calls for it.
 
@@ -62,15 +67,23 @@ def conv3x3(
         paired: take neighbouring columns together on a GPU, for fewer channels than it runs well.
 
     Raises:
-        ValueError: it is another convolution than of 3x3 with stride 1 and padding 1.
+        ValueError: it is another convolution than of 3x3 with stride 1 and padding 1, in NHWC and
+            JAX's default precision.
     """
     others = (*strides, *lhs_dilation, *rhs_dilation, feature_group_count)
-    usual = kernel.shape[:2] == (3, 3) and not isinstance(padding, str)
+    usual = kernel.shape[:-2] == (3, 3) and not isinstance(padding, str)
     if not usual or any(n != 1 for n in others) or any(pair[0] != 1 for pair in padding):
         raise ValueError(
-            f"conv3x3 is for kernels of 3x3, stride 1 and padding 1, not for {kernel.shape[:2]}, "
+            f"conv3x3 is for kernels of 3x3, stride 1 and padding 1, not for {kernel.shape[:-2]}, "
             f"strides {strides}, padding {padding}, dilation {rhs_dilation} or groups "
-            f"{feature_group_count}: leave conv_general_dilated=conv3x3 out of that nn.Conv"
+            f"{feature_group_count}: {_LEAVE_IT_OUT}"
+        )
+    given = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    if given != lax.conv_dimension_numbers(x.shape, kernel.shape, _NHWC):
+        raise ValueError(f"conv3x3 is for {_NHWC}, not for {dimension_numbers}: {_LEAVE_IT_OUT}")
+    if precision is not None:
+        raise ValueError(
+            f"conv3x3 is for JAX's default precision, not for {precision!r}: {_LEAVE_IT_OUT}"
         )
     above_and_below, left_and_right = (tuple(pair) for pair in padding)
     return _conv3x3(x, kernel, (above_and_below, left_and_right), paired)
@@ -86,7 +99,7 @@ def plain_conv(
         (stride, stride),
         # Explicit: "SAME" would pad other sides than PyTorch where there is a stride.
         padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=_NHWC,
     )
 
 
