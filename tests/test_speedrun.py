@@ -27,7 +27,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import speedrun
 import speedrun_gains
-from airbench import measure
+from airbench import measure, run
 from airbench.fused import FusedAirbench
 from airbench.optimizer import make_optimizer
 from airbench.recipe import RECIPES, Recipe
@@ -142,17 +142,33 @@ def test_the_mean_answer_is_that_of_six_views() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_score_counts_what_the_mean_answer_names_right() -> None:
+@pytest.mark.parametrize(("n", "in_batches_of"), [(60, 20), (53, 18)])
+def test_the_score_counts_what_the_mean_answer_names_right(
+    n: int, in_batches_of: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches of nearly the recipe's 20, also for a prime number of images."""
     setting, state, examples = small()
+    examples = jax.tree.map(lambda x: x[:n], examples)
+    sizes = set()
+
+    def told(state: TrainState, images: jax.Array, setting: Setting) -> jax.Array:
+        sizes.add(len(images))
+        return mean_logits(state, images, setting)
+
+    monkeypatch.setattr(run, "mean_logits", told)
 
     @jax.jit
     def both(state: TrainState, examples: Examples) -> tuple[jax.Array, jax.Array]:
         right = mean_logits(state, examples.images, setting).argmax(-1) == examples.labels
         return score(state, examples, setting=setting), right.sum()
 
-    scored, counted = both(state, examples)
-    assert scored == counted
-    assert 0 < counted < len(examples.labels)
+    # The second always answers 0, which what fills the last batch must not be counted for.
+    head = {"kernel": jnp.zeros_like(state.params["Dense_0"]["kernel"])}
+    for params in (state.params, {**state.params, "Dense_0": head}):
+        scored, counted = both(state.replace(params=params), examples)
+        assert scored == counted
+        assert 0 < counted < n
+    assert sizes == {in_batches_of}
 
 
 @pytest.mark.parametrize("size", [10, 11, 12])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -193,8 +194,15 @@ def train_step(
 
 
 def score(state: TrainState, test: Examples, *, setting: Setting) -> jax.Array:
-    """How many of ``test`` are named right, by the mean answer to six views of each."""
-    size = max(n for n in range(1, setting.recipe.batch_size + 1) if len(test.labels) % n == 0)
+    """The number of right answers on ``test``, by the mean of the logits for six views of each."""
+    n = len(test.labels)
+    batches = math.ceil(n / setting.recipe.batch_size)
+    size = math.ceil(n / batches)
+    if missing := batches * size - n:  # the last batch is filled up; no answer is the label -1
+        test = Examples(
+            jnp.pad(test.images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+            jnp.pad(test.labels, (0, missing), constant_values=-1),
+        )
 
     def some(examples: Examples) -> jax.Array:
         logits = mean_logits(state, examples.images, setting)
