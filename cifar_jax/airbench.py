@@ -113,7 +113,7 @@ class Airbench(nn.Module):
         return [global_max_pool, head, scale]
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
-        """Under its author's names."""
+        """The names of these layers in its author's script."""
         del image_shape  # nothing is flattened but [B, 1, 1, C]
         names = {WHITENING: "whiten"}
         convs = 3 if self.deep else 2
@@ -137,10 +137,10 @@ class Whitening(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         side, channels = WHITENING_SIDE, x.shape[-1]
-        inputs = side * side * channels
-        shape = (side, side, channels, 2 * inputs)
+        fan_in = side * side * channels
+        shape = (side, side, channels, 2 * fan_in)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", uniform(inputs), (2 * inputs,))
+        bias = self.param("bias", uniform(fan_in), (2 * fan_in,))
         x, kernel, bias = promote_dtype(x, lax.stop_gradient(kernel), bias, dtype=self.dtype)
         y = paired_conv(x, kernel)
         # So that the gradient of the bias is summed over images first, and then over pixels. In one

@@ -1,4 +1,4 @@
-"""The convolutions of the networks, in the forms that XLA runs well; all to within rounding.
+"""The convolutions of the networks, in forms that XLA runs well, and the same to rounding.
 
 Three things are slow on a CPU as JAX gives them.
 
@@ -59,7 +59,9 @@ def conv3x3(
     precision: Any = None,
     paired: bool = False,
 ) -> jax.Array:
-    """``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``, as ``nn.Conv`` calls for it.
+    """The convolution ``[B, H, W, C]``, ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
+
+    For ``nn.Conv(..., conv_general_dilated=conv3x3)``, which calls it with these arguments.
 
     Args:
         padding: 1 above and to the left; without it below or to the right, the last row or column
@@ -92,7 +94,7 @@ def conv3x3(
 def plain_conv(
     x: jax.Array, kernel: jax.Array, padding: Padding = _ALL_ROUND, stride: int = 1
 ) -> jax.Array:
-    """As JAX gives it: ``[B, H, W, C]`` and ``[S, S, C, D]`` -> ``[B, H, W, D]``."""
+    """JAX's own convolution: ``[B, H, W, C]``, ``[S, S, C, D]`` -> ``[B, H', W', D]``."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -130,7 +132,10 @@ def _on_gpu(paired: bool) -> _Convolution:
 
 
 def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """No padding, stride 1: ``[B, H, W, C]`` and ``[2, 2, C, D]`` -> ``[B, H-1, W-1, D]``."""
+    """The convolution without padding: ``[B, H, W, C]``, ``[2, 2, C, D]`` -> ``[B, H-1, W-1, D]``.
+
+    On a GPU it takes neighbouring columns together, as :func:`in_pairs`.
+    """
     none: Padding = ((0, 0), (0, 0))
     return lax.platform_dependent(
         x,
@@ -141,9 +146,9 @@ def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def in_pairs(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """Two neighbouring columns as one pixel, of twice the channels, in and out.
+    """The convolution ``[B, H, W, C]``, ``[S, S, C, D]`` -> ``[B, H', W', D]``, S at most 3.
 
-    ``[B, H, W, C]`` and ``[S, S, C, D]``, S at most 3 -> ``[B, H, W, D]``.
+    It takes two neighbouring columns as one pixel of twice the channels, in and out.
     """
     side, _, channels, features = kernel.shape
     (above, below), (left, right) = padding
@@ -193,26 +198,28 @@ def _gradients(
     padding: Padding, paired: bool, x: jax.Array, kernel: jax.Array, gradient: jax.Array
 ) -> _Gradients:
     convolve = functools.partial(_on_gpu(paired), padding=padding)
-    of_x, of_kernel = jax.vjp(convolve, x, kernel)[1](gradient)
-    return of_x, of_kernel
+    dx, dkernel = jax.vjp(convolve, x, kernel)[1](gradient)
+    return dx, dkernel
 
 
 def _gradients_as_convolutions(
     padding: Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
 ) -> _Gradients:
-    """Both gradients are convolutions: of x, one of ``gradient`` with the kernel turned by 180
-    degrees; of the kernel, one of x with ``gradient``.
+    """The gradients with respect to ``x`` and ``kernel``, each a convolution.
+
+    The first is one of ``gradient`` with the kernel turned by 180 degrees, the second one of ``x``
+    with ``gradient``.
     """
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     (above, below), (left, right) = padding
     back = ((2 - above, 2 - below), (2 - left, 2 - right))
     if winograd.pays(x, kernel):
-        of_kernel = winograd.kernel_gradient(x, gradient, padding)
-        return winograd.convolve(gradient, turned, back), of_kernel
-    of_x = plain_conv(gradient, turned, back)
+        dkernel = winograd.kernel_gradient(x, gradient, padding)
+        return winograd.convolve(gradient, turned, back), dkernel
+    dx = plain_conv(gradient, turned, back)
     # [C, H, W, B] by [H, W, B, D] -> [C, 3, 3, D]: the images are the channels here.
-    of_kernel = plain_conv(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)
-    return of_x, of_kernel.transpose(1, 2, 0, 3)
+    dkernel = plain_conv(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)
+    return dx, dkernel.transpose(1, 2, 0, 3)
 
 
 _conv3x3.defvjp(_forward, _backward)

@@ -42,7 +42,7 @@ def conv_block(
 
 
 def space_to_depth(x: jax.Array, side: int) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[B, H/side, W/side, C*side*side]``, ``torch.nn.PixelUnshuffle``'s.
+    """``[B, H, W, C]`` -> ``[B, H/side, W/side, C*side*side]``, as ``torch.nn.PixelUnshuffle``.
 
     Raises:
         CifarJaxError: data; ``side`` does not divide H and W.
@@ -127,7 +127,7 @@ class ConvNet(nn.Module):
         return flat
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
-        """Where the tutorial's ``self.network = nn.Sequential(...)`` keeps the same layers."""
+        """The names of these layers in the tutorial's ``self.network = nn.Sequential(...)``."""
         height, width, channels = image_shape
         height, width = height // self.patch_size, width // self.patch_size
         names: dict[str, str] = {}
@@ -193,7 +193,7 @@ class ResNet9(nn.Module):
         return nn.Sequential(layers)(x)
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
-        """Under the names that the tutorial's successor gives: ``conv1.0.weight`` and so on."""
+        """The names of these layers in the tutorial's successor: ``conv1.0`` and so on."""
         del image_shape  # nothing is flattened but [B, 1, 1, C]
         blocks = ("conv1", "conv2", "res1.0", "res1.1", "conv3", "conv4", "res2.0", "res2.1")
         names: dict[str, str] = {}

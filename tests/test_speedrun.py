@@ -36,12 +36,12 @@ from airbench.run import (
     Batch,
     Examples,
     Setting,
+    crop_and_flip,
     cut_out,
     draw_batches,
     mean_logits,
     reflect_pad,
     score,
-    show,
     train_and_score,
     train_step,
     train_whole,
@@ -105,7 +105,7 @@ def test_a_batch_is_cut_from_the_padded_images() -> None:
     batch = Batch(
         jnp.array([5, 0, 7]), jnp.array([[0, 4], [2, 2], [3, 1]]), jnp.array([False, True, True])
     )
-    shown = np.asarray(show(reflect_pad(jnp.asarray(images), 2), batch, 2))
+    shown = np.asarray(crop_and_flip(reflect_pad(jnp.asarray(images), 2), batch, 2))
     np.testing.assert_array_equal(shown[0], padded[5, 0:12, 4:16])
     np.testing.assert_array_equal(shown[1], images[0][:, ::-1])  # the middle is the image itself
     np.testing.assert_array_equal(shown[2], padded[7, 3:15, 1:13][:, ::-1])
@@ -369,7 +369,7 @@ def check_training(recipe: Recipe) -> None:
         drawn = draw_batches(jax.random.key(epoch), jnp.zeros(60, bool), epoch, recipe)
         for i in range(3):
             batch = jax.tree.map(lambda x, i=i: x[i], drawn)
-            images = normalize(show(padded, batch, recipe.crop), setting.mean, setting.std)
+            images = normalize(crop_and_flip(padded, batch, recipe.crop), setting.mean, setting.std)
             if recipe.cutout:
                 images = cut_out(images, batch.hole, recipe.cutout)
             labels = np.asarray(examples.labels)[np.asarray(batch.index)]

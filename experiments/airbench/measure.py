@@ -1,4 +1,4 @@
-"""Runs one after the other, each timed; and what they come to."""
+"""Timed runs: what they come to, their floating-point operations, and where a GPU's time goes."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> float:
     """Floating-point operations of convolutions and the head in a run.
 
-    Of the convolutions as they are written, whatever form of them computes it: Winograd's, on a
-    CPU, multiplies less, and pairs of columns, on a GPU, more. A multiply-accumulate is two. A
+    Convolutions are counted as they are written, whatever form of them is computed: Winograd's, on
+    a CPU, multiplies less, and pairs of columns, on a GPU, more. A multiply-accumulate is two. A
     layer's forward pass, the gradient of its kernel and that of its input cost the same. Of the
     whitening only the first is needed, of the layer after it the last only while the whitening's
     bias learns.
@@ -179,7 +179,7 @@ def ceiling_flops(dtype: str, side: int) -> float:
 
 
 def kernels(run: Run) -> dict[str, Any]:
-    """Where a GPU's time goes in one run: seconds by kind of kernel, and those that take most.
+    """Seconds of a GPU in one run: by kind of kernel, and of the kernels that take most.
 
     Convolutions are told from the rest by their operations' names, which are XLA's.
     """
