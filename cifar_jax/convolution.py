@@ -1,4 +1,4 @@
-"""The convolutions of the networks, in the forms that XLA runs well; all to within rounding.
+"""The convolutions of the networks, in forms that XLA runs well, and the same to rounding.
 
 Three things are slow on a CPU as JAX gives them.
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,13 @@ from cifar_jax.winograd import Padding
 _MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
 
+_LEAVE_IT_OUT = "leave conv_general_dilated=conv3x3 out of that nn.Conv"
+
 _Convolution = Callable[..., jax.Array]
 _Gradients = tuple[jax.Array, jax.Array]
 
 _ALL_ROUND: Padding = ((1, 1), (1, 1))
+_NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def conv3x3(
@@ -50,11 +54,14 @@ def conv3x3(
     *,
     lhs_dilation: Sequence[int] = (1, 1),
     rhs_dilation: Sequence[int] = (1, 1),
+    dimension_numbers: Any = _NHWC,
     feature_group_count: int = 1,
+    precision: Any = None,
     paired: bool = False,
-    **kwargs: object,
 ) -> jax.Array:
-    """``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H, W, D]``, as ``nn.Conv`` calls for it.
+    """The convolution ``[B, H, W, C]``, ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
+
+    For ``nn.Conv(..., conv_general_dilated=conv3x3)``, which calls it with these arguments.
 
     Args:
         padding: 1 above and to the left; without it below or to the right, the last row or column
@@ -62,15 +69,23 @@ def conv3x3(
         paired: take neighbouring columns together on a GPU, for fewer channels than it runs well.
 
     Raises:
-        ValueError: it is another convolution than of 3x3 with stride 1 and padding 1.
+        ValueError: it is another convolution than of 3x3 with stride 1 and padding 1, in NHWC and
+            JAX's default precision.
     """
     others = (*strides, *lhs_dilation, *rhs_dilation, feature_group_count)
-    usual = kernel.shape[:2] == (3, 3) and not isinstance(padding, str)
+    usual = kernel.shape[:-2] == (3, 3) and not isinstance(padding, str)
     if not usual or any(n != 1 for n in others) or any(pair[0] != 1 for pair in padding):
         raise ValueError(
-            f"conv3x3 is for kernels of 3x3, stride 1 and padding 1, not for {kernel.shape[:2]}, "
+            f"conv3x3 is for kernels of 3x3, stride 1 and padding 1, not for {kernel.shape[:-2]}, "
             f"strides {strides}, padding {padding}, dilation {rhs_dilation} or groups "
-            f"{feature_group_count}: leave conv_general_dilated=conv3x3 out of that nn.Conv"
+            f"{feature_group_count}: {_LEAVE_IT_OUT}"
+        )
+    given = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    if given != lax.conv_dimension_numbers(x.shape, kernel.shape, _NHWC):
+        raise ValueError(f"conv3x3 is for {_NHWC}, not for {dimension_numbers}: {_LEAVE_IT_OUT}")
+    if precision is not None:
+        raise ValueError(
+            f"conv3x3 is for JAX's default precision, not for {precision!r}: {_LEAVE_IT_OUT}"
         )
     above_and_below, left_and_right = (tuple(pair) for pair in padding)
     return _conv3x3(x, kernel, (above_and_below, left_and_right), paired)
@@ -79,14 +94,14 @@ def conv3x3(
 def plain_conv(
     x: jax.Array, kernel: jax.Array, padding: Padding = _ALL_ROUND, stride: int = 1
 ) -> jax.Array:
-    """As JAX gives it: ``[B, H, W, C]`` and ``[S, S, C, D]`` -> ``[B, H, W, D]``."""
+    """JAX's own convolution: ``[B, H, W, C]``, ``[S, S, C, D]`` -> ``[B, H', W', D]``."""
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
         # Explicit: "SAME" would pad other sides than PyTorch where there is a stride.
         padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=_NHWC,
     )
 
 
@@ -117,7 +132,10 @@ def _on_gpu(paired: bool) -> _Convolution:
 
 
 def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """No padding, stride 1: ``[B, H, W, C]`` and ``[2, 2, C, D]`` -> ``[B, H-1, W-1, D]``."""
+    """The convolution without padding: ``[B, H, W, C]``, ``[2, 2, C, D]`` -> ``[B, H-1, W-1, D]``.
+
+    On a GPU it takes neighbouring columns together, as :func:`in_pairs`.
+    """
     none: Padding = ((0, 0), (0, 0))
     return lax.platform_dependent(
         x,
@@ -128,9 +146,9 @@ def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def in_pairs(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """Two neighbouring columns as one pixel, of twice the channels, in and out.
+    """The convolution ``[B, H, W, C]``, ``[S, S, C, D]`` -> ``[B, H', W', D]``, S at most 3.
 
-    ``[B, H, W, C]`` and ``[S, S, C, D]``, S at most 3 -> ``[B, H, W, D]``.
+    It takes two neighbouring columns as one pixel of twice the channels, in and out.
     """
     side, _, channels, features = kernel.shape
     (above, below), (left, right) = padding
@@ -180,26 +198,28 @@ def _gradients(
     padding: Padding, paired: bool, x: jax.Array, kernel: jax.Array, gradient: jax.Array
 ) -> _Gradients:
     convolve = functools.partial(_on_gpu(paired), padding=padding)
-    of_x, of_kernel = jax.vjp(convolve, x, kernel)[1](gradient)
-    return of_x, of_kernel
+    dx, dkernel = jax.vjp(convolve, x, kernel)[1](gradient)
+    return dx, dkernel
 
 
 def _gradients_as_convolutions(
     padding: Padding, x: jax.Array, kernel: jax.Array, gradient: jax.Array
 ) -> _Gradients:
-    """Both gradients are convolutions: of x, one of ``gradient`` with the kernel turned by 180
-    degrees; of the kernel, one of x with ``gradient``.
+    """The gradients with respect to ``x`` and ``kernel``, each a convolution.
+
+    The first is one of ``gradient`` with the kernel turned by 180 degrees, the second one of ``x``
+    with ``gradient``.
     """
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     (above, below), (left, right) = padding
     back = ((2 - above, 2 - below), (2 - left, 2 - right))
     if winograd.pays(x, kernel):
-        of_kernel = winograd.kernel_gradient(x, gradient, padding)
-        return winograd.convolve(gradient, turned, back), of_kernel
-    of_x = plain_conv(gradient, turned, back)
+        dkernel = winograd.kernel_gradient(x, gradient, padding)
+        return winograd.convolve(gradient, turned, back), dkernel
+    dx = plain_conv(gradient, turned, back)
     # [C, H, W, B] by [H, W, B, D] -> [C, 3, 3, D]: the images are the channels here.
-    of_kernel = plain_conv(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)
-    return of_x, of_kernel.transpose(1, 2, 0, 3)
+    dkernel = plain_conv(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)
+    return dx, dkernel.transpose(1, 2, 0, 3)
 
 
 _conv3x3.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Where the kernels of ``airbench`` begin: at the identity, and at a whitening of the images.
+"""How the kernels of ``airbench`` are initialised: as the identity, and to whiten the images.
 
 As in https://github.com/KellerJordan/cifar10-airbench (Jordan, 2024, arXiv:2404.00498, section 3).
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Of airbench's first convolution, which whitens: its name, and the side of its kernel.
+# Airbench's first convolution: its name in the parameters, and the side of its kernel.
 WHITENING, WHITENING_SIDE = "Whitening", 2
 
 Shape = tuple[int, ...]
@@ -20,12 +20,12 @@ Initializer = Callable[..., jax.Array]
 
 # Added to the variances, so that directions without any are not blown up.
 _WHITENING_EPS = 5e-4
-_WHITENING_IMAGES = 5000  # that many give the kernel
+_WHITENING_IMAGES = 5000  # about so many are enough
 
 
-def uniform(inputs: int) -> Initializer:
-    """PyTorch's default for a layer of so many inputs: uniform up to 1 / sqrt(inputs)."""
-    bound = inputs**-0.5
+def uniform(fan_in: int) -> Initializer:
+    """PyTorch's default initializer: uniform between -1 / sqrt(fan_in) and 1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
 
     def init(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -36,7 +36,7 @@ def uniform(inputs: int) -> Initializer:
 def partly_identity(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
     """A kernel ``[3, 3, C, D]`` whose first C features are the channels as they come in.
 
-    The others, where D is larger, are :func:`uniform`.
+    These are ``torch.nn.init.dirac_``'s; the others, where D is larger, are :func:`uniform`.
     """
     rows, columns, channels, features = shape
     kernel = uniform(rows * columns * channels)(key, shape, dtype)
@@ -46,7 +46,7 @@ def partly_identity(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> j
     return kernel.at[..., :n].set(identity)
 
 
-def unit_deviation(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+def unit_std(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
     """A kernel ``[F, K]``, uniform, with a standard deviation of 1."""
     kernel = uniform(shape[0])(key, shape, dtype)
     return kernel / kernel.std(ddof=1)

@@ -14,7 +14,7 @@ from cifar_jax.train_step import Variables
 
 ACTIVATIONS = ("relu", "gelu")
 
-# The layers of models.py, by the names of their classes and functions.
+# The layers of models.py and airbench.py, by the names of their classes and functions.
 _KINDS = {
     "_space_to_depth": "space_to_depth",
     "Conv": "conv",
@@ -94,7 +94,10 @@ def trace_layers(model: nn.Module, variables: Variables, images: Any) -> list[La
 
 
 def _first(option: Any) -> int | None:
-    """Of an option of ``nn.Conv``, which is a number, or has one or a pair for each axis."""
+    """The first number in an option of ``nn.Conv``; None where it is not given in numbers.
+
+    It is one number, or has one or a pair for each axis.
+    """
     while isinstance(option, Sequence) and not isinstance(option, str):
         option = option[0]
     return option if isinstance(option, int) else None

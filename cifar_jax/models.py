@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
-from jax import lax
 
+from cifar_jax.airbench import Airbench
+from cifar_jax.blocks import Layer, global_average_pool, global_max_pool, residual
 from cifar_jax.config import ALWAYS_NORMALISED, ModelName, TrainConfig
-from cifar_jax.convolution import conv3x3, paired_conv
+from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.initializers import (
-    WHITENING,
-    WHITENING_SIDE,
-    partly_identity,
-    uniform,
-    unit_deviation,
-)
 from cifar_jax.layout import TorchLayout
-from cifar_jax.pooling import max_pool, whole_windows
-
-Layer = Callable[[jax.Array], jax.Array]
+from cifar_jax.pooling import max_pool
 
 BATCH_NORM_MOMENTUM = 0.9  # PyTorch's default, which it calls 0.1
 
@@ -54,7 +42,7 @@ def conv_block(
 
 
 def space_to_depth(x: jax.Array, side: int) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[B, H/side, W/side, C*side*side]``, ``torch.nn.PixelUnshuffle``'s.
+    """``[B, H, W, C]`` -> ``[B, H/side, W/side, C*side*side]``, as ``torch.nn.PixelUnshuffle``.
 
     Raises:
         CifarJaxError: data; ``side`` does not divide H and W.
@@ -71,29 +59,9 @@ def space_to_depth(x: jax.Array, side: int) -> jax.Array:
     return squares.reshape(batch, height // side, width // side, channels * side**2)
 
 
-def residual(layers: list[Layer]) -> Layer:
-    """What comes in, and what the ``layers`` make of it, added."""
-    branch = nn.Sequential(layers)
-
-    def add(x: jax.Array) -> jax.Array:
-        return x + branch(x)
-
-    return add
-
-
 def flatten(x: jax.Array) -> jax.Array:
     """``[B, H, W, C]`` -> ``[B, H*W*C]``."""
     return x.reshape(x.shape[0], -1)
-
-
-def global_max_pool(x: jax.Array) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[B, C]``, for any H and W."""
-    return x.max(axis=(1, 2))
-
-
-def global_average_pool(x: jax.Array) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[B, C]``, for any H and W."""
-    return x.mean(axis=(1, 2))
 
 
 class ConvNet(nn.Module):
@@ -159,7 +127,7 @@ class ConvNet(nn.Module):
         return flat
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
-        """Where the tutorial's ``self.network = nn.Sequential(...)`` keeps the same layers."""
+        """The names of these layers in the tutorial's ``self.network = nn.Sequential(...)``."""
         height, width, channels = image_shape
         height, width = height // self.patch_size, width // self.patch_size
         names: dict[str, str] = {}
@@ -225,204 +193,13 @@ class ResNet9(nn.Module):
         return nn.Sequential(layers)(x)
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
-        """Under the names that the tutorial's successor gives: ``conv1.0.weight`` and so on."""
+        """The names of these layers in the tutorial's successor: ``conv1.0`` and so on."""
         del image_shape  # nothing is flattened but [B, 1, 1, C]
         blocks = ("conv1", "conv2", "res1.0", "res1.1", "conv3", "conv4", "res2.0", "res2.1")
         names: dict[str, str] = {}
         for i, block in enumerate(blocks):
             names[f"Conv_{i}"], names[f"BatchNorm_{i}"] = f"{block}.0", f"{block}.1"
         return TorchLayout({**names, "Dense_0": "classifier.3"}, None)
-
-
-class Whitening(nn.Module):
-    """Airbench's first convolution. Its kernel, which a run sets, has no gradient; its bias learns.
-
-    Attributes:
-        dtype: as in :class:`ConvNet`.
-    """
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        side, channels = WHITENING_SIDE, x.shape[-1]
-        inputs = side * side * channels
-        shape = (side, side, channels, 2 * inputs)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", uniform(inputs), (2 * inputs,))
-        x, kernel, bias = promote_dtype(x, lax.stop_gradient(kernel), bias, dtype=self.dtype)
-        y = paired_conv(x, kernel)
-        # So its gradient is summed over images first, and then over pixels. In one sum of so few
-        # columns, a GPU would take three times as long.
-        return y + lax.optimization_barrier(jnp.broadcast_to(bias, y.shape[1:]))
-
-
-# (x, bias, epsilon, pool) -> the activations, and the mean and variance of what was normalised.
-NormGeluOperation = Callable[
-    [jax.Array, jax.Array, float, bool], tuple[jax.Array, jax.Array, jax.Array]
-]
-
-
-class NormGelu(nn.Module):
-    """An operation that does what batch norm and GELU do in training, with that norm's variables.
-
-    Attributes:
-        operation: as :class:`Airbench` is given it.
-        pool: whether it pools first.
-        epsilon, momentum: as in ``nn.BatchNorm``.
-    """
-
-    operation: NormGeluOperation
-    pool: bool
-    epsilon: float
-    momentum: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1],)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        averages = [
-            self.variable("batch_stats", "mean", jnp.zeros, shape),
-            self.variable("batch_stats", "var", jnp.ones, shape),
-        ]
-        x = whole_windows(x) if self.pool else x
-        y, *found = self.operation(x, bias, self.epsilon, self.pool)
-        for average, value in zip(averages, found, strict=True):
-            average.value = self.momentum * average.value + (1 - self.momentum) * value
-        return y
-
-
-class Airbench(nn.Module):
-    """The network of the record for 94 % (https://github.com/KellerJordan/cifar10-airbench).
-
-    Its first convolution whitens the images and is not trained: a run sets it from its own
-    (:func:`cifar_jax.initializers.whiten`). Two convolutions at each of its widths, the first of
-    them pooled.
-
-    Attributes:
-        widths: channels of its stages.
-        deep: a third convolution in each stage, and a residual around the last two: the layers of
-            its author's network for 96 %.
-        norm_gelu: in training, an operation in place of a batch norm and the GELU after it, and of
-            the max-pool before if there is one; as in experiments/airbench/kernels.py. It takes
-            its statistics over one device.
-        axis_name, dtype: as in :class:`ConvNet`.
-    """
-
-    batch_norm_momentum: ClassVar[float] = 0.6  # of some 200 steps, the last few
-
-    num_classes: int
-    widths: Sequence[int] = (64, 256, 256)
-    deep: bool = False
-    norm_gelu: NormGeluOperation | None = None
-    axis_name: str | None = None
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        def scale(x: jax.Array) -> jax.Array:
-            return x / self.widths[-1]
-
-        epsilon = 1e-12  # and Flax's faster variance: so the record was measured
-        norm_names = (f"BatchNorm_{i}" for i in itertools.count())
-
-        def norm() -> nn.BatchNorm:
-            return nn.BatchNorm(
-                use_running_average=not train,
-                use_scale=False,
-                momentum=self.batch_norm_momentum,
-                epsilon=epsilon,
-                axis_name=self.axis_name,
-                dtype=self.dtype,
-                name=next(norm_names),
-            )
-
-        def normed(pool: bool = False) -> list[Layer]:
-            if train and self.norm_gelu:
-                momentum, name = self.batch_norm_momentum, next(norm_names)
-                return [NormGelu(self.norm_gelu, pool, epsilon, momentum, name=name)]
-            return [*([max_pool] if pool else []), norm(), gelu]
-
-        def conv(features: int, below: int = 1, right: int = 1, paired: bool = False) -> nn.Conv:
-            return nn.Conv(
-                features,
-                (3, 3),
-                padding=((1, below), (1, right)),
-                use_bias=False,
-                kernel_init=partly_identity,
-                dtype=self.dtype,
-                conv_general_dilated=functools.partial(conv3x3, paired=paired),
-            )
-
-        height, width = (size - WHITENING_SIDE + 1 for size in x.shape[1:3])
-        layers: list[Layer] = [Whitening(self.dtype, name=WHITENING), gelu]
-        for i, features in enumerate(self.widths):
-            below, right = map(_padding_at_end, (height, width))
-            layers += [conv(features, below, right, paired=i == 0), *normed(pool=True)]
-            rest = [conv(features), *normed()]
-            if self.deep:
-                rest = [residual([*rest, conv(features), norm()]), gelu]
-            layers += rest
-            height, width = height // 2, width // 2
-        if self.norm_gelu:
-            # Or XLA for a GPU might compute it again, and round it otherwise, where the gradient of
-            # the maximum looks for what is as large: finding nothing, it would divide by 0. XLA for
-            # a CPU fuses across it.
-            layers.append(lax.optimization_barrier)
-        head = nn.Dense(self.num_classes, use_bias=False, kernel_init=unit_deviation)
-        return nn.Sequential([*layers, global_max_pool, head, scale])(x)
-
-    def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
-        """Under its author's names."""
-        del image_shape  # nothing is flattened but [B, 1, 1, C]
-        names = {WHITENING: "whiten"}
-        convs = 3 if self.deep else 2
-        for i, (stage, j) in enumerate(itertools.product(range(len(self.widths)), range(convs))):
-            names[f"Conv_{i}"] = f"layers.{stage + 1}.conv{j + 1}"
-            names[f"BatchNorm_{i}"] = f"layers.{stage + 1}.norm{j + 1}"
-        return TorchLayout({**names, "Dense_0": "head"}, None, scaled_norms=False)
-
-
-def _padding_at_end(size: int) -> int:
-    """Of a convolution before a pool, which leaves out the last of an odd number of rows."""
-    return 0 if size % 2 and size > 1 else 1
-
-
-_GELU_SCALE, _GELU_CUBE = math.sqrt(8 / math.pi), 0.044715
-
-
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """Its input times the normal distribution's share below it.
-
-    Hendrycks and Gimpel, 2016, arXiv:1606.08415, in the form that is within 5e-4 of that; their
-    tanh as a sigmoid, as a GPU has an exponential.
-    """
-    return x * gelu_share(x)
-
-
-def gelu_share(x: jax.Array) -> jax.Array:
-    """What share of its input :func:`gelu` passes on."""
-    return nn.sigmoid(_GELU_SCALE * (x + _GELU_CUBE * x**3))
-
-
-def gelu_slope(x: jax.Array) -> jax.Array:
-    """The derivative of :func:`gelu`."""
-    share = gelu_share(x)
-    slope = _GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x)
-    return share + x * share * (1 - share) * slope
-
-
-def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # From its input alone: XLA would keep the exponential too, and memory is what takes the time.
-    return gelu(x), lax.optimization_barrier(x)
-
-
-def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return (gradient * gelu_slope(x),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def _batch_norm(train: bool, axis_name: str | None, dtype: Any) -> Callable[[], nn.BatchNorm]:

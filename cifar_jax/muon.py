@@ -1,8 +1,15 @@
-"""Muon for convolutions: each step turns a kernel by as much in every direction that it has.
+"""Muon for convolutions: a step of about the same size along each singular vector of the momentum.
 
 Jordan and others, 2024, https://kellerjordan.github.io/posts/muon/, in the form that holds the
-record for CIFAR-10 (https://github.com/KellerJordan/cifar10-airbench): the norm of a kernel, which
-the batch norm after it undoes, is held where it began, so that the learning rate is an angle.
+record for CIFAR-10 (https://github.com/KellerJordan/cifar10-airbench). With a kernel W as a matrix
+``[D, 9C]``, a row for each feature, and its gradient G:
+
+    M <- momentum * M + G
+    W <- sqrt(D) * W / |W| - rate * orthogonalize(G + momentum * M)
+
+where |W| is the root of the sum of squares. The step has a norm of about rate * sqrt(D), if D is at
+most 9C; so the rate is its size relative to W. The norm of W itself does not matter: the batch norm
+after the convolution divides by it.
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ _STEPS = 3
 
 
 class MuonState(NamedTuple):
-    """What Muon remembers: the step, and the running sum of gradients of each kernel."""
+    """Muon's state: the number of steps done, and the momentum M of each kernel."""
 
     step: jax.Array
     momentum: Any
@@ -31,7 +38,7 @@ def muon(
     """Muon with Nesterov momentum, for kernels ``[3, 3, C, D]`` alone.
 
     Args:
-        dtype: of the products that make an update orthogonal; they bear bfloat16.
+        dtype: of the products that make an update orthogonal; bfloat16 is precise enough.
     """
 
     def init(params: Any) -> MuonState:
@@ -60,11 +67,11 @@ def _to_matrix(kernel: jax.Array) -> jax.Array:
 
 
 def orthogonalize(matrices: list[jax.Array], dtype: Any = jnp.float32) -> list[jax.Array]:
-    """Each ``[M, N]`` with the same singular vectors, and singular values of about 1.
+    """The matrices ``[M, N]`` with their singular vectors, and singular values of about 1.
 
-    By Newton and Schulz's iteration, without a decomposition. All matrices together: filled up with
-    zeros to the largest, which changes no product, they are a few large products in place of many
-    small ones.
+    By Newton and Schulz's iteration, without a decomposition. All together, each padded with zeros
+    to the largest, which changes nothing in the result: a few large products in place of many small
+    ones.
     """
     wide = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
     rows, columns = (max(m.shape[axis] for m in wide) for axis in (0, 1))

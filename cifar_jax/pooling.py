@@ -61,7 +61,7 @@ def _pool_and_winner(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def first_winner(corners: list[jax.Array], pooled: jax.Array) -> jax.Array:
-    """Which of the four is the first of the largest: int8, of the shape of ``pooled``."""
+    """The index, 0 to 3, of the first corner that equals ``pooled``: int8, of the same shape."""
     first, second, third, _ = (corner == pooled for corner in corners)
     winner = jnp.where(first, 0, jnp.where(second, 1, jnp.where(third, 2, 3)))
     return winner.astype(jnp.int8)  # one byte is all that the backward pass needs

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from cifar_jax.airbench import Airbench
 from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -29,7 +30,7 @@ from cifar_jax.layout import (
     from_torch,
     to_torch,
 )
-from cifar_jax.models import Airbench, create_model
+from cifar_jax.models import create_model
 
 Shape = tuple[int, ...]
 

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from cifar_jax.airbench import Airbench
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.initializers import WHITENING_SIDE
-from cifar_jax.models import Airbench, Model, ResNet9
+from cifar_jax.models import Model, ResNet9
 
 StateDict = dict[str, NDArray[Any]]
 

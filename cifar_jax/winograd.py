@@ -1,8 +1,8 @@
 """3x3 convolutions with half the multiplications, for a CPU, which is bound by them.
 
 Winograd's F(4, 3) along the rows of an image: four outputs of a filter of three taps from six
-products in place of twelve. The six numbers are sums of pixels times sums of taps, and the outputs
-sums of the products (Winograd, 1980, Arithmetic Complexity of Computations; in the form of Lavin
+products in place of twelve. Each product is a sum of pixels times a sum of taps, and each output a
+sum of products (Winograd, 1980, Arithmetic Complexity of Computations; in the form of Lavin
 and Gray, 2015, arXiv:1509.09308, section 4.1). Along the columns the convolution stays what it is,
 so the sums cost one pass over memory; the two-dimensional form saves more products and loses as
 much to its passes. Rounding grows from 1e-7 of the largest result to some 2e-6.
@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_Carried = tuple[jax.Array, None]
+_Carry = tuple[jax.Array, None]
 Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
 
 _TILE = 4  # pixels of a row that are computed together
-# With fewer channels the sums cost what the products save; with part of a tile in vain, they need
-# more.
+# With fewer channels the sums cost what the products save. Where a row's last tile is computed in
+# part in vain, more are needed.
 _MIN_CHANNELS, _MIN_CHANNELS_IN_VAIN = 32, 64
 _IMAGES_AT_ONCE = 64
 
-# Of the taps of a filter: the six factors of each product, G in the paper.
+# The paper's G ``[6, 3]``: from the taps of a filter to its factors in the six products.
 _FACTORS = np.array(
     [
         [1 / 4, 0, 0],
@@ -41,9 +41,9 @@ _FACTORS = np.array(
 
 
 def pays(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether this form applies and is faster: enough channels, float32, rows not below a tile.
+    """Whether this form applies and is faster: float32, enough channels, rows of 3 pixels or more.
 
-    In an exported program the number of images is open, and so is how many to take at a time.
+    Not where the number of images is open, as in an exported program: a few are taken at a time.
     """
     batch, _, width, _ = x.shape
     whole = width % _TILE == 0
@@ -56,7 +56,7 @@ def pays(x: jax.Array, kernel: jax.Array) -> bool:
 
 
 def convolve(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """Stride 1: ``[B, H, W, C]`` and ``[3, 3, C, D]`` -> ``[B, H', W', D]``.
+    """The convolution with stride 1: ``[B, H, W, C]``, ``[3, 3, C, D]`` -> ``[B, H', W', D]``.
 
     Args:
         padding: 1 above and to the left.
@@ -77,11 +77,17 @@ def convolve(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
 
 
 def kernel_gradient(x: jax.Array, gradient: jax.Array, padding: Padding) -> jax.Array:
-    """Of the loss by the kernel ``[3, 3, C, D]``, from ``x`` and the gradient by the output."""
+    """The gradient of the loss with respect to the kernel, ``[3, 3, C, D]``.
+
+    Args:
+        x: the input of the convolution, ``[B, H, W, C]``.
+        gradient: that with respect to its output, ``[B, H', W', D]``.
+        padding: as in :func:`convolve`.
+    """
     rows, _ = padding
     width = gradient.shape[2]
 
-    def add_some_images(total: jax.Array, cut: tuple[jax.Array, jax.Array]) -> _Carried:
+    def add_some_images(total: jax.Array, cut: tuple[jax.Array, jax.Array]) -> _Carry:
         x, gradient = cut
         # [C, H, W, B] by [H, W, B, D] -> [C, 3, 1, D]: the images are the channels here.
         sums = zip(
@@ -116,7 +122,12 @@ def _whole_tiles(width: int) -> int:
 
 
 def _input_sums(x: jax.Array, outputs: int) -> list[jax.Array]:
-    """Of the six pixels that a tile's outputs see, each ``[B, H, W'/4, C]``; B^T in the paper."""
+    """The six sums of each tile's pixels, each ``[B, H, W'/4, C]``: B^T d in the paper.
+
+    Args:
+        x: the input of the convolution, ``[B, H, W, C]``.
+        outputs: the columns of its output; W' is as many, filled up to whole tiles.
+    """
     width = _whole_tiles(outputs)
     padded = jnp.pad(x, ((0, 0), (0, 0), (1, width + _TILE + 1 - x.shape[2]), (0, 0)))
     d = [padded[:, :, i : i + width : _TILE] for i in range(_TILE + 2)]
@@ -126,7 +137,11 @@ def _input_sums(x: jax.Array, outputs: int) -> list[jax.Array]:
 
 
 def _output_sums(m: list[jax.Array]) -> jax.Array:
-    """Of the six products, the tile's four outputs: -> ``[B, H, W, D]``; A^T in the paper."""
+    """The outputs ``[B, H, W', D]``, four from each tile's six products: A^T m in the paper.
+
+    Args:
+        m: the products, each ``[B, H, W'/4, D]``.
+    """
     even, odd = m[1] + m[2], m[1] - m[2]
     even2, odd2 = m[3] + m[4], m[3] - m[4]
     outputs = [
@@ -140,7 +155,13 @@ def _output_sums(m: list[jax.Array]) -> jax.Array:
 
 
 def _gradient_sums(g: jax.Array) -> list[jax.Array]:
-    """Of a tile's four outputs' gradients ``[H, W', B, D]``, each ``[H, W'/4, B, D]``; A."""
+    """The six sums of each tile's four gradients, each ``[H, W'/4, B, D]``: A g.
+
+    That is how a gradient goes back through :func:`_output_sums`.
+
+    Args:
+        g: the gradient with respect to the output, ``[H, W, B, D]``; W' is W, filled up likewise.
+    """
     g = jnp.pad(g, ((0, 0), (0, _whole_tiles(g.shape[1]) - g.shape[1]), (0, 0), (0, 0)))
     g0, g1, g2, g3 = (g[:, i::_TILE] for i in range(_TILE))
     a, b, c, d = g0 + g2, g1 + g3, g0 + 4 * g2, 2 * g1 + 8 * g3

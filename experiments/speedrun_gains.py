@@ -30,7 +30,8 @@ from jax import lax
 from airbench.measure import make_setting, takes_kernels
 from airbench.recipe import Recipe
 from airbench.run import draw_batches, reflect_pad, train_step
-from cifar_jax import cli, convolution, models, muon
+from cifar_jax import airbench as network
+from cifar_jax import cli, convolution, muon
 from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -61,14 +62,14 @@ def _none(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
 class _Part:
     """What is replaced to do without it; or other options of the recipe, or of the step."""
 
-    replaced: tuple[Any, str, Any] = (models, "conv3x3", conv3x3)
+    replaced: tuple[Any, str, Any] = (network, "conv3x3", conv3x3)
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     learn_whitening: bool = False
 
 
 WITH_ALL = _Part()
 PARTS = {
-    "leaving out what a pool does not read (models.py)": _Part((models, "conv3x3", _full_conv)),
+    "leaving out what a pool does not read (airbench.py)": _Part((network, "conv3x3", _full_conv)),
     "kernels for batch norm, GELU and pooling (kernels.py)": _Part(recipe={"fused": False}),
     "taking columns in pairs (convolution.py)": _Part(
         (convolution, "in_pairs", convolution.plain_conv)

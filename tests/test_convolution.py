@@ -115,6 +115,7 @@ def test_images_take_the_fast_form_on_a_cpu() -> None:
         {"strides": 2},
         {"kernel_dilation": 2},
         {"kernel_size": (5, 5), "padding": 2},
+        {"kernel_size": (3, 3, 3)},
         {"padding": 0},
         {"padding": "SAME"},
         {"feature_group_count": 2},
@@ -125,6 +126,28 @@ def test_another_convolution_is_refused_and_not_silently_this_one(options: dict[
     options = {"kernel_size": (3, 3), "padding": 1, **options}
     layer = nn.Conv(4, conv_general_dilated=conv3x3, **options)
     with pytest.raises(ValueError, match="conv3x3 is for kernels of 3x3, stride 1"):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"precision": "highest"}, "default precision, not for 'highest'"),
+        ({"precision": lax.Precision.DEFAULT}, "default precision, not for"),
+        ({"dimension_numbers": ("NCHW", "HWIO", "NCHW")}, r"not for \('NCHW', 'HWIO', 'NCHW'\)"),
+        ({"dimension_numbers": None}, "not for None"),  # which to JAX is NCHW
+    ],
+    ids=str,
+)
+def test_a_precision_or_another_layout_is_refused(options: dict[str, Any], what: str) -> None:
+    x, kernel = jnp.zeros((1, 8, 8, 8)), jnp.zeros((3, 3, 8, 8))
+    with pytest.raises(ValueError, match=f"{what}.*leave conv_general_dilated=conv3x3 out"):
+        jax.eval_shape(functools.partial(conv3x3, **options), x, kernel)
+
+
+def test_a_layer_that_asks_for_a_precision_is_refused() -> None:
+    layer = nn.Conv(4, (3, 3), padding=1, precision="highest", conv_general_dilated=conv3x3)
+    with pytest.raises(ValueError, match="default precision, not for 'highest'"):
         jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from jax import lax
 
-from cifar_jax.initializers import partly_identity, uniform, unit_deviation, whiten
+from cifar_jax.initializers import partly_identity, uniform, unit_std, whiten
 
 
 def correlated_images(n: int = 40, size: int = 9) -> np.ndarray:
@@ -63,6 +63,6 @@ def test_the_rest_is_as_pytorch_draws_it() -> None:
 
 
 def test_the_head_has_a_deviation_of_one() -> None:
-    kernel = np.asarray(unit_deviation(jax.random.key(0), (256, 10)))
+    kernel = np.asarray(unit_std(jax.random.key(0), (256, 10)))
     assert kernel.std(ddof=1) == pytest.approx(1, abs=1e-6)
     assert abs(kernel.mean()) < 0.1

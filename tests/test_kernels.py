@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 from airbench import kernels
 from airbench.kernels import norm_gelu
-from cifar_jax.models import gelu
+from cifar_jax.airbench import gelu
 from cifar_jax.pooling import max_pool
 
 # Pooled or not, with one block to a program or several: B, H, W (pooled), C, programs at most.

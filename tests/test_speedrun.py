@@ -27,8 +27,8 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import speedrun
 import speedrun_gains
-from airbench import measure
-from airbench.kernels import norm_gelu
+from airbench import measure, run
+from airbench.fused import FusedAirbench
 from airbench.optimizer import make_optimizer
 from airbench.recipe import RECIPES, Recipe
 from airbench.run import (
@@ -36,22 +36,23 @@ from airbench.run import (
     Batch,
     Examples,
     Setting,
+    crop_and_flip,
     cut_out,
     draw_batches,
     mean_logits,
     reflect_pad,
     score,
-    show,
     train_and_score,
     train_step,
     train_whole,
     views,
 )
-from cifar_jax import layout, models, shapes, torch_reference
+from cifar_jax import airbench as network
+from cifar_jax import layout, shapes, torch_reference
+from cifar_jax.airbench import Airbench, gelu
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.layer_table import layer_table
-from cifar_jax.models import Airbench, gelu
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
 
 SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
@@ -104,7 +105,7 @@ def test_a_batch_is_cut_from_the_padded_images() -> None:
     batch = Batch(
         jnp.array([5, 0, 7]), jnp.array([[0, 4], [2, 2], [3, 1]]), jnp.array([False, True, True])
     )
-    shown = np.asarray(show(reflect_pad(jnp.asarray(images), 2), batch, 2))
+    shown = np.asarray(crop_and_flip(reflect_pad(jnp.asarray(images), 2), batch, 2))
     np.testing.assert_array_equal(shown[0], padded[5, 0:12, 4:16])
     np.testing.assert_array_equal(shown[1], images[0][:, ::-1])  # the middle is the image itself
     np.testing.assert_array_equal(shown[2], padded[7, 3:15, 1:13][:, ::-1])
@@ -141,17 +142,33 @@ def test_the_mean_answer_is_that_of_six_views() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_score_counts_what_the_mean_answer_names_right() -> None:
+@pytest.mark.parametrize(("n", "in_batches_of"), [(60, 20), (53, 18)])
+def test_the_score_counts_what_the_mean_answer_names_right(
+    n: int, in_batches_of: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches of nearly the recipe's 20, also for a prime number of images."""
     setting, state, examples = small()
+    examples = jax.tree.map(lambda x: x[:n], examples)
+    sizes = set()
+
+    def told(state: TrainState, images: jax.Array, setting: Setting) -> jax.Array:
+        sizes.add(len(images))
+        return mean_logits(state, images, setting)
+
+    monkeypatch.setattr(run, "mean_logits", told)
 
     @jax.jit
     def both(state: TrainState, examples: Examples) -> tuple[jax.Array, jax.Array]:
         right = mean_logits(state, examples.images, setting).argmax(-1) == examples.labels
         return score(state, examples, setting=setting), right.sum()
 
-    scored, counted = both(state, examples)
-    assert scored == counted
-    assert 0 < counted < len(examples.labels)
+    # The second always answers 0, which what fills the last batch must not be counted for.
+    head = {"kernel": jnp.zeros_like(state.params["Dense_0"]["kernel"])}
+    for params in (state.params, {**state.params, "Dense_0": head}):
+        scored, counted = both(state.replace(params=params), examples)
+        assert scored == counted
+        assert 0 < counted < n
+    assert sizes == {in_batches_of}
 
 
 @pytest.mark.parametrize("size", [10, 11, 12])
@@ -178,7 +195,7 @@ def test_the_trimmed_convolutions_give_what_the_full_ones_do(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    monkeypatch.setattr(models, "conv3x3", full)
+    monkeypatch.setattr(network, "conv3x3", full)
     in_full = jax.jit(jax.value_and_grad(loss_fn))(variables["params"])
     assert ((1, 0), (1, 0)) in paddings  # so there was something to trim
     for ours, theirs in zip(jax.tree.leaves(trimmed), jax.tree.leaves(in_full), strict=True):
@@ -303,6 +320,27 @@ def test_it_does_so_with_kernels_too(recipe: Recipe) -> None:
         jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_fused_network_has_the_same_variables(deep: bool) -> None:
+    """So its parameters are scored, and stored, as those of the other."""
+    x = jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
+    plain, fused = (network(10, (4, 8), deep) for network in (Airbench, FusedAirbench))
+    expected = jax.eval_shape(plain.init, jax.random.key(0), x)
+    for train in (False, True):
+        assert expected == jax.eval_shape(
+            functools.partial(fused.init, train=train), jax.random.key(0), x
+        )
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_barrier_is_before_the_last_maximum_of_the_fused_network(train: bool) -> None:
+    """What it prevents happens on a GPU alone."""
+    init = functools.partial(FusedAirbench(10, (4,)).init, train=train)
+    program = jax.make_jaxpr(init)(jax.random.key(0), jnp.zeros((2, *SHAPE)))
+    operations = [equation.primitive.name for equation in program.eqns]
+    assert operations[operations.index("reduce_max") - 1] == "optimization_barrier"
+
+
 @pytest.mark.parametrize(
     ("capability", "takes"),
     [({"compute_capability": "9.0"}, True), ({"compute_capability": "8.0"}, True)]
@@ -331,7 +369,7 @@ def check_training(recipe: Recipe) -> None:
         drawn = draw_batches(jax.random.key(epoch), jnp.zeros(60, bool), epoch, recipe)
         for i in range(3):
             batch = jax.tree.map(lambda x, i=i: x[i], drawn)
-            images = normalize(show(padded, batch, recipe.crop), setting.mean, setting.std)
+            images = normalize(crop_and_flip(padded, batch, recipe.crop), setting.mean, setting.std)
             if recipe.cutout:
                 images = cut_out(images, batch.hole, recipe.cutout)
             labels = np.asarray(examples.labels)[np.asarray(batch.index)]
@@ -391,7 +429,7 @@ def test_the_count_of_operations_is_that_of_the_table() -> None:
 def test_a_recipe_is_a_program_of_the_work_that_is_told(name: str, tflop: int) -> None:
     """As a GPU gets it, on all images; no more than traced, as here it would compute for hours."""
     recipe = RECIPES[name]
-    model = Airbench(10, recipe.widths, recipe.deep, norm_gelu, dtype=jnp.float16)
+    model = FusedAirbench(10, recipe.widths, recipe.deep, dtype=jnp.float16)
     setting = Setting(recipe, model, make_optimizer(recipe, 25), (0.5,) * 3, (0.25,) * 3)
     assert round(measure.run_flop(setting, 50_000, 10_000, (32, 32, 3)) / 1e12) == tflop
     state = jax.eval_shape(

@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cifar_jax.models import gelu, gelu_slope
+from cifar_jax.airbench import gelu, gelu_slope
 from cifar_jax.pooling import first_winner
 
 _MOST_ROWS = 16
@@ -58,25 +58,26 @@ def norm_gelu(
     return _forward(x, bias, epsilon, pool)[0]
 
 
-class _Kept(NamedTuple):
+class _Residuals(NamedTuple):
     """What the backward pass needs; the vectors are float32 ``[C]``.
 
     Attributes:
         x: what was normalised, ``[R, C]``.
-        winner: which of its four pixels each is, int8 ``[R, C]``; none without a pool.
-        inverse: of the standard deviation.
+        winner: the pixel that is the maximum of its window, 0 to 3, int8 ``[R, C]``; None without
+            a pool.
+        rstd: the reciprocal of the standard deviation.
     """
 
     x: jax.Array
     winner: jax.Array | None
     mean: jax.Array
-    inverse: jax.Array
+    rstd: jax.Array
     bias: jax.Array
 
 
 def _forward(
     x: jax.Array, bias: jax.Array, epsilon: float, pool: bool
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Kept]:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Residuals]:
     batch, height, width, channels = x.shape
     dtype, x, winner = x.dtype, x.reshape(-1, channels), None
     if pool:
@@ -91,40 +92,40 @@ def _forward(
         grid = _Grid.to_sum(len(x), channels)
         (sums,) = grid.run(functools.partial(_sums, grid), [(x, _BLOCK)], [(jnp.float32, _SUMS)])
     mean, square = sums.sum(0) / grid.rows
-    variance = jnp.maximum(square - mean * mean, 0)  # Flax's faster variance, as in models.py
-    inverse = lax.rsqrt(variance + epsilon)
-    y = gelu(((x.astype(jnp.float32) - mean) * inverse + bias).astype(dtype))
-    kept = _Kept(x, winner, mean, inverse, bias)
-    return (y.reshape(batch, height, width, channels), mean, variance), kept
+    variance = jnp.maximum(square - mean * mean, 0)  # nn.BatchNorm's fast variance
+    rstd = lax.rsqrt(variance + epsilon)
+    y = gelu(((x.astype(jnp.float32) - mean) * rstd + bias).astype(dtype))
+    residuals = _Residuals(x, winner, mean, rstd, bias)
+    return (y.reshape(batch, height, width, channels), mean, variance), residuals
 
 
 def _backward(
-    epsilon: float, pool: bool, kept: _Kept, gradients: tuple[jax.Array, ...]
+    epsilon: float, pool: bool, residuals: _Residuals, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    del epsilon  # is in kept.inverse
+    del epsilon  # is in residuals.rstd
     batch, height, width, channels = gradients[0].shape
-    activations = [(kept.x, _BLOCK), (gradients[0].reshape(-1, channels), _BLOCK)]
-    vectors = [(vector, _VECTOR) for vector in (kept.mean, kept.inverse, kept.bias)]
-    grid = _Grid.to_sum(len(kept.x), channels)
+    activations = [(residuals.x, _BLOCK), (gradients[0].reshape(-1, channels), _BLOCK)]
+    vectors = [(vector, _VECTOR) for vector in (residuals.mean, residuals.rstd, residuals.bias)]
+    grid = _Grid.to_sum(len(residuals.x), channels)
     (sums,) = grid.run(
         functools.partial(_gradient_sums, grid), activations + vectors, [(jnp.float32, _SUMS)]
     )
-    of_bias, product = sums.sum(0)
-    vectors += [(of_bias, _VECTOR), (product, _VECTOR)]
-    grid = _Grid.of_single_blocks(len(kept.x), channels)
-    if kept.winner is None:
-        (of_x,) = grid.run(
+    dbias, product = sums.sum(0)
+    vectors += [(dbias, _VECTOR), (product, _VECTOR)]
+    grid = _Grid.of_single_blocks(len(residuals.x), channels)
+    if residuals.winner is None:
+        (dx,) = grid.run(
             functools.partial(_input_gradient, grid),
             activations + vectors,
-            [(kept.x.dtype, _BLOCK)],
+            [(residuals.x.dtype, _BLOCK)],
         )
-        return of_x.reshape(batch, height, width, channels), of_bias
-    (of_x,) = grid.run(
+        return dx.reshape(batch, height, width, channels), dbias
+    (dx,) = grid.run(
         functools.partial(_pixels_gradient, grid, width),
-        [(kept.winner, _BLOCK), *activations, *vectors],
-        [(kept.x.dtype, _ANYWHERE)],
+        [(residuals.winner, _BLOCK), *activations, *vectors],
+        [(residuals.x.dtype, _ANYWHERE)],
     )
-    return of_x.reshape(batch, 2 * height, 2 * width, channels), of_bias
+    return dx.reshape(batch, 2 * height, 2 * width, channels), dbias
 
 
 norm_gelu.defvjp(_forward, _backward)
@@ -135,7 +136,7 @@ _BLOCK, _VECTOR, _SUMS, _ANYWHERE = "block", "vector", "sums", "anywhere"
 
 
 class _Grid(NamedTuple):
-    """Which program takes which of ``[R, C]``.
+    """How ``[R, C]`` is divided among the programs of a GPU.
 
     Attributes:
         rows, channels: R and C.
@@ -180,7 +181,12 @@ class _Grid(NamedTuple):
         inputs: Sequence[tuple[jax.Array, str]],
         outputs: Sequence[tuple[Any, str]],
     ) -> list[jax.Array]:
-        """``kernel`` on all blocks; inputs are arrays, outputs types, each with how it is got."""
+        """The outputs of ``kernel``, run on all blocks.
+
+        Args:
+            inputs: arrays, each with how a program gets it.
+            outputs: types, each with how a program gets it.
+        """
         each, width = self.block_rows * self.blocks, self.block_channels
         specs = {
             _BLOCK: pl.BlockSpec((each, width), lambda i, j: (i, j)),
@@ -204,7 +210,7 @@ class _Grid(NamedTuple):
         )(*(array for array, _ in inputs))
 
     def sum_blocks(self, sums: Any, values: Callable[[int], tuple[jax.Array, jax.Array]]) -> None:
-        """Two sums over the rows of all blocks into ``sums``; of the values of block i."""
+        """Write to ``sums`` the sums over all rows of the two ``values(i)`` of each block i."""
 
         def add(i: int, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             first, second = values(i)
@@ -216,13 +222,16 @@ class _Grid(NamedTuple):
             sums[0, i, :] = total.sum(0)
 
     def block(self, i: int) -> Any:
-        """Where block i is in what the program got."""
+        """The index of block i in what a program gets as ``_BLOCK``."""
         return pl.ds(i * self.block_rows, self.block_rows), slice(None)
 
     def pixels(self, width: int) -> Callable[[int], list[tuple[jax.Array, jax.Array]]]:
-        """Where the pixels of a program's block i are, of images pooled to ``width`` columns.
+        """A function of i: the indices of block i's pixels, before pooling, in ``[4R, C]``.
 
-        The four of each window in reading order: rows and columns of ``[4R, C]``.
+        Four, for the pixels of each window in reading order.
+
+        Args:
+            width: columns of an image after pooling.
         """
         start = pl.program_id(0) * self.blocks * self.block_rows
         channel = pl.program_id(1) * self.block_channels + jnp.arange(self.block_channels)
@@ -263,10 +272,13 @@ def _pool_and_sums(grid: _Grid, width: int, pixels: Any, x: Any, winner: Any, su
 
 
 def _gradient_sums(
-    grid: _Grid, x: Any, gradient: Any, mean: Any, inverse: Any, bias: Any, sums: Any
+    grid: _Grid, x: Any, gradient: Any, mean: Any, rstd: Any, bias: Any, sums: Any
 ) -> None:
-    """Of the gradient before GELU, which is that of the bias; and of its product with the norm."""
-    vectors = mean[...], inverse[...], bias[...]
+    """Write the sums of the gradient before GELU, and of its product with the normalised ``x``.
+
+    The first is the gradient with respect to the bias.
+    """
+    vectors = mean[...], rstd[...], bias[...]
 
     def values(i: int) -> tuple[jax.Array, jax.Array]:
         before, normalised = _before_gelu(x[grid.block(i)], gradient[grid.block(i)], *vectors)
@@ -276,27 +288,27 @@ def _gradient_sums(
 
 
 def _before_gelu(
-    x: jax.Array, gradient: jax.Array, mean: jax.Array, inverse: jax.Array, bias: jax.Array
+    x: jax.Array, gradient: jax.Array, mean: jax.Array, rstd: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The gradient before GELU, and the normalised ``x`` without its bias."""
-    normalised = (x.astype(jnp.float32) - mean) * inverse
+    normalised = (x.astype(jnp.float32) - mean) * rstd
     return gradient.astype(jnp.float32) * gelu_slope(normalised + bias), normalised
 
 
-def _of_x(grid: _Grid, x: Any, gradient: Any, *vectors: Any) -> jax.Array:
-    """The gradient of ``x`` (Ioffe and Szegedy, 2015, arXiv:1502.03167, section 3)."""
-    mean, inverse, bias, of_bias, product = (vector[...] for vector in vectors)
-    before, normalised = _before_gelu(x[...], gradient[...], mean, inverse, bias)
-    return inverse * (before - (of_bias + normalised * product) / grid.rows)
+def _x_gradient(grid: _Grid, x: Any, gradient: Any, *vectors: Any) -> jax.Array:
+    """The gradient with respect to ``x`` (Ioffe and Szegedy, 2015, arXiv:1502.03167, section 3)."""
+    mean, rstd, bias, dbias, product = (vector[...] for vector in vectors)
+    before, normalised = _before_gelu(x[...], gradient[...], mean, rstd, bias)
+    return rstd * (before - (dbias + normalised * product) / grid.rows)
 
 
 def _input_gradient(grid: _Grid, *refs: Any) -> None:
-    *inputs, of_x = refs
-    of_x[...] = _of_x(grid, *inputs).astype(of_x.dtype)
+    *inputs, dx = refs
+    dx[...] = _x_gradient(grid, *inputs).astype(dx.dtype)
 
 
 def _pixels_gradient(grid: _Grid, width: int, winner: Any, *refs: Any) -> None:
-    *inputs, of_pixels = refs
-    of_x, winner = _of_x(grid, *inputs).astype(of_pixels.dtype), winner[...]
+    *inputs, dpixels = refs
+    dx, winner = _x_gradient(grid, *inputs).astype(dpixels.dtype), winner[...]
     for i, where in enumerate(grid.pixels(width)(0)):
-        of_pixels[where] = jnp.where(winner == i, of_x, jnp.zeros_like(of_x))
+        dpixels[where] = jnp.where(winner == i, dx, jnp.zeros_like(dx))

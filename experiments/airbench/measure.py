@@ -1,4 +1,4 @@
-"""Runs one after the other, each timed; and what they come to."""
+"""Timed runs: what they come to, their floating-point operations, and where a GPU's time goes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tqdm import tqdm
 from airbench.optimizer import make_optimizer
 from airbench.recipe import Recipe
 from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
+from cifar_jax.airbench import Airbench
 from cifar_jax.dataset import Split, channel_statistics
 from cifar_jax.initializers import WHITENING
 from cifar_jax.layer_table import layer_table
-from cifar_jax.models import Airbench
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.train_step import initial_train_state
 
@@ -38,11 +38,12 @@ _KERNELS_NAMED = 30
 def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
     """The network, optimizer and normalisation for ``train``."""
     dtype = jnp.dtype(recipe.dtype)
-    model = Airbench(num_classes, recipe.widths, recipe.deep, dtype=dtype)
+    network = Airbench
     if recipe.fused:
-        from airbench.kernels import norm_gelu
+        from airbench.fused import FusedAirbench
 
-        model = model.clone(norm_gelu=norm_gelu)
+        network = FusedAirbench
+    model = network(num_classes, recipe.widths, recipe.deep, dtype=dtype)
     tx = make_optimizer(recipe, len(train) // recipe.batch_size)
     return Setting(recipe, model, tx, *channel_statistics(train.pixels))
 
@@ -144,8 +145,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> float:
     """Floating-point operations of convolutions and the head in a run.
 
-    Of the convolutions as they are written, whatever form of them computes it: Winograd's, on a
-    CPU, multiplies less, and pairs of columns, on a GPU, more. A multiply-accumulate is two. A
+    Convolutions are counted as they are written, whatever form of them is computed: Winograd's, on
+    a CPU, multiplies less, and pairs of columns, on a GPU, more. A multiply-accumulate is two. A
     layer's forward pass, the gradient of its kernel and that of its input cost the same. Of the
     whitening only the first is needed, of the layer after it the last only while the whitening's
     bias learns.
@@ -178,7 +179,7 @@ def ceiling_flops(dtype: str, side: int) -> float:
 
 
 def kernels(run: Run) -> dict[str, Any]:
-    """Where a GPU's time goes in one run: seconds by kind of kernel, and those that take most.
+    """Seconds of a GPU in one run: by kind of kernel, and of the kernels that take most.
 
     Convolutions are told from the rest by their operations' names, which are XLA's.
     """

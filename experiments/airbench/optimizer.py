@@ -1,4 +1,4 @@
-"""What each part of the network learns by, as in ``airbench94_muon.py``."""
+"""The optimizer of each part of the network, as in ``airbench94_muon.py``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cifar_jax.muon import muon
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Muon for the 3x3 kernels; SGD for the biases and the head; nothing for the whitening."""
+    """Muon for the 3x3 kernels; SGD for the biases and the head; the whitening's kernel stays."""
     total = recipe.epochs * steps_per_epoch
 
     def sgd(rate: float, steps: int) -> optax.GradientTransformation:

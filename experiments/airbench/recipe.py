@@ -17,13 +17,14 @@ class Recipe:
         epochs: a whole number of passes; what does not fill a batch is left out.
         whitening_epochs: so many at the start train the whitening's bias, which then is fixed.
         kernel_rate, kernel_momentum: Muon's, for the 3x3 kernels.
-        bias_rate, head_rate, momentum, decay: of Nesterov SGD for all else; what decays is this
-            divided by the rate, so that it does not grow with it. All rates fall linearly to 0.
-        deep: as in :class:`cifar_jax.models.Airbench`.
+        bias_rate, head_rate, momentum, decay: of Nesterov SGD for all else, whose weight decay is
+            ``decay / rate``: so what a step takes off does not grow with the rate. All rates fall
+            linearly to 0.
+        deep: as in :class:`cifar_jax.airbench.Airbench`.
         crop: pixels that an image is shifted by, at most.
         cutout: side in pixels of a square that is blanked in each image; 0: none is.
         dtype: of activations.
-        fused: batch norm, GELU and pooling in training are by kernels.py, for a GPU.
+        fused: train with the kernels of kernels.py, for a GPU.
     """
 
     widths: tuple[int, ...] = (64, 256, 256)

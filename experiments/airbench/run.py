@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class Batch(NamedTuple):
 def train_and_score(
     state: TrainState, key: jax.Array, train: Examples, test: Examples, *, setting: Setting
 ) -> dict[str, jax.Array]:
-    """From the first parameters to the answers on ``test``.
+    """A whole run, from the first parameters to the answers on ``test``.
 
     Returns:
         ``correct``, the number of right answers, and ``loss`` ``[steps]``, the mean cross-entropy
@@ -74,7 +75,7 @@ def train_and_score(
 def train_whole(
     state: TrainState, key: jax.Array, train: Examples, *, setting: Setting
 ) -> tuple[TrainState, jax.Array]:
-    """Every epoch; the state after them, and the mean loss of each batch ``[steps]``."""
+    """The state after all epochs, and the mean loss of each batch ``[steps]``."""
     recipe = setting.recipe
     some = train.images[:: whitening_stride(len(train.images))]
     state = state.replace(params=whiten(state.params, normalize(some, setting.mean, setting.std)))
@@ -91,7 +92,7 @@ def train_whole(
         )
         return lax.scan(step, state, batches)
 
-    # Two loops: without the gradient of the whitening's bias, none of the images' is needed either.
+    # Two loops: once the whitening is fixed, no gradient goes back as far as its output.
     numbers = jnp.arange(recipe.epochs)
     first, rest = jnp.split(numbers, [min(recipe.whitening_epochs, recipe.epochs)])
     state, first_losses = lax.scan(functools.partial(epoch, True), state, first)
@@ -126,8 +127,8 @@ def draw_batches(
     return jax.tree.map(cut, Batch(order, corners, mirrored, hole))
 
 
-def show(padded: jax.Array, batch: Batch, crop: int) -> jax.Array:
-    """The images of ``batch``, uint8 ``[B, H, W, C]``, out of the padded ones."""
+def crop_and_flip(padded: jax.Array, batch: Batch, crop: int) -> jax.Array:
+    """The images of ``batch``, uint8 ``[B, H, W, C]``, cropped from the padded ones and flipped."""
     _, height, width, channels = padded.shape
     size = (1, height - 2 * crop, width - 2 * crop, channels)
 
@@ -159,9 +160,9 @@ def train_step(
     learn_whitening: bool,
     setting: Setting,
 ) -> tuple[TrainState, jax.Array]:
-    """One step; the next state, and the mean loss of the batch."""
+    """The next state, and the mean loss of the batch."""
     recipe, model = setting.recipe, setting.model
-    images = normalize(show(padded, batch, recipe.crop), setting.mean, setting.std)
+    images = normalize(crop_and_flip(padded, batch, recipe.crop), setting.mean, setting.std)
     if batch.hole is not None:
         images = cut_out(images, batch.hole, recipe.cutout)
     targets = jax.nn.one_hot(labels[batch.index], model.num_classes)
@@ -193,8 +194,15 @@ def train_step(
 
 
 def score(state: TrainState, test: Examples, *, setting: Setting) -> jax.Array:
-    """How many of ``test`` are named right, by the mean answer to six views of each."""
-    size = max(n for n in range(1, setting.recipe.batch_size + 1) if len(test.labels) % n == 0)
+    """The number of right answers on ``test``, by the mean of the logits for six views of each."""
+    n = len(test.labels)
+    batches = math.ceil(n / setting.recipe.batch_size)
+    size = math.ceil(n / batches)
+    if missing := batches * size - n:  # the last batch is filled up; no answer is the label -1
+        test = Examples(
+            jnp.pad(test.images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+            jnp.pad(test.labels, (0, missing), constant_values=-1),
+        )
 
     def some(examples: Examples) -> jax.Array:
         logits = mean_logits(state, examples.images, setting)
@@ -204,14 +212,15 @@ def score(state: TrainState, test: Examples, *, setting: Setting) -> jax.Array:
     return lax.map(some, batches).sum()
 
 
-# Of the image itself and its mirror image, and of each of two shifts and theirs.
+# The weights of the views: the image and its mirror image, and each of two shifts and its own.
 VIEW_WEIGHTS = (0.25, 0.25, 0.125, 0.125, 0.125, 0.125)
 
 
 def views(images: jax.Array) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[6, B, H, W, C]``: as it is, one pixel down and right, up and left.
+    """Six views of each image for test-time augmentation: ``[B, H, W, C]`` -> ``[6, B, H, W, C]``.
 
-    Each as it is, and mirrored; what comes in at the edges is a reflection.
+    As it is, shifted by a pixel down and right, and up and left, each also mirrored; what comes in
+    at the edges is a reflection.
     """
     _, height, width, _ = images.shape
     padded = reflect_pad(images, 1)
