@@ -33,7 +33,7 @@ from cifar_jax.scores import calibration_error
 from cifar_jax.train_step import create_train_state, normalize, train_step
 from cifar_jax.trained import TrainedNetwork
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
-from claims.spread import noise, percent, spread
+from claims.spread import noise, percent, spread, spread_at
 from claims.study import Study
 
 # What float32 leaves of sums of some thousand terms in another order; an error of the algorithm is
@@ -943,8 +943,8 @@ CLAIMS = [
             "two_tags_binary_percent": 100.0,
             "softmax_sum_deviation": 0.0,
             "sigmoids_sum_deviation": 0.0,
-            "trained_by_cross_entropy": {"mean_percent": 60.0, "std_percent": 0.5, "n": 3},
-            "trained_by_binary_cross_entropy": {"mean_percent": 60.0, "std_percent": 0.5, "n": 3},
+            "trained_by_cross_entropy": spread_at(60.0),
+            "trained_by_binary_cross_entropy": spread_at(60.0),
         },
     ),
     Claim(
@@ -957,9 +957,9 @@ CLAIMS = [
             "largest_deviation_of_sum_from_1": 0.3,
             "mean_deviation_of_logits_sum_from_1": 0.0,
             "largest_difference_to_jax": 0.2,
-            "mean_of_images_of_class_6": {"mean_percent": 10.0, "std_percent": 0.0, "n": 3},
-            "mean_of_other_images": {"mean_percent": 10.0, "std_percent": 0.0, "n": 3},
-            "calibration_error": {"mean_percent": 1.0, "std_percent": 0.0, "n": 3},
+            "mean_of_images_of_class_6": spread_at(10.0),
+            "mean_of_other_images": spread_at(10.0),
+            "calibration_error": spread_at(1.0),
         },
     ),
     Claim(
