@@ -187,7 +187,7 @@ def table(rows: list[dict[str, Any]], output: Path) -> str:
     lines = [
         "# What the tutorial claims, measured",
         "",
-        "Written by `python experiments/claims.py`; each row again by its own command. "
+        "Written by `python experiments/claims.py`; the command in a row measures it anew. "
         f"{len(rows)} claims: " + ", ".join(f"{n} {words}" for words, n in counts.items()) + ".",
         "",
         f"{of_all(row['data_name'] for row in rows)}; {of_all(row['machine'] for row in rows)}; "

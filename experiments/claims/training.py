@@ -231,7 +231,10 @@ def judge_normalisation(values: Values) -> Verdict:
     helped = [clear and points > 0 for points, clear in gains.values()]
     drift = values["pixels_0_1_adam"]["first_layer_mean_in_stds"]
     drift -= values["normalised_adam"]["first_layer_mean_in_stds"]
-    found += f"; with 0..1 the first layer's mean weight is {drift:+.2f} standard deviations away"
+    found += (
+        f"; with 0..1 the first layer's mean weight is {drift:+.2f} standard deviations from that with "
+        "normalised pixels"
+    )
     if not any(helped):
         return Verdict(FAILS, found)
     # A tenth of a standard deviation is what a mean over 16 filters may be off by chance.
