@@ -408,7 +408,7 @@ def judge_improvements(values: Values) -> Verdict:
     found = f"the plain run gets {percent(values['plain'])}; " + ", ".join(
         f"{name.replace('_', ' ')} {gains[name][0]:+.1f} points" for name in names
     )
-    found += " (an eighth of resnet9's channels, half the epochs; 17 has it trained on: far ahead)"
+    found += " (an eighth of resnet9's channels, half the epochs; in 17, trained on, far ahead)"
     if not helped:
         return Verdict(FAILS, found)
     if len(helped) < len(names):

@@ -993,7 +993,7 @@ def judge_conv_cost(values: Values) -> Verdict:
         f"{axis} {v['of_operations']:.2f} and {v['of_time']:.2f} ({v['claimed']:.0f})"
         for axis, v in values.items()
     )
-    found = f"exponents of the operations and of the time (claimed): {found}"
+    found = f"exponents found for the operations and for the time (as claimed): {found}"
 
     def off(axis: str, what: str) -> float:
         return abs(values[axis][what] - values[axis]["claimed"])

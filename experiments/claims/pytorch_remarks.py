@@ -191,9 +191,9 @@ def judge_function_in_sequential(values: Values) -> Verdict:
     if not flax_raises and values["flax_smallest_output"] >= 0:
         return Verdict(
             CAVEAT,
-            f"of PyTorch only: its nn.Sequential raises {torch_raises} for F.relu, and F.relu and "
-            f"nn.ReLU differ by {values['torch_function_against_module_difference']:.0f}; Flax's "
-            "takes any function, and nn.relu in it works (smallest output "
+            f"true of PyTorch only: its nn.Sequential raises {torch_raises} for F.relu, and F.relu "
+            f"and nn.ReLU differ by {values['torch_function_against_module_difference']:.0f}; "
+            "Flax's takes any function, and nn.relu in it works (smallest output "
             f"{values['flax_smallest_output']:.0f})",
         )
     return Verdict(HOLDS, f"PyTorch raises {torch_raises}, Flax {flax_raises or 'nothing'}")
@@ -277,7 +277,7 @@ def judge_call_and_forward(values: Values) -> Verdict:
             CAVEAT,
             f"the hook runs {by_call} time by model(x) and {by_forward} by model.forward(x); but "
             "autodiff needs no set-up there: output and every gradient are the same bits by either "
-            "(difference 0). Flax has no second door: a call without apply raises "
+            "(difference 0). Flax has no such second way: a call without apply raises "
             f"{values['flax_call_without_apply_raises']}, and an interceptor sees "
             f"{' and '.join(values['flax_methods_intercepted'])}",
         )
@@ -513,10 +513,10 @@ def judge_frog(values: Values) -> Verdict:
     if error["mean_percent"] > 5:
         return Verdict(
             CAVEAT,
-            f"{found}; but as percentages they are off by {percent(error)} on average (expected "
-            "calibration error)",
+            f"{found}; but read as percentages, they are off by {percent(error)} on average "
+            "(expected calibration error)",
         )
-    return Verdict(HOLDS, f"{found}; as percentages they are off by {percent(error)} only")
+    return Verdict(HOLDS, f"{found}; read as percentages, they are off by {percent(error)} only")
 
 
 # -------------------------------------------------------------------- 50: plotting of tensors
@@ -760,7 +760,7 @@ def judge_accumulation(values: Values) -> Verdict:
         caveats.append(f"only with each loss divided by 4: as written the gradient is {ratio:.2f}x")
     if normed > _ROUNDING:
         caveats.append(f"not with batch norm, whose gradients differ by {100 * normed:.0f} %")
-    found = f"four times 32 are 128 to rounding (difference {plain:.0e})"
+    found = f"four times 32 give the gradient of 128 up to rounding (difference {plain:.0e})"
     if caveats:
         return Verdict(CAVEAT, f"{found}, but {', and '.join(caveats)}")
     return Verdict(HOLDS, found)

@@ -770,7 +770,7 @@ def judge_workers(values: Values) -> Verdict:
     cold, decode = values["read_from_disk_ms"], values["decode_ms"]
     caveats = []
     if rates["8"] > 0.9 * best:
-        caveats.append("8 are no worse for the DataLoader")
+        caveats.append("8 workers are no worse for the DataLoader")
     if decode > cold:
         caveats.append("the disk is not the bottleneck")
     found = (
@@ -779,9 +779,7 @@ def judge_workers(values: Values) -> Verdict:
         "is the best epoch's"
     )
     return (
-        Verdict(CAVEAT, f"but {' and '.join(caveats)}: {found}")
-        if caveats
-        else Verdict(HOLDS, found)
+        Verdict(CAVEAT, f"{' and '.join(caveats)}: {found}") if caveats else Verdict(HOLDS, found)
     )
 
 
@@ -1033,9 +1031,9 @@ def judge_epoch(values: Values) -> Verdict:
     moved, accuracy = values["weights_moved"], values["accuracy"]
     found = (
         f"one step moves the weights by {percent(moved['step'])} of their norm, to "
-        f"{percent(accuracy['step'])} of the validation images; an epoch of "
-        f"{values['steps_of_an_epoch']} steps, on a part, by {percent(moved['epoch'])}, to "
-        f"{percent(accuracy['epoch'])}; {values['epochs']} epochs by "
+        f"{percent(accuracy['step'])} of the validation images right; an epoch of "
+        f"{values['steps_of_an_epoch']} steps, of a part of the images, by "
+        f"{percent(moved['epoch'])}, to {percent(accuracy['epoch'])}; {values['epochs']} epochs by "
         f"{percent(moved['epochs'])}, to "
         f"{percent(accuracy['epochs'])}"
     )

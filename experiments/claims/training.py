@@ -232,8 +232,8 @@ def judge_normalisation(values: Values) -> Verdict:
     drift = values["pixels_0_1_adam"]["first_layer_mean_in_stds"]
     drift -= values["normalised_adam"]["first_layer_mean_in_stds"]
     found += (
-        f"; with 0..1 the first layer's mean weight is {drift:+.2f} standard deviations from that with "
-        "normalised pixels"
+        f"; with 0..1 the first layer's mean weight is {drift:+.2f} standard deviations from that "
+        "with normalised pixels"
     )
     if not any(helped):
         return Verdict(FAILS, found)
