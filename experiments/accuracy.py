@@ -10,7 +10,6 @@ study goes on where it was. The default network on CIFAR-10 takes five minutes a
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__.split("\n\n")[0], epilog="All other options go to cifar_jax.train."
     )
     parser.add_argument("--seeds", type=int, default=3, help="train with seeds 0 .. N-1")

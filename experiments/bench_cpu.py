@@ -26,7 +26,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -38,12 +37,11 @@ from bench.figure import draw
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source
+from machine import processor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, required=True, help="the JSON to write; the figure goes beside it"
     )
@@ -64,7 +62,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "quick": quick,
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "machine": f"{os.cpu_count()} cores, {processor()}",
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "data": Path(source).name,
     }
@@ -97,14 +95,6 @@ def _pipeline(data: list[str], rounds: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(output.read_text())
     print(f"  {found}")
     return {"pipeline_ratio": found["pipeline_ratio"], "pipeline": found}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,20 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source
 from claims import CLAIMS
-from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Values
+from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Values, from_json, to_json
 from claims.code import code_of
 from claims.study import Study
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 VERDICTS = (HOLDS, CAVEAT, FAILS)
 NAMES = ("auto", "shapes", "cifar10")  # of --data that are no path
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 DEFAULT_OUTPUT = ROOT / "experiments" / "results" / "claims.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these questions, anew")
     parser.add_argument(
         "--data", help="as in cifar_jax.train [default shapes if --quick, else auto]"
@@ -84,9 +85,9 @@ def main() -> None:
             known |= judged(claim, known["value"])
             continue
         results[claim.question] = {**measure(claim, study), **state}
-        write(output, results, study)
+        write(output, results)
         print(f"  {results[claim.question]['verdict']}: {results[claim.question]['because']}")
-    write(output, results, study)
+    write(output, results)
     print(f"{len(results)} claim(s) in {output} and {table_path(output)}")
 
 
@@ -117,7 +118,12 @@ def measure(claim: Claim, study: Study) -> dict[str, Any]:
         "n": measured.n,
         "seconds": round(seconds, 1),
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+        "data_name": study.dataset.name,
         "command": f"python experiments/claims.py --only {claim.question}{options}",
         "figure": measured.figure and f"{study.figures.name}/{measured.figure}",
     }
@@ -140,7 +146,8 @@ def judged(claim: Claim, values: Values) -> dict[str, Any]:
 def read_results(path: Path) -> dict[int, dict[str, Any]]:
     """The rows in ``path``, by question; none where there is no such file."""
     try:
-        return {row["question"]: row for row in json.loads(path.read_text())["claims"]}
+        rows = json.loads(path.read_text())["claims"]
+        return {row["question"]: {**row, "value": from_json(row["value"])} for row in rows}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -151,38 +158,12 @@ def read_results(path: Path) -> dict[int, dict[str, Any]]:
         ) from error
 
 
-def write(output: Path, results: dict[int, dict[str, Any]], study: Study) -> None:
+def write(output: Path, results: dict[int, dict[str, Any]]) -> None:
     """The JSON, and the table beside it."""
     rows = [results[question] for question in sorted(results)]
-    content = {"environment": environment(study), "claims": rows}
-    write_atomically(output, json.dumps(content, indent=1) + "\n")
-    write_atomically(table_path(output), table(rows, content["environment"], output))
-
-
-def environment(study: Study) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "data": {"name": study.dataset.name, "digest": study.dataset.digest},
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
-    }
-
-
-def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
+    stored = [{**row, "value": to_json(row["value"])} for row in rows]
+    write_atomically(output, json.dumps({"claims": stored}, indent=1, allow_nan=False) + "\n")
+    write_atomically(table_path(output), table(rows, output))
 
 
 def table_path(output: Path) -> Path:
@@ -194,24 +175,26 @@ def table_path(output: Path) -> Path:
     )
 
 
-def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> str:
-    """All rows as Markdown."""
+def table(rows: list[dict[str, Any]], output: Path) -> str:
+    """All rows as Markdown; above them where and when they were measured, each by its own row."""
     folder = table_path(output).parent
-    machines = ", or ".join(sorted({row["machine"] for row in rows}))
     plural = ("hold", "hold with a caveat", "do not hold here")
     counts = {
         words: sum(row["verdict"] == verdict for row in rows)
         for verdict, words in zip(VERDICTS, plural, strict=True)
     }
+    dates = [row["date"] for row in rows]
     lines = [
         "# What the tutorial claims, measured",
         "",
-        "Written by `python experiments/claims.py`; each row again by its own command. "
+        "Written by `python experiments/claims.py`; the command in a row measures it anew. "
         f"{len(rows)} claims: " + ", ".join(f"{n} {words}" for words, n in counts.items()) + ".",
         "",
-        f"{about['data']['name']}; {machines}; jax {about['versions']['jax']}, torch "
-        f"{about['versions']['torch']}, Python {about['versions']['python']}; until "
-        f"{about['date']}. "
+        f"{of_all(row['data_name'] for row in rows)}; {of_all(row['machine'] for row in rows)}; "
+        f"jax {of_all(row['versions']['jax'] for row in rows)}, "
+        f"torch {of_all(row['versions']['torch'] for row in rows)}, "
+        f"Python {of_all(row['versions']['python'] for row in rows)}; "
+        f"{' to '.join(sorted({min(dates), max(dates)}))}. "
         "`cifar10.tar.gz` is a JPEG copy of CIFAR-10. n: repetitions (seeds, rounds, steps "
         "or resamplings, by the claim's code); spreads are standard deviations.",
         "",
@@ -238,6 +221,11 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], output: Path) -> st
             lines += ["", f"### Question {row['question']}", "", row["claim"]]
             lines += ["", f"![question {row['question']}]({figure})"]
     return "\n".join(lines) + "\n"
+
+
+def of_all(values: Iterable[str]) -> str:
+    """The different ones of ``values``."""
+    return ", or ".join(sorted(set(values)))
 
 
 if __name__ == "__main__":

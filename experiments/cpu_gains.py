@@ -43,9 +43,7 @@ _PARTS: dict[str, tuple[Any, str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--models", nargs="+", choices=_TURNS, default=list(_TURNS))
     arguments = parser.parse_args()

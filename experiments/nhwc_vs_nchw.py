@@ -35,6 +35,7 @@ import jax
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source
 from layouts.figure import draw
 from layouts.hlo import inspect_hlo
@@ -45,9 +46,7 @@ from layouts.training import train_in_both
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, required=True, help="the JSON to write; the figure goes beside it"
     )
@@ -114,9 +113,7 @@ class Study:
         self._write()
 
     def _write(self) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
-        os.replace(temporary, self._path)
+        write_atomically(self._path, json.dumps(self.results, indent=1) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -1,7 +1,6 @@
 r"""A run on two processes loses one, is stopped, and goes on elsewhere: is it the same run?
 
-    python experiments/processes.py                        # about two minutes
-    python experiments/processes.py --output mine.json
+    python experiments/processes.py --output processes.json     # about two minutes
 
 The network is linear. Each process has two devices of its own (parts of the CPU), and they meet on
 this machine. The run is stopped by a SIGTERM to one of them; goes on; loses one to SIGKILL; goes on
@@ -26,7 +25,6 @@ from typing import Any
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
 # 48 images a step share evenly over 1, 2, 3 and 4 devices. A convex loss, and no maximum of nearly
 # equal numbers that rounding could decide: what differs after all these steps is not rounding.
 RUN = "--data shapes --max-train-examples 1920 --epochs 6 --batch-size 48 --model linear"
@@ -35,13 +33,10 @@ RUN += " --schedule constant"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "experiments" / "results" / "processes.json"
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     output: Path = parser.parse_args().output
+    output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     with tempfile.TemporaryDirectory() as folder:
         found = {**disturbed(Path(folder) / "disturbed"), **alone(Path(folder) / "alone")}
     pairs = zip(found["losses"], found["undisturbed_losses"], strict=True)

@@ -1,6 +1,6 @@
 r"""An hour of accidents: is anything lost?
 
-    python experiments/soak.py                             # an hour
+    python experiments/soak.py --output soak.json             # an hour
     python experiments/soak.py --minutes 2 --output mine.json
 
 Trains the run of processes.py, of a linear network, again and again. Each time it is ended by
@@ -35,20 +35,16 @@ from cifar_jax.files import write_atomically
 from cifar_jax.images import png
 from processes import losses, start
 
-ROOT = Path(__file__).resolve().parents[1]
 RELATIVE = 1e-5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the accidents")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "experiments" / "results" / "soak.json"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     # Started in the background by a shell, this process and its children would ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     draw = random.Random(options.seed)

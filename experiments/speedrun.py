@@ -49,9 +49,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="how many, seeds 0 .. N-1")
     parser.add_argument("--data", default="auto", help="as in cifar_jax.train")

@@ -83,9 +83,7 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--rounds", type=int, default=7, help="of an epoch of each")
     parser.add_argument("--smoke", action="store_true", help="a narrow network: does it work?")

@@ -1,7 +1,7 @@
 r"""Data larger than memory: does training's memory stay flat as the folder grows tenfold?
 
-    python experiments/streaming.py                              # about ten minutes, 1.5 GB of disk
-    python experiments/streaming.py --images 1000 5000           # smaller folders
+    python experiments/streaming.py --output streaming.json    # about ten minutes, 1.5 GB of disk
+    python experiments/streaming.py --images 1000 5000 --output small.json
 
 Makes folders of small JPEGs, copies of 200 pictures, trains a linear network for one epoch on each,
 streaming (--cache-mb 0), and notes the peak of memory, the time to the first step, and images a
@@ -16,36 +16,29 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+import first_step
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES, SIDE, PICTURES = 10, 64, 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[30_000, 300_000])
     parser.add_argument(
         "--folder", type=Path, help="where the images are made, and deleted [a temporary folder]"
     )
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "experiments" / "results" / "streaming.json"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     arguments = parser.parse_args()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
@@ -91,26 +84,13 @@ def train(folder: Path, name: str, *, stop: bool = False) -> dict[str, Any]:
     """Train on ``folder/images``, or stop when training begins: seconds and peak memory."""
     workdir = folder / name
     shutil.rmtree(workdir, ignore_errors=True)
-    command = [sys.executable, "-m", "cifar_jax.train", "--data", str(folder / "images")]
-    command += ["--data-dir", str(folder / "data"), "--cache-mb", "0", "--model", "linear"]
-    command += ["--epochs", "1", "--batch-size", "500", "--workdir", str(workdir)]
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    first_step = None
-    for line in process.stdout:
-        if line.lstrip().startswith("epoch "):  # the table's head: the first step comes next
-            first_step = time.perf_counter() - started
-            if stop:
-                process.send_signal(signal.SIGTERM)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 143) or first_step is None:
-        raise SystemExit(f"training ended with {process.returncode}")
+    options = ["--data", str(folder / "images"), "--data-dir", str(folder / "data")]
+    options += ["--cache-mb", "0", "--model", "linear", "--epochs", "1", "--batch-size", "500"]
+    run = first_step.train([*options, "--workdir", str(workdir)], stop=stop)
     found: dict[str, Any] = {
-        "to_first_step_seconds": round(first_step, 1),
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_mb": usage.ru_maxrss >> 10,
+        "to_first_step_seconds": round(run.to_first_step, 1),
+        "seconds": round(run.seconds, 1),
+        "peak_mb": run.peak_mb,
         "listing_kept": stop,
     }
     if not stop:

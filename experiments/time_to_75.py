@@ -26,28 +26,34 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax import cli
+from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
+from cifar_jax.sources import check_source
+from machine import processor
 
 _TARGET = 0.75
 _MOST_EPOCHS = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10, as for cifar_jax.train")
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--seeds", type=int, default=5, help="of the preset, 0 .. N-1")
     parser.add_argument("--torch-seeds", type=int, default=1, help="of PyTorch's")
     arguments = parser.parse_args()
-    data = ["--data", str(Path(arguments.data).resolve())]
+    source = arguments.data
+    check_source(source)
+    data = ["--data", str(Path(source).resolve()) if Path(source).exists() else source]
     if arguments.data_dir:
         data += ["--data-dir", str(Path(arguments.data_dir).resolve())]
-    runs: list[dict[str, Any]] = []
-    if arguments.output.exists():
-        runs = json.loads(arguments.output.read_text())["runs"]
+    about = {
+        "machine": f"{os.cpu_count()} cores, {processor()}",
+        "data": Path(source).name,
+    }
+    runs = _earlier_runs(arguments.output, about)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     planned = [("cifar_jax, fast", seed) for seed in range(arguments.seeds)]
     for seed in range(arguments.torch_seeds):
         planned += [(f"PyTorch, {model}", seed) for model in ("cnn-wide", "cnn")]
@@ -60,8 +66,7 @@ def main() -> None:
         print(f"  {runs[-1]}", flush=True)
         found = {
             "date": datetime.date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cores",
-            "data": Path(arguments.data).name,
+            **about,
             "rule": " ".join((__doc__ or "").split("\n\n")[2].split()),
             "runs": runs,
             "summary": _summary(runs),
@@ -69,6 +74,30 @@ def main() -> None:
         write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
     for row in _summary(runs):
         print(row)
+
+
+def _earlier_runs(output: Path, about: dict[str, str]) -> list[dict[str, Any]]:
+    """The runs in ``output``, which must be of the same machine and data; none if there is none."""
+    if not output.exists():
+        return []
+    try:
+        found = json.loads(output.read_text())
+        differs = next((name for name in about if found[name] != about[name]), None)
+        runs: list[dict[str, Any]] = found["runs"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--output {output} is there already, and holds no runs: {error!r}",
+            fix="give another --output",
+        ) from error
+    if differs:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--output {output} holds runs of {differs} {found[differs]}, and these are of "
+            f"{about[differs]}",
+            fix="give another --output",
+        )
+    return runs
 
 
 def _fast(program: str, seed: int, data: list[str]) -> dict[str, Any]:

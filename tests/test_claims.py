@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import runpy
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,8 +19,9 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 from cifar_jax.dataset import Split
+from cifar_jax.errors import CifarJaxError
 from claims import CLAIMS, code
-from claims.claim import CAVEAT, FAILS, HOLDS
+from claims.claim import CAVEAT, FAILS, HOLDS, from_json, to_json
 from claims.study import some_of
 
 BY_QUESTION = {claim.question: claim for claim in CLAIMS}
@@ -44,9 +47,12 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     output = tmp_path_factory.mktemp("claims") / "quick.json"
     first = run("--quick", "--output", output)
     assert first.returncode == 0, first.stderr
+    long_ago = output.read_text().replace(datetime.date.today().isoformat(), "2001-02-03")
+    output.write_text(long_ago)
     again = run("--quick", "--output", output)  # all of it is there
     assert again.returncode == 0, again.stderr
     assert "question" not in again.stdout
+    assert output.read_text() == long_ago, "what is not measured keeps its date"
     table = output.with_suffix(".md").read_text()
     assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(CLAIMS)
     rows = json.loads(output.read_text())["claims"]
@@ -68,23 +74,55 @@ def test_every_claim_gives_a_number_and_a_verdict(quick: dict[int, dict[str, Any
         assert row["command"] == f"python experiments/claims.py --only {question} --quick"
         path, line = row["source"].split("#L")
         assert "def measure" in (EXPERIMENTS.parent / path).read_text().splitlines()[int(line) - 1]
-        # The refuting numbers have the form of the measured ones, and are judged from them alone.
-        claim = BY_QUESTION[question]
-        assert set(claim.refuted_by) == set(row["value"]), question
-        assert claim.judge(claim.refuted_by).verdict in (HOLDS, CAVEAT, FAILS), question
+        # The refuting numbers have the form of the measured ones.
+        assert set(BY_QUESTION[question].refuted_by) == set(row["value"]), question
 
 
 def test_no_verdict_could_only_come_out_as_it_did() -> None:
     """Of the committed results: other numbers would have given another verdict."""
     results = EXPERIMENTS / "results"
-    content = json.loads((results / "claims.json").read_text())
+    content = json.loads((results / "claims.json").read_text(), parse_constant=_refuse)
     assert [row["question"] for row in content["claims"]] == list(range(1, 61))
     for row in content["claims"]:
         assert row["figure"] is None or (results / row["figure"]).exists(), row["question"]
         claim = BY_QUESTION[row["question"]]
         assert set(claim.refuted_by) == set(row["value"]), row["question"]
-        assert claim.judge(row["value"]).verdict == row["verdict"], row["question"]
+        verdict = claim.judge(from_json(row["value"]))
+        assert (verdict.verdict, verdict.because) == (row["verdict"], row["because"])
         assert claim.judge(claim.refuted_by).verdict != row["verdict"], row["question"]
+
+
+def _refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_a_row_keeps_when_and_with_what_it_was_measured(tmp_path: Path) -> None:
+    output = tmp_path / "two.json"
+    assert run("--quick", "--only", "2", "--output", output).returncode == 0
+    (row,) = json.loads(output.read_text())["claims"]
+    row["date"], row["data_name"], row["versions"]["jax"] = "2001-02-03", "other", "0.0.1"
+    output.write_text(json.dumps({"claims": [row]}))
+    assert run("--quick", "--only", "55", "--output", output).returncode == 0
+    old, new = json.loads(output.read_text())["claims"]
+    assert old == row
+    assert new["versions"]["jax"] == jax.__version__
+    assert new["date"] == datetime.date.today().isoformat()
+    header = output.with_suffix(".md").read_text().splitlines()[4]
+    assert header.startswith("other, or shapes; ")
+    assert f"jax 0.0.1, or {jax.__version__}, torch " in header
+    assert f"; 2001-02-03 to {new['date']}. " in header
+
+
+def test_a_run_that_diverged_is_named_and_is_json() -> None:
+    assert to_json({"a": [1.0, math.nan], "b": -math.inf}) == {"a": [1.0, None], "b": None}
+    claim = BY_QUESTION[23]
+    diverged = {**claim.refuted_by["pixels_0_255_sgd"], "first_layer_mean_in_stds": math.nan}
+    values = {**claim.refuted_by, "pixels_0_255_sgd": diverged}
+    stored = json.loads(json.dumps(to_json(values), allow_nan=False))
+    because = claim.judge(from_json(stored)).because
+    assert because == claim.judge(values).because
+    assert because.count("diverged") == 1
+    assert "pixels 0 255 sgd: diverged" in because
 
 
 def test_the_code_of_a_number_is_what_it_comes_from() -> None:
@@ -116,18 +154,11 @@ def _has_number(value: Any) -> bool:
     ],
 )
 def test_wrong_use_is_one_line(
-    options: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    options: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text("[]")
     monkeypatch.setattr(sys, "argv", ["claims.py", *options.split()])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXPERIMENTS / "claims.py"), run_name="__main__")
-    assert ended.value.code != 0
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    with pytest.raises(CifarJaxError, match=message) as told:
+        runpy.run_path(str(EXPERIMENTS / "claims.py"), run_name="a_script")["main"]()
+    assert "\n" not in str(told.value)

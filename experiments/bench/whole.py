@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -13,44 +11,31 @@ import time
 from pathlib import Path
 from typing import Any
 
+import first_step
+
 _EXPERIMENTS = Path(__file__).resolve().parents[1]
 _RUN = ("--model", "cnn", "--input", "tf.data")
 
 
 def first_step_seconds(data: list[str], rounds: int) -> dict[str, Any]:
     """From the command ``cifar_jax.train`` to its first step: with nothing compiled, and with."""
-    cold, warm = [], []
+    cold: list[float] = []
+    warm: list[float] = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            cache = Path(folder) / "cache"
-            cold.append(_seconds_to_first_step(data, Path(folder) / "cold", cache))
-            warm.append(_seconds_to_first_step(data, Path(folder) / "warm", cache))
+            for name, seconds in (("cold", cold), ("warm", warm)):
+                run = first_step.train(
+                    [*_RUN, *data, "--workdir", f"{folder}/{name}"],
+                    stop=True,
+                    environment={"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"},
+                )
+                seconds.append(run.to_first_step)
     print(f"  first step after {_said(cold)} s, with compiled programs kept {_said(warm)} s")
     return {
         "first_step_seconds_cold": statistics.median(cold),
         "first_step_seconds_warm": statistics.median(warm),
         "first_step_seconds": {"cold": cold, "warm": warm},
     }
-
-
-def _seconds_to_first_step(data: list[str], workdir: Path, cache: Path) -> float:
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cifar_jax.train", *_RUN, *data, "--workdir", str(workdir)],
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # that it was stopped
-        text=True,
-    )
-    assert process.stdout is not None
-    seconds = None
-    for line in process.stdout:
-        if line.lstrip().startswith("epoch "):  # the table's head: the first step comes next
-            seconds = time.perf_counter() - started
-            process.send_signal(signal.SIGTERM)
-    if process.wait() != 128 + signal.SIGTERM or seconds is None:
-        raise RuntimeError(f"training ended with {process.returncode}")
-    return seconds
 
 
 def epochs(data: list[str], rounds: int) -> dict[str, Any]:

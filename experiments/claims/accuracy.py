@@ -18,7 +18,7 @@ from cifar_jax.dataset import Dataset, Split
 from cifar_jax.inference import softmax
 from cifar_jax.train_step import normalize
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
-from claims.spread import difference, percent, spread_of_shares
+from claims.spread import difference, percent, spread_at, spread_of_shares
 from claims.study import Fitted, Study
 
 # A quarter of the training images: a run takes a minute, and overfitting comes early.
@@ -408,7 +408,7 @@ def judge_improvements(values: Values) -> Verdict:
     found = f"the plain run gets {percent(values['plain'])}; " + ", ".join(
         f"{name.replace('_', ' ')} {gains[name][0]:+.1f} points" for name in names
     )
-    found += " (an eighth of resnet9's channels, half the epochs; 17 has it trained on: far ahead)"
+    found += " (an eighth of resnet9's channels, half the epochs; in 17, trained on, far ahead)"
     if not helped:
         return Verdict(FAILS, found)
     if len(helped) < len(names):
@@ -614,16 +614,12 @@ def judge_leak(values: Values) -> Verdict:
     return Verdict(HOLDS, found)
 
 
-def _at(mean: float) -> Values:
-    return {"mean_percent": mean, "std_percent": 0.3, "n": 3}
-
-
 def _cured(train: float, val: float) -> Values:
     return {
-        "train": _at(train),
-        "val": _at(val),
-        "gap": _at(train - val),
-        "val_best": _at(val),
+        "train": spread_at(train),
+        "val": spread_at(val),
+        "gap": spread_at(train - val),
+        "val_best": spread_at(val),
     }
 
 
@@ -633,7 +629,7 @@ CLAIMS = [
         says="A simple MLP gets only 40-50 % on CIFAR-10; 80 % takes a CNN.",
         measure=measure_mlp_and_cnn,
         judge=judge_mlp_and_cnn,
-        refuted_by={"mlp": _at(82), "cnn": _at(81), "narrow_resnet9": _at(85)},
+        refuted_by={"mlp": spread_at(82), "cnn": spread_at(81), "narrow_resnet9": spread_at(85)},
     ),
     Claim(
         question=20,
@@ -641,10 +637,10 @@ CLAIMS = [
         measure=measure_guessing,
         judge=judge_guessing,
         refuted_by={
-            "random_guess": _at(20),
+            "random_guess": spread_at(20),
             "most_frequent_class_percent": 20.0,
-            "linear": _at(35),
-            "cnn": _at(72),
+            "linear": spread_at(35),
+            "cnn": spread_at(72),
         },
     ),
     Claim(
@@ -654,10 +650,10 @@ CLAIMS = [
         measure=measure_underfitting,
         judge=judge_underfitting,
         refuted_by={
-            "tiny": {"train": _at(50), "val": _at(49)},
-            "deeper": {"train": _at(50), "val": _at(49)},
-            "wider": {"train": _at(49), "val": _at(49)},
-            "longer": {"train": _at(50), "val": _at(49)},
+            "tiny": {"train": spread_at(50), "val": spread_at(49)},
+            "deeper": {"train": spread_at(50), "val": spread_at(49)},
+            "wider": {"train": spread_at(49), "val": spread_at(49)},
+            "longer": {"train": spread_at(50), "val": spread_at(49)},
         },
     ),
     Claim(
@@ -683,9 +679,9 @@ CLAIMS = [
             "lowest_loss_epoch": 15.0,
             "highest_accuracy_epoch": 12.0,
             "loss_rise_percent": 0.0,
-            "accuracy_change": _at(0),
-            "confidence_in_wrong_answers_at_lowest_loss": _at(50),
-            "confidence_in_wrong_answers_at_the_end": _at(50),
+            "accuracy_change": spread_at(0),
+            "confidence_in_wrong_answers_at_lowest_loss": spread_at(50),
+            "confidence_in_wrong_answers_at_the_end": spread_at(50),
         },
     ),
     Claim(
@@ -730,6 +726,6 @@ CLAIMS = [
         "improve on the tutorial's 75 %.",
         measure=measure_improvements,
         judge=judge_improvements,
-        refuted_by={name: _at(65) for name in [*_CURES, "residual_network"]},
+        refuted_by={name: spread_at(65) for name in [*_CURES, "residual_network"]},
     ),
 ]

@@ -49,7 +49,7 @@ def _complains(run: Callable[[], Any], *errors: type[Exception]) -> bool:
 
 
 def _zoo(batch_norm: bool = False) -> dict[str, nn.Module]:
-    """The networks of ``cifar_jax.models`` that have convolutions."""
+    """The networks whose convolutions are ``conv_block``s; those of ``airbench`` are not."""
     zoo = {}
     for name in ("cnn", "cnn-wide", "cnn-gap", "resnet9"):
         options = {} if name == "resnet9" else {"batch_norm": batch_norm}
@@ -379,10 +379,10 @@ def judge_depth(values: Values) -> Verdict:
 def measure_same_padding(study: Study) -> Measured:
     """Compare Out = (In - K + 2P)/S + 1 with the sizes that convolutions have in both frameworks.
 
-    For In 32 and 33, K 1 to 7, P 0 to 3, S 1 to 3; and look through the networks here for a
-    convolution that changes the image size. Refuted if padding 1 is not the one that keeps the
-    size at K = 3, or the formula is wrong at stride 1; qualified if it needs rounding elsewhere.
-    Seconds, and an import of torch.
+    For In 32 and 33, K 1 to 7, P 0 to 3, S 1 to 3; and look through cnn, cnn-wide, cnn-gap and
+    resnet9 for a convolution that changes the image size (``airbench``'s first one does). Refuted
+    if padding 1 is not the one that keeps the size at K = 3, or the formula is wrong at stride 1;
+    qualified if it needs rounding elsewhere. Seconds, and an import of torch.
     """
     from cifar_jax.torch_reference import torch
 
@@ -435,7 +435,7 @@ def judge_same_padding(values: Values) -> Verdict:
     found = (
         "at stride 1 the formula is exact and padding 1 alone keeps the size at K = 3 (at K = 2 "
         f"{'none does' if not values['paddings_that_keep_32_at_kernel_2'] else 'one does'}); no "
-        "convolution of the networks here changes it"
+        "convolution of cnn, cnn-wide, cnn-gap and resnet9 changes it"
     )
     if exact < cases:
         return Verdict(
@@ -452,7 +452,7 @@ _BLOCK = re.compile(r"conv( batch_norm)? relu( pool)?")
 
 
 def measure_conv_block(study: Study) -> Measured:
-    """Cut each network here at its convolutions and compare the pieces; count lines of code.
+    """Cut cnn, cnn-wide, cnn-gap and resnet9 at their convolutions, compare the pieces, count code.
 
     A piece goes from one convolution to the next, without what follows the last pool or ReLU (the
     classifier, the end of a residual block). Refuted if the blocks of the tutorial's network
@@ -501,8 +501,9 @@ def judge_conv_block(values: Values) -> Verdict:
         )
     found = (
         f"one function of {values['lines_of_the_function']} lines, called in "
-        f"{values['calls_in_the_source']} places, makes all {total} convolutions of the networks "
-        f"here; the tutorial's 3 blocks are all '{one[0]}', with batch norm '{normed[0]}'"
+        f"{values['calls_in_the_source']} places, makes all {total} convolutions of cnn, cnn-wide, "
+        f"cnn-gap and resnet9; the tutorial's 3 blocks are all '{one[0]}', with batch norm "
+        f"'{normed[0]}'"
     )
     unpooled = values["of_them_without_pool"]
     if unpooled:

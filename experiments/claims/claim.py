@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,7 +13,26 @@ HOLDS: Literal["holds"] = "holds"
 CAVEAT: Literal["holds with a caveat"] = "holds with a caveat"
 FAILS: Literal["does not hold here"] = "does not hold here"
 
-Values = dict[str, Any]  # what JSON can hold; names carry units: "ms", "percent", "pixels"
+# What JSON can hold, and NaN of a run that diverged; names carry units: "ms", "percent", "pixels".
+Values = dict[str, Any]
+
+
+def to_json(value: Any) -> Any:
+    """``value`` of ``Values``, in which null stands for NaN and infinities: JSON has none."""
+    return _replaced(value, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
+
+
+def from_json(value: Any) -> Any:
+    """``Values`` again, with NaN for null, as judges calculate with them."""
+    return _replaced(value, lambda x: math.nan if x is None else x)
+
+
+def _replaced(value: Any, replace: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {name: _replaced(inner, replace) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, replace) for inner in value]
+    return replace(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from claims.accuracy import (
     tutorial_config,
 )
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
-from claims.spread import difference, percent, spread_of_shares
+from claims.spread import difference, percent, spread_at, spread_of_shares
 from claims.study import Fitted, Study, some_of
 
 _SHIFTS = (0, 1, 2, 3, 4, 6, 8)
@@ -643,10 +643,6 @@ def judge_sample_efficiency(values: Values) -> Verdict:
     return Verdict(HOLDS, found)
 
 
-def _at(mean: float) -> Values:
-    return {"mean_percent": mean, "std_percent": 0.3, "n": 3}
-
-
 _FIVE = ["pixels", "Conv_0", "Conv_1", "Conv_2", "Dense_0"]
 
 CLAIMS = [
@@ -661,9 +657,9 @@ CLAIMS = [
             "memory_mb": 786.4,
             **{
                 name: {
-                    "test": _at(50),
-                    "test_permuted": _at(50),
-                    "test_moved_4_pixels": _at(45),
+                    "test": spread_at(50),
+                    "test_permuted": spread_at(50),
+                    "test_moved_4_pixels": spread_at(45),
                 }
                 for name in ("mlp", "cnn")
             },
@@ -677,12 +673,17 @@ CLAIMS = [
         refuted_by={
             "layers": _FIVE[1:],
             "trained": {
-                "explained_by_class": [_at(5), _at(10), _at(20), _at(40)],
-                "channels_of_one_class": [_at(0), _at(20), _at(60), _at(80)],
+                "explained_by_class": [spread_at(5), spread_at(10), spread_at(20), spread_at(40)],
+                "channels_of_one_class": [
+                    spread_at(0),
+                    spread_at(20),
+                    spread_at(60),
+                    spread_at(80),
+                ],
             },
             "untrained": {
-                "explained_by_class": [_at(5)] * 4,
-                "channels_of_one_class": [_at(0)] * 4,
+                "explained_by_class": [spread_at(5)] * 4,
+                "channels_of_one_class": [spread_at(0)] * 4,
             },
         },
     ),
@@ -695,7 +696,7 @@ CLAIMS = [
         refuted_by={
             "layers": _FIVE,
             **{
-                kind: {what: [_at(40)] * 5 for what in ("class", "colour_r2", "edges_r2")}
+                kind: {what: [spread_at(40)] * 5 for what in ("class", "colour_r2", "edges_r2")}
                 for kind in ("trained", "untrained")
             },
         },
@@ -709,8 +710,8 @@ CLAIMS = [
             "shifts_pixels": list(_SHIFTS),
             **{
                 name: {
-                    "accuracy": [_at(60 - 4 * shift) for shift in _SHIFTS],
-                    "changed_answers": [_at(4 * shift) for shift in _SHIFTS],
+                    "accuracy": [spread_at(60 - 4 * shift) for shift in _SHIFTS],
+                    "changed_answers": [spread_at(4 * shift) for shift in _SHIFTS],
                 }
                 for name in ("mlp", "cnn", "cnn_gap")
             },
@@ -725,8 +726,8 @@ CLAIMS = [
         measure=measure_filters,
         judge=judge_filters,
         refuted_by={
-            "trained": _at(95),
-            "untrained": _at(58),
+            "trained": spread_at(95),
+            "untrained": spread_at(58),
             "noise_percent": 59.0,
             "weights_shape": [3, 3, 3, 16],
         },
@@ -738,9 +739,9 @@ CLAIMS = [
         judge=judge_sample_efficiency,
         refuted_by={
             "images": [500, 2000, 8000, 45_000],
-            "linear": [_at(20), _at(30), _at(35), _at(38)],
-            "mlp": [_at(30), _at(38), _at(45), _at(53)],
-            "cnn": [_at(29), _at(37), _at(45), _at(53)],
+            "linear": [spread_at(20), spread_at(30), spread_at(35), spread_at(38)],
+            "mlp": [spread_at(30), spread_at(38), spread_at(45), spread_at(53)],
+            "cnn": [spread_at(29), spread_at(37), spread_at(45), spread_at(53)],
         },
     ),
 ]

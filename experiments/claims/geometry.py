@@ -34,7 +34,7 @@ from cifar_jax.parallel import compile_lowered
 from cifar_jax.pooling import max_pool
 from cifar_jax.train_step import normalize
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
-from claims.spread import difference, percent, spread
+from claims.spread import difference, percent, spread, spread_at
 from claims.study import Fitted, Study, score, some_of
 
 Floats = NDArray[np.floating]
@@ -993,7 +993,7 @@ def judge_conv_cost(values: Values) -> Verdict:
         f"{axis} {v['of_operations']:.2f} and {v['of_time']:.2f} ({v['claimed']:.0f})"
         for axis, v in values.items()
     )
-    found = f"exponents of the operations and of the time (claimed): {found}"
+    found = f"exponents found for the operations and for the time (as claimed): {found}"
 
     def off(axis: str, what: str) -> float:
         return abs(values[axis][what] - values[axis]["claimed"])
@@ -1010,16 +1010,12 @@ def judge_conv_cost(values: Values) -> Verdict:
     return Verdict(HOLDS, found)
 
 
-def _percent(mean: float, std: float = 0.5) -> Values:
-    return {"mean_percent": mean, "std_percent": std, "n": 3}
-
-
 def _plan(widths: list[int], macs: list[int], activations: list[int], mean: float) -> Values:
     return {
         "widths": widths,
         "multiply_accumulates_by_layer": macs,
         "activations_by_layer": activations,
-        "accuracy": _percent(mean),
+        "accuracy": spread_at(mean),
     }
 
 
@@ -1037,8 +1033,8 @@ CLAIMS = [
             "pixels_seen_kernel_3_stride_2_percent": 25.0,
             "pixels_seen_kernel_1_stride_2_percent": 25.0,
             "outputs_at_stride_2_percent": 25.0,
-            "accuracy_with_strides": _percent(60),
-            "accuracy_with_pools": _percent(60),
+            "accuracy_with_strides": spread_at(60),
+            "accuracy_with_pools": spread_at(60),
         },
     ),
     Claim(
@@ -1049,14 +1045,14 @@ CLAIMS = [
         judge=judge_max_pool,
         refuted_by={
             "values_removed_percent": 75.0,
-            "changed_pooled_features": _percent(2),
-            "changed_unpooled_features": _percent(80),
+            "changed_pooled_features": spread_at(2),
+            "changed_unpooled_features": spread_at(80),
             "changed_pooled_pixels_percent": 2.0,
             "changed_unpooled_pixels_percent": 90.0,
-            "size_of_change_max": _percent(3),
-            "size_of_change_average": _percent(3),
-            "size_of_change_unpooled": _percent(50),
-            "size_of_change_max_to_unpooled": _percent(6),
+            "size_of_change_max": spread_at(3),
+            "size_of_change_average": spread_at(3),
+            "size_of_change_unpooled": spread_at(50),
+            "size_of_change_max_to_unpooled": spread_at(6),
         },
     ),
     Claim(
@@ -1128,11 +1124,11 @@ CLAIMS = [
         refuted_by={
             "corner_and_centre_seen_without_padding_times": [9, 9],
             "corner_and_centre_seen_with_padding_times": [9, 9],
-            "gradient_in_corners_of_that_in_centre": _percent(100),
-            "first_layer_at_the_edge_off_by": _percent(0),
-            "accuracy": _percent(60),
-            "accuracy_lost_without_frame": _percent(20),
-            "accuracy_lost_without_centre": _percent(20),
+            "gradient_in_corners_of_that_in_centre": spread_at(100),
+            "first_layer_at_the_edge_off_by": spread_at(0),
+            "accuracy": spread_at(60),
+            "accuracy_lost_without_frame": spread_at(20),
+            "accuracy_lost_without_centre": spread_at(20),
         },
     ),
     Claim(
@@ -1146,7 +1142,7 @@ CLAIMS = [
             "flatten_accepts_sides_pixels": [32],
             "flatten_in_torch_accepts_sides_pixels": [32],
             "sides_refused_by_average_pooling": 48,
-            "accuracy_by_side": [{"side_pixels": side, **_percent(60)} for side in (16, 32, 64)],
+            "accuracy_by_side": [{"side_pixels": side, **spread_at(60)} for side in (16, 32, 64)],
         },
     ),
     Claim(

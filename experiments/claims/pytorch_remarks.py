@@ -33,7 +33,7 @@ from cifar_jax.scores import calibration_error
 from cifar_jax.train_step import create_train_state, normalize, train_step
 from cifar_jax.trained import TrainedNetwork
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
-from claims.spread import noise, percent, spread
+from claims.spread import noise, percent, spread, spread_at
 from claims.study import Study
 
 # What float32 leaves of sums of some thousand terms in another order; an error of the algorithm is
@@ -191,9 +191,9 @@ def judge_function_in_sequential(values: Values) -> Verdict:
     if not flax_raises and values["flax_smallest_output"] >= 0:
         return Verdict(
             CAVEAT,
-            f"of PyTorch only: its nn.Sequential raises {torch_raises} for F.relu, and F.relu and "
-            f"nn.ReLU differ by {values['torch_function_against_module_difference']:.0f}; Flax's "
-            "takes any function, and nn.relu in it works (smallest output "
+            f"true of PyTorch only: its nn.Sequential raises {torch_raises} for F.relu, and F.relu "
+            f"and nn.ReLU differ by {values['torch_function_against_module_difference']:.0f}; "
+            "Flax's takes any function, and nn.relu in it works (smallest output "
             f"{values['flax_smallest_output']:.0f})",
         )
     return Verdict(HOLDS, f"PyTorch raises {torch_raises}, Flax {flax_raises or 'nothing'}")
@@ -277,7 +277,7 @@ def judge_call_and_forward(values: Values) -> Verdict:
             CAVEAT,
             f"the hook runs {by_call} time by model(x) and {by_forward} by model.forward(x); but "
             "autodiff needs no set-up there: output and every gradient are the same bits by either "
-            "(difference 0). Flax has no second door: a call without apply raises "
+            "(difference 0). Flax has no such second way: a call without apply raises "
             f"{values['flax_call_without_apply_raises']}, and an interceptor sees "
             f"{' and '.join(values['flax_methods_intercepted'])}",
         )
@@ -513,10 +513,10 @@ def judge_frog(values: Values) -> Verdict:
     if error["mean_percent"] > 5:
         return Verdict(
             CAVEAT,
-            f"{found}; but as percentages they are off by {percent(error)} on average (expected "
-            "calibration error)",
+            f"{found}; but read as percentages, they are off by {percent(error)} on average "
+            "(expected calibration error)",
         )
-    return Verdict(HOLDS, f"{found}; as percentages they are off by {percent(error)} only")
+    return Verdict(HOLDS, f"{found}; read as percentages, they are off by {percent(error)} only")
 
 
 # -------------------------------------------------------------------- 50: plotting of tensors
@@ -760,7 +760,7 @@ def judge_accumulation(values: Values) -> Verdict:
         caveats.append(f"only with each loss divided by 4: as written the gradient is {ratio:.2f}x")
     if normed > _ROUNDING:
         caveats.append(f"not with batch norm, whose gradients differ by {100 * normed:.0f} %")
-    found = f"four times 32 are 128 to rounding (difference {plain:.0e})"
+    found = f"four times 32 give the gradient of 128 up to rounding (difference {plain:.0e})"
     if caveats:
         return Verdict(CAVEAT, f"{found}, but {', and '.join(caveats)}")
     return Verdict(HOLDS, found)
@@ -943,8 +943,8 @@ CLAIMS = [
             "two_tags_binary_percent": 100.0,
             "softmax_sum_deviation": 0.0,
             "sigmoids_sum_deviation": 0.0,
-            "trained_by_cross_entropy": {"mean_percent": 60.0, "std_percent": 0.5, "n": 3},
-            "trained_by_binary_cross_entropy": {"mean_percent": 60.0, "std_percent": 0.5, "n": 3},
+            "trained_by_cross_entropy": spread_at(60.0),
+            "trained_by_binary_cross_entropy": spread_at(60.0),
         },
     ),
     Claim(
@@ -957,9 +957,9 @@ CLAIMS = [
             "largest_deviation_of_sum_from_1": 0.3,
             "mean_deviation_of_logits_sum_from_1": 0.0,
             "largest_difference_to_jax": 0.2,
-            "mean_of_images_of_class_6": {"mean_percent": 10.0, "std_percent": 0.0, "n": 3},
-            "mean_of_other_images": {"mean_percent": 10.0, "std_percent": 0.0, "n": 3},
-            "calibration_error": {"mean_percent": 1.0, "std_percent": 0.0, "n": 3},
+            "mean_of_images_of_class_6": spread_at(10.0),
+            "mean_of_other_images": spread_at(10.0),
+            "calibration_error": spread_at(1.0),
         },
     ),
     Claim(

@@ -25,6 +25,11 @@ def spread_of_shares(shares: Sequence[float]) -> Values:
     return spread([100 * share for share in shares])
 
 
+def spread_at(mean_percent: float) -> Values:
+    """A :func:`spread` of that mean that nobody measured, for ``refuted_by``."""
+    return {"mean_percent": mean_percent, "std_percent": 0.5, "n": 3}
+
+
 def noise(a: Values, b: Values) -> float:
     """Twice the standard error of the difference of two :func:`spread`: less is nothing."""
     variance = sum(max(x["std_percent"], _LEAST_STD_POINTS) ** 2 / x["n"] for x in (a, b))

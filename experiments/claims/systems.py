@@ -39,7 +39,7 @@ from cifar_jax.step_memory import step_memory
 from cifar_jax.train_step import create_train_state
 from cifar_jax.trained import TrainedNetwork
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
-from claims.spread import noise, percent, spread
+from claims.spread import noise, percent, spread, spread_at
 from claims.study import Study
 
 _MB = 2**20
@@ -770,7 +770,7 @@ def judge_workers(values: Values) -> Verdict:
     cold, decode = values["read_from_disk_ms"], values["decode_ms"]
     caveats = []
     if rates["8"] > 0.9 * best:
-        caveats.append("8 are no worse for the DataLoader")
+        caveats.append("8 workers are no worse for the DataLoader")
     if decode > cold:
         caveats.append("the disk is not the bottleneck")
     found = (
@@ -779,9 +779,7 @@ def judge_workers(values: Values) -> Verdict:
         "is the best epoch's"
     )
     return (
-        Verdict(CAVEAT, f"but {' and '.join(caveats)}: {found}")
-        if caveats
-        else Verdict(HOLDS, found)
+        Verdict(CAVEAT, f"{' and '.join(caveats)}: {found}") if caveats else Verdict(HOLDS, found)
     )
 
 
@@ -1033,9 +1031,9 @@ def judge_epoch(values: Values) -> Verdict:
     moved, accuracy = values["weights_moved"], values["accuracy"]
     found = (
         f"one step moves the weights by {percent(moved['step'])} of their norm, to "
-        f"{percent(accuracy['step'])} of the validation images; an epoch of "
-        f"{values['steps_of_an_epoch']} steps, on a part, by {percent(moved['epoch'])}, to "
-        f"{percent(accuracy['epoch'])}; {values['epochs']} epochs by "
+        f"{percent(accuracy['step'])} of the validation images right; an epoch of "
+        f"{values['steps_of_an_epoch']} steps, of a part of the images, by "
+        f"{percent(moved['epoch'])}, to {percent(accuracy['epoch'])}; {values['epochs']} epochs by "
         f"{percent(moved['epochs'])}, to "
         f"{percent(accuracy['epochs'])}"
     )
@@ -1118,10 +1116,6 @@ def judge_top_5(values: Values) -> Verdict:
     if room <= 0.1:
         return Verdict(HOLDS, f"{found}: {100 * room:.0f} % of the mistakes are left")
     return Verdict(FAILS, f"{found}: {100 * room:.0f} % of the mistakes are left to tell by")
-
-
-def _same(mean: float) -> dict[str, float]:
-    return {"mean_percent": mean, "std_percent": 0.1, "n": 3}
 
 
 CLAIMS = [
@@ -1233,16 +1227,16 @@ CLAIMS = [
         refuted_by={
             "chance_percent": 10.0,
             "accuracy": {
-                "32 pixels": _same(60.0),
-                "32 pixels, grey": _same(60.0),
-                "16 pixels": _same(30.0),
-                "8 pixels": _same(15.0),
-                "8 pixels, grey": _same(15.0),
-                "1 pixel": _same(10.0),
+                "32 pixels": spread_at(60.0),
+                "32 pixels, grey": spread_at(60.0),
+                "16 pixels": spread_at(30.0),
+                "8 pixels": spread_at(15.0),
+                "8 pixels, grey": spread_at(15.0),
+                "1 pixel": spread_at(10.0),
             },
             "accuracy_trained_as_they_are": {
-                "32 pixels, grey": _same(60.0),
-                "8 pixels": _same(15.0),
+                "32 pixels, grey": spread_at(60.0),
+                "8 pixels": spread_at(15.0),
             },
         },
     ),
@@ -1273,8 +1267,16 @@ CLAIMS = [
         refuted_by={
             "epochs": 8,
             "steps_of_an_epoch": 78,
-            "weights_moved": {"step": _same(40.0), "epoch": _same(45.0), "epochs": _same(45.0)},
-            "accuracy": {"step": _same(60.0), "epoch": _same(60.0), "epochs": _same(60.0)},
+            "weights_moved": {
+                "step": spread_at(40.0),
+                "epoch": spread_at(45.0),
+                "epochs": spread_at(45.0),
+            },
+            "accuracy": {
+                "step": spread_at(60.0),
+                "epoch": spread_at(60.0),
+                "epochs": spread_at(60.0),
+            },
             "images_of_training_and_validation": 50_000,
             "different_images_in_a_full_epoch": 50_000,
             "repeated_images_in_a_full_epoch": 0,
@@ -1286,7 +1288,7 @@ CLAIMS = [
         measure=measure_top_5,
         judge=judge_top_5,
         refuted_by={
-            "top_k": {"1": _same(75.0), "2": _same(80.0), "5": _same(85.0)},
+            "top_k": {"1": spread_at(75.0), "2": spread_at(80.0), "5": spread_at(85.0)},
             "chance_top_5_percent": 50.0,
         },
     ),

@@ -1,4 +1,4 @@
-"""The project's networks as NCHW programs in JAX, to time and inspect beside the NHWC ones.
+"""``cnn``, ``cnn-wide`` and ``resnet9`` as NCHW programs, to time and inspect beside the NHWC ones.
 
 Not the NHWC program with transposes around it: images ``[B, C, H, W]``, kernels ``[O, I, H, W]``
 and statistics are those of PyTorch's ``state_dict``, and stay in that layout from end to end.
@@ -78,7 +78,7 @@ def apply(
         x = conv(i, x)
         if (i + 1) % model.convs_per_pool == 0:
             x = _max_pool(x)
-    x = x.mean((2, 3)) if model.global_pool else x.reshape(x.shape[0], -1)
+    x = x.reshape(x.shape[0], -1)
     for i in range(len(model.hidden) + 1):
         name = names[f"Dense_{i}"]
         x = x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]

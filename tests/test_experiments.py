@@ -1,0 +1,102 @@
+"""What the experiments' scripts share: wrong use, the command they time, runs that are kept."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+SCRIPTS = sorted(path for path in EXPERIMENTS.glob("*.py") if "cli.run(main)" in path.read_text())
+
+
+@pytest.fixture(autouse=True)
+def _import_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_wrong_options_are_told_in_one_line(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "--no-such"])
+    with pytest.raises(CifarJaxError, match=r"--output|--no-such") as told:
+        runpy.run_path(str(script), run_name="a_script")["main"]()
+    assert told.value.exit_code == ExitCode.USAGE
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("script", ["processes", "scaling", "soak", "streaming"])
+def test_no_trial_overwrites_the_committed_results(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(CifarJaxError, match="required: --output"):
+        runpy.run_path(str(EXPERIMENTS / f"{script}.py"), run_name="a_script")["main"]()
+
+
+def test_a_command_is_timed_to_its_first_step(tmp_path: Path) -> None:
+    import first_step
+
+    options = ["--data", "shapes", "--max-train-examples", "200", "--model", "linear"]
+    options += ["--epochs", "100000", "--workdir", str(tmp_path / "run")]
+    run = first_step.train(options, stop=True)
+    assert 0 < run.to_first_step < run.seconds
+    assert run.peak_mb > 100
+    with pytest.raises(CifarJaxError, match="--no-such ended with 2"):
+        first_step.train(["--no-such"], stop=True)
+
+
+@pytest.fixture
+def runs_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``time_to_75`` for given options; returns the ``--data`` of each of its trainings."""
+    import time_to_75
+
+    def call(*options: str | Path) -> list[list[str]]:
+        trained: list[list[str]] = []
+
+        def fast(program: str, seed: int, data: list[str]) -> dict[str, Any]:
+            trained.append(data)
+            return {"seconds": 1.0, "val_accuracy": [0.8], "test_accuracy": 0.8}
+
+        monkeypatch.setattr(time_to_75, "_fast", fast)
+        argv = ["time_to_75.py", "--torch-seeds", "0", *map(str, options)]
+        monkeypatch.setattr(sys, "argv", argv)
+        time_to_75.main()
+        return trained
+
+    return call
+
+
+def test_data_by_name_stay_a_name_and_a_path_holds_from_anywhere(
+    runs_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for given, passed in (("cifar10", "cifar10"), ("photos", str(tmp_path / "photos"))):
+        output = f"{given}.json"
+        assert runs_of("--data", given, "--seeds", 1, "--output", output) == [["--data", passed]]
+    with pytest.raises(CifarJaxError, match="--data none does not exist"):
+        runs_of("--data", "none", "--output", "none.json")
+
+
+def test_runs_are_gone_on_with_on_the_same_data_and_machine_alone(
+    runs_of: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "runs.json"
+    assert len(runs_of("--data", "shapes", "--seeds", 1, "--output", output)) == 1
+    assert len(runs_of("--data", "shapes", "--seeds", 3, "--output", output)) == 2
+    found = json.loads(output.read_text())
+    assert [run["seed"] for run in found["runs"]] == [0, 1, 2]
+    with pytest.raises(CifarJaxError, match=r"holds runs of data shapes, and these are of auto"):
+        runs_of("--data", "auto", "--seeds", 4, "--output", output)
+    output.write_text(json.dumps({**found, "machine": "another"}))
+    with pytest.raises(CifarJaxError, match=r"holds runs of machine another"):
+        runs_of("--data", "shapes", "--seeds", 4, "--output", output)
+    output.write_text("[]")
+    with pytest.raises(CifarJaxError, match=r"holds no runs"):
+        runs_of("--data", "shapes", "--output", output)
