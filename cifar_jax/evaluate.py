@@ -11,6 +11,8 @@ from typing import Any
 from cifar_jax import cli
 from cifar_jax.config import SplitName
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.workdir import step_folder, workdir_of
 
 DESCRIPTION = """\
 Score a trained network on labelled images: loss, accuracy with its 95 % interval, precision and
@@ -33,15 +35,18 @@ _GROUP = "options"
 class EvaluateOptions:
     """What to score, on what."""
 
-    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
-    data: str | None = cli.option(
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
+    data: str | None = option(
         None, "images, as in cifar_jax.train [default: what it was trained on]", group=_GROUP
     )
-    data_dir: str | None = cli.option(None, "as in cifar_jax.train", group=_GROUP)
-    split: SplitName = cli.option("test", "which of the images", group=_GROUP)
-    output: str | None = cli.option(
+    data_dir: str | None = option(None, "as in cifar_jax.train", group=_GROUP)
+    split: SplitName = option("test", "which of the images", group=_GROUP)
+    output: str | None = option(
         None, "the folder to write to [default: the run's own]", group=_GROUP
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -54,15 +59,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         CifarJaxError: there is no such network, or the images are not to be had.
             Environment; the output folder cannot be written.
     """
+    checkpoint = Path(options.checkpoint)
+    step = step_folder(checkpoint)
     from cifar_jax import trained
     from cifar_jax.files import write_atomically
     from cifar_jax.labelled import load_labelled, logits_of
     from cifar_jax.plots import save_calibration, save_confusion, save_mistakes
     from cifar_jax.scores import score
-    from cifar_jax.workdir import workdir_of
 
-    checkpoint = Path(options.checkpoint)
-    step = trained.step_folder(checkpoint)
     network = trained.load(step)
     print(f"the network of {step}")
     output = Path(options.output or workdir_of(checkpoint))

@@ -8,8 +8,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from cifar_jax.cli import flag
 from cifar_jax.config import to_json
+from cifar_jax.options import flag
 from cifar_jax.report import figures
 from cifar_jax.report.page import Comparison, RunPage, Summary, images_with_maps
 from cifar_jax.scores import Scores
