@@ -541,7 +541,8 @@ def test_many_lines_differ() -> None:
 def test_many_classes_are_a_picture() -> None:
     confusion = np.diag(np.full(30, 4))
     confusion[2, 5] = 12
-    pixels = pixels_of(report_figures.confusion_png(confusion))
+    shares = confusion / confusion.sum(axis=1, keepdims=True)
+    pixels = pixels_of(report_figures.confusion_png(shares))
     assert pixels.shape == (30, 30)
     assert (pixels[0, 0], pixels[2, 5], pixels[2, 2], pixels[5, 2]) == (0, 64, 191, 255)
 
