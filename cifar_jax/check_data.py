@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.options import check_options, option
 
 DESCRIPTION = """\
 Look through all images of a data set as training would read them: name every file that cannot be
@@ -28,17 +29,17 @@ _GROUP = "options"
 class CheckOptions:
     """How training would read the data."""
 
-    image_size: int | None = cli.option(
+    image_size: int | None = option(
         None,
         "as in cifar_jax.train; not given, all must be of one size",
         group=_GROUP,
         unit="pixels",
         at_least=1,
     )
-    data_dir: str | None = cli.option(None, "as in cifar_jax.train", group=_GROUP)
+    data_dir: str | None = option(None, "as in cifar_jax.train", group=_GROUP)
 
     def __post_init__(self) -> None:
-        cli.check_bounds(self)
+        check_options(self)
 
 
 def check_data(data: str, options: CheckOptions) -> None:

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -49,7 +50,7 @@ class Checkpoint:
     """What was saved at one step.
 
     Attributes:
-        state: the ``TrainState`` with NumPy leaves; as nested dicts where no ``like`` was given.
+        state: the ``TrainState`` with NumPy leaves.
         metadata: what was given to :func:`save`.
     """
 
@@ -161,21 +162,20 @@ def _not_saved(folder: Path, step: int, state: Any, error: Exception) -> CifarJa
     )
 
 
-def restore(path: Path, like: Any = None) -> Checkpoint:
-    """Read the checkpoint at ``path``.
+def restore(path: Path, like: Any) -> Checkpoint:
+    """The checkpoint at ``path``.
 
     Args:
-        like: a state of the same structure and shapes; None gives nested dicts.
+        like: a state of the same structure, shapes and types, of arrays or ``ShapeDtypeStruct``.
 
     Raises:
         CifarJaxError: checkpoint; damaged, or of another network than ``like``.
     """
     _check_files(path)
+    _check_arrays(path, like)
     state_args = ocp.args.StandardRestore(like)  # type: ignore[call-arg]
     restored = _read(path, state=state_args, metadata=ocp.args.JsonRestore())
-    if like is not None:
-        _check_same_shapes(path, restored.state, like)
-    return Checkpoint(path, restored.state, dict(restored.metadata))
+    return Checkpoint(path, jax.device_get(restored.state), dict(restored.metadata))
 
 
 def restore_metadata(path: Path) -> dict[str, Any]:
@@ -224,16 +224,37 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _check_same_shapes(path: Path, state: Any, like: Any) -> None:
-    """Orbax checks the tree; with NumPy leaves it takes any shape."""
-    leaves = zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(state), strict=True)
-    for (leaf_path, expected), found in leaves:
-        if (expected.shape, expected.dtype) != (found.shape, found.dtype):
+def _check_arrays(path: Path, like: Any) -> None:
+    """Raise ``CifarJaxError`` (checkpoint) unless the files claim the arrays of ``like``.
+
+    Before any is read: Orbax checks the tree alone, and of NumPy arrays it reads whatever size.
+    """
+    try:
+        saved = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state").tree
+        found, expected = _describe_arrays(saved), _describe_arrays(like)
+        # A chunk is decoded as a whole.
+        chunks = {leaf.name: leaf.storage.chunk_shape for leaf in jax.tree.leaves(saved)}
+        sizes = {leaf.name: math.prod(leaf.shape) for leaf in jax.tree.leaves(saved)}
+    except Exception as error:  # as in _read
+        raise _damaged(path, first_line(error)) from error
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
             raise _damaged(
                 path,
-                f"{jax.tree_util.keystr(leaf_path)} is {found.dtype}{list(found.shape)} there, "
-                f"{expected.dtype}{list(expected.shape)} in this network",
+                f"{name} is {found.get(name, 'missing')} there, "
+                f"{expected.get(name, 'missing')} in this network",
             )
+    for name, chunk in chunks.items():
+        if math.prod(chunk) > max(1, sizes[name]):
+            raise _damaged(path, f"{name} is stored in chunks of {list(chunk)}, larger than it is")
+
+
+def _describe_arrays(tree: Any) -> dict[str, str]:
+    """``float32[3, 4]``, for example, by the path of each leaf, such as ``params/Dense_0/bias``."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[CifarJaxError]]:

@@ -1,8 +1,8 @@
-"""From a frozen dataclass to a command line: one definition of name, type, default, bounds, help.
+"""The command line of every command: a parser for its options, and how it runs and ends.
 
-A command declares its options as a dataclass whose fields are made by :func:`option`, builds a
-parser with :func:`make_parser`, and runs under :func:`run`, which turns errors into one line and an
-exit code. Standard library only: a wrong option is answered before anything slow is imported.
+A command declares its options as a dataclass of :mod:`cifar_jax.options`, builds a parser with
+:func:`make_parser`, and runs under :func:`run`, which turns errors into one line and an exit code.
+Standard library only: a wrong option is answered before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import functools
 import io
-import math
 import os
 import signal
 import sys
@@ -30,93 +29,15 @@ from cifar_jax import __version__
 from cifar_jax.allocator import keep_freed_memory
 from cifar_jax.compilation_cache import use_compilation_cache
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
-
-_DEBUG = "--debug"
-
-REQUIRED: Any = dataclasses.MISSING
-
-CHECKPOINT_HELP = (
-    "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>"
+from cifar_jax.options import (
+    REQUIRED,
+    describe_bounds,
+    describe_number,
+    flag,
+    wrong_type,
 )
 
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    group: str,
-    unit: str | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field that is also a command-line option.
-
-    Args:
-        default: the value when the option is not given; ``None`` and 0 often mean "off";
-            ``REQUIRED`` demands it, and such fields come first.
-        help: one sentence for ``--help``.
-        group: the heading in ``--help``.
-        unit: what a number counts, e.g. ``"images"``.
-        at_least, above, at_most, below: the bounds that :func:`check_bounds` holds numbers to.
-    """
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "group": group,
-            "unit": unit,
-            "bounds": {rule: limit for rule, limit in bounds.items() if limit is not None},
-        },
-    )
-
-
-def option_of(config: type[Any], name: str, *, group: str) -> Any:
-    """The same option as ``config`` has under that name, in another ``group``."""
-    field = config.__dataclass_fields__[name]
-    return dataclasses.field(default=field.default, metadata={**field.metadata, "group": group})
-
-
-def flag(name: str) -> str:
-    """The option's spelling on the command line: ``batch_size`` -> ``--batch-size``."""
-    return "--" + name.replace("_", "-")
-
-
-_BOUND_HOLDS: dict[str, Callable[[float, float], bool]] = {
-    "at least": lambda value, limit: value >= limit,
-    "above": lambda value, limit: value > limit,
-    "at most": lambda value, limit: value <= limit,
-    "below": lambda value, limit: value < limit,
-}
-
-
-def check_bounds(config: Any) -> None:
-    """Raise ``CifarJaxError`` (usage) for the first field of ``config`` outside its bounds."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        bounds = field.metadata["bounds"]
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            holds = all(_BOUND_HOLDS[rule](number, limit) for rule, limit in bounds.items())
-            if (isinstance(number, float) and not math.isfinite(number)) or not holds:
-                raise CifarJaxError(
-                    ExitCode.USAGE,
-                    f"{flag(field.name)} {number} is out of range",
-                    fix=f"give a number {_describe_bounds(bounds) or 'that is finite'}",
-                )
-
-
-def _describe_bounds(bounds: dict[str, float]) -> str:
-    return " and ".join(f"{rule} {_number(limit)}" for rule, limit in bounds.items())
-
-
-def _number(value: Any) -> str:
-    """Whole numbers in full; of others, what matters. What is no number, as it is."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+_DEBUG = "--debug"
 
 
 def _parse_value(name: str, hint: Any, text: str) -> Any:
@@ -125,10 +46,6 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
     Raises:
         CifarJaxError: usage; the text is no value of that type.
     """
-
-    def refuse(description: str, cure: str) -> CifarJaxError:
-        return CifarJaxError(ExitCode.USAGE, f"{name} {text!r} is not {description}", fix=cure)
-
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         *first, last = (argument for argument in arguments if argument is not type(None))
@@ -138,9 +55,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
         return _parse_value(name, last, text)
     if origin is typing.Literal:
         if text not in arguments:
-            near = difflib.get_close_matches(text, arguments, n=1)
-            cure = f"did you mean {near[0]}?" if near else "choose one of these"
-            raise refuse(f"one of {', '.join(arguments)}", cure)
+            raise wrong_type(name, text, hint)
         return text
     if origin is tuple:
         return tuple(_parse_value(name, arguments[0], item) for item in text.split(",") if item)
@@ -148,23 +63,8 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
         try:
             return hint(text)
         except ValueError:
-            description = "a whole number" if hint is int else "a number"
-            raise refuse(description, f"give {description}") from None
+            raise wrong_type(name, text, hint) from None
     return text
-
-
-def is_of_type(value: Any, hint: Any) -> bool:
-    """Whether ``value``, as JSON holds it, may stand for an option annotated with ``hint``."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(is_of_type(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return isinstance(value, str) and value in arguments
-    if origin is tuple:
-        return isinstance(value, list) and all(is_of_type(item, arguments[0]) for item in value)
-    if hint is float:
-        return type(value) in (int, float)  # not isinstance: True is an int
-    return type(value) is hint
 
 
 def _initials(option: str) -> str:
@@ -246,8 +146,8 @@ def _describe_default(field: dataclasses.Field[Any]) -> str:
     elif default is None or default is REQUIRED or default == ():
         shown = ""
     else:
-        shown = _number(default)
-    bounds = _describe_bounds(field.metadata["bounds"])
+        shown = describe_number(default)
+    bounds = describe_bounds(field.metadata["bounds"])
     parts = [unit or "", bounds, f"default {shown}" if shown else ""]
     described = "; ".join(part for part in parts if part)
     return f" [{described}]" if described else ""

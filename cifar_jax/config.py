@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import typing
 from typing import Any, Literal
 
-from cifar_jax.cli import check_bounds, flag, is_of_type, option
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.options import check_options, flag, option
 
 ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9", "airbench"]
 OptimizerName = Literal["sgd", "adam", "adamw", "muon"]
@@ -124,7 +123,8 @@ class TrainConfig:
     input: InputName = option(
         "tf.data",
         "where a step's images come from: 'tf.data' streams them from the host; 'device' keeps all "
-        "of them, decoded, on each accelerator and runs whole epochs there, without TensorFlow",
+        "of them, decoded, on each accelerator and runs whole epochs there, with no TensorFlow "
+        "between steps; reading 'cifar10' or resizing starts it",
         group=_DATA,
     )
     cache_mb: int = option(
@@ -230,7 +230,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_options(self)
         if self.nesterov and self.optimizer != "sgd":
             raise _usage(f"--nesterov with --optimizer {self.optimizer}", "use --optimizer sgd")
         if self.nesterov and self.momentum == 0:
@@ -357,9 +357,9 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 # How a run is started this time: not kept with it.
-_OF_THIS_START = frozenset({"resume", "coordinator", "num_processes", "process_id"})
+OF_THIS_START = frozenset({"resume", "coordinator", "num_processes", "process_id"})
 # What a resumed run may change: where things are and what they run on, not what is computed.
-NOT_PART_OF_THE_RUN = _OF_THIS_START | {
+NOT_PART_OF_THE_RUN = OF_THIS_START | {
     "data",
     "data_dir",
     "input",
@@ -390,34 +390,35 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
-        if name not in _OF_THIS_START
+        if name not in OF_THIS_START
     }
 
 
-def from_json(values: dict[str, Any]) -> TrainConfig:
+def from_json(values: Any, where: str) -> TrainConfig:
     """The inverse of :func:`to_json`.
 
+    Args:
+        where: what an error calls the place that ``values`` are from, such as a file's path.
+
     Raises:
-        CifarJaxError: usage; a key that is no option, or a value out of bounds.
+        CifarJaxError: usage; a key that is no option, or a value that it cannot have.
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
-    hints = typing.get_type_hints(TrainConfig)
     if not isinstance(values, dict):
-        raise _usage("config.json is no table of options", "use the file that the run wrote")
-    for name, value in values.items():
-        if name in names and not is_of_type(value, hints[name]):
-            raise _usage(
-                f"config.json has {value!r} for {name!r}, which is of another type",
-                "use the file that the run wrote",
-            )
+        raise _usage(f"{where} is no table of options", "use the file that the run wrote")
+    for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             raise _usage(
-                f"config.json has {name!r}, which is no option of this version",
+                f"{where} has {name!r}, which is no option of this version",
                 f"did you mean {near[0]}?" if near else "use the version that wrote it",
             )
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-    return TrainConfig(**fields)
+    try:
+        return TrainConfig(**fields)
+    except CifarJaxError as error:
+        fix = "use the file that the run wrote"
+        raise _usage(f"{where} is no config of a run: {error.what}", fix) from error
 
 
 def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:

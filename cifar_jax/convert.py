@@ -11,6 +11,8 @@ from cifar_jax import cli
 from cifar_jax.config import ModelName
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import check_is_new, new_path
+from cifar_jax.options import check_options, flag, option
+from cifar_jax.workdir import step_folder
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
     from cifar_jax.layout import StateDict
@@ -47,10 +49,10 @@ _CIFAR10 = (
 class ConvertOptions:
     """What to know of a network whose file holds tensors alone."""
 
-    model: ModelName | None = cli.option(
+    model: ModelName | None = option(
         None, "the network; not given, it is found from the tensors", group=_GROUP
     )
-    image_size: int | None = cli.option(
+    image_size: int | None = option(
         None,
         "side of the images of training, where the network takes any [default 32]",
         group=_GROUP,
@@ -58,15 +60,15 @@ class ConvertOptions:
         at_least=1,
         at_most=8000,
     )
-    mean: tuple[float, ...] = cli.option(
+    mean: tuple[float, ...] = option(
         (),
         "what training subtracted from each channel of pixels 0..1 [default 0,0,0]",
         group=_GROUP,
     )
-    std: tuple[float, ...] = cli.option(
+    std: tuple[float, ...] = option(
         (), "what it then divided each channel by [default 1,1,1]", group=_GROUP, above=0
     )
-    classes: tuple[str, ...] = cli.option(
+    classes: tuple[str, ...] = option(
         (),
         "names of the classes in the order of their labels, comma-separated [default CIFAR-10's in "
         "alphabetical order for 10 classes, else 'class 0' and on]",
@@ -74,12 +76,12 @@ class ConvertOptions:
     )
 
     def __post_init__(self) -> None:
-        cli.check_bounds(self)
+        check_options(self)
 
     @property
     def given(self) -> list[str]:
         fields = dataclasses.fields(self)
-        return [cli.flag(f.name) for f in fields if getattr(self, f.name) != f.default]
+        return [flag(f.name) for f in fields if getattr(self, f.name) != f.default]
 
 
 def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
@@ -97,6 +99,8 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
         raise CifarJaxError(
             ExitCode.CHECKPOINT, f"SOURCE {source} does not exist", fix="check the path"
         )
+    if source.is_dir():
+        step_folder(source)  # of which trained.load would say so seconds later
     from cifar_jax import trained
     from cifar_jax.network_metadata import metadata_of
     from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict

@@ -6,16 +6,23 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
 from cifar_jax.config import SplitName
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import write_atomically
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.workdir import step_folder, workdir_of
+
+if TYPE_CHECKING:  # slow to import: a wrong option is answered before
+    from cifar_jax.scores import Scores
 
 DESCRIPTION = """\
 Score a trained network on labelled images: loss, accuracy with its 95 % interval, precision and
 recall of each class, the confusion matrix, how well its confidence is calibrated, and its most
-confident mistakes. Writes evaluation.json and pictures.
+confident mistakes. Writes evaluation.json (of another split than test: evaluation-val.json) and
+pictures.
 
 The test split is for the end: choose networks and options on --split val.
 
@@ -33,36 +40,37 @@ _GROUP = "options"
 class EvaluateOptions:
     """What to score, on what."""
 
-    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
-    data: str | None = cli.option(
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
+    data: str | None = option(
         None, "images, as in cifar_jax.train [default: what it was trained on]", group=_GROUP
     )
-    data_dir: str | None = cli.option(None, "as in cifar_jax.train", group=_GROUP)
-    split: SplitName = cli.option("test", "which of the images", group=_GROUP)
-    output: str | None = cli.option(
+    data_dir: str | None = option(None, "as in cifar_jax.train", group=_GROUP)
+    split: SplitName = option("test", "which of the images", group=_GROUP)
+    output: str | None = option(
         None, "the folder to write to [default: the run's own]", group=_GROUP
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Score a network, print its scores, and write them and pictures to the output folder.
 
     Returns:
-        The contents of ``evaluation.json``.
+        The contents of ``evaluation.json``, or of another split ``evaluation-val.json``.
 
     Raises:
         CifarJaxError: there is no such network, or the images are not to be had.
             Environment; the output folder cannot be written.
     """
+    checkpoint = Path(options.checkpoint)
+    step = step_folder(checkpoint)
     from cifar_jax import trained
-    from cifar_jax.files import write_atomically
     from cifar_jax.labelled import load_labelled, logits_of
     from cifar_jax.plots import save_calibration, save_confusion, save_mistakes
     from cifar_jax.scores import score
-    from cifar_jax.workdir import workdir_of
 
-    checkpoint = Path(options.checkpoint)
-    step = trained.step_folder(checkpoint)
     network = trained.load(step)
     print(f"the network of {step}")
     output = Path(options.output or workdir_of(checkpoint))
@@ -102,13 +110,16 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "mistakes": mistakes,
     }
     title = f"{network.config.model} on {options.split} of {labelled.name}"
-    plots = output / "plots"
+    suffix = "" if options.split == "test" else f"-{options.split}"
+    written = [f"evaluation{suffix}.json"]
+    written += [f"plots/{name}{suffix}.png" for name in ("confusion", "calibration", "mistakes")]
+    table, confusion, calibration, worst = (output / name for name in written)
     try:
-        plots.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
-        save_confusion(scores.confusion, names, title, plots / "confusion.png")
-        save_calibration(scores, title, plots / "calibration.png")
-        save_mistakes(labelled.pixels(chosen), mistakes, title, plots / "mistakes.png")
+        confusion.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(table, json.dumps(evaluation, indent=1) + "\n")
+        save_confusion(scores, names, title, confusion)
+        save_calibration(scores, title, calibration)
+        save_mistakes(labelled.pixels(chosen), mistakes, title, worst)
     except OSError as error:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
@@ -116,31 +127,31 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             fix="make room there, or give another --output",
         ) from error
     print(
-        f"{describe(evaluation)}\n"
-        f"in {output}: evaluation.json, plots/confusion.png, calibration.png, mistakes.png"
+        f"{options.split} of {labelled.name}: {describe(scores, names)}\n"
+        f"in {output}: {', '.join(written)}"
     )
     return evaluation
 
 
-def describe(evaluation: dict[str, Any]) -> str:
-    """``evaluation`` for a terminal: totals, and a row a class."""
-    low, high = evaluation["accuracy_interval"]
+def describe(scores: Scores, class_names: Sequence[str]) -> str:
+    """``scores`` for a terminal: totals, and a row a class."""
+    low, high = scores.accuracy_interval
     lines = [
-        f"{evaluation['split']} of {evaluation['data']['name']}: accuracy "
-        f"{100 * evaluation['accuracy']:.2f} % ({evaluation['correct']} of {evaluation['n']}; 95 % "
-        f"interval {100 * low:.2f} to {100 * high:.2f}), loss {evaluation['loss']:.4f}, expected "
-        f"calibration error {100 * evaluation['calibration_error']:.1f} %",
+        f"accuracy {100 * scores.accuracy:.2f} % ({scores.correct} of {scores.n}; 95 % interval "
+        f"{100 * low:.2f} to {100 * high:.2f}), loss {scores.loss:.4f}, expected calibration error "
+        f"{100 * scores.calibration_error:.1f} %",
         "",
         f"{'class':16s} {'images':>7s} {'precision':>10s} {'recall':>8s}   most often taken for",
     ]
-    names = evaluation["classes"]
-    for name, row in zip(names, evaluation["confusion"], strict=True):
-        others = [(count, other) for count, other in zip(row, names, strict=True) if other != name]
-        count, other = max(others, default=(0, ""))  # a network may have one class
-        shares = (evaluation["precision"][name], evaluation["recall"][name])
-        precision, recall = ("-" if s is None else f"{100 * s:.1f} %" for s in shares)
-        confused = f"{other} ({count})" if count else ""
-        lines.append(f"{name:16s} {sum(row):7d} {precision:>10s} {recall:>8s}   {confused}")
+    for k, name in enumerate(class_names):
+        precision, recall = (
+            "-" if share is None else f"{100 * share:.1f} %"
+            for share in (scores.precision[k], scores.recall[k])
+        )
+        other = scores.taken_for(k)
+        confused = f"{class_names[other[0]]} ({other[1]})" if other else ""
+        n = scores.confusion[k].sum()
+        lines.append(f"{name:16s} {n:7d} {precision:>10s} {recall:>8s}   {confused}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypedDict
+import json
+import typing
+from pathlib import Path
+from typing import Any, TypedDict
+
+from cifar_jax.options import is_of_type
 
 
 class EpochRow(TypedDict):
@@ -44,6 +49,31 @@ class RunningSums:
     @property
     def accuracy(self) -> float:
         return self.correct / self.count
+
+
+def read_history(path: Path) -> list[EpochRow]:
+    """The rows of the file ``metrics.jsonl`` at ``path``; none where there is no such file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line of it is no row; says which.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [_parse_row(line, f"line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse_row(line: str, where: str) -> EpochRow:
+    try:
+        row: Any = json.loads(line)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+    for name, hint in typing.get_type_hints(EpochRow).items():
+        if not isinstance(row, dict) or not is_of_type(row.get(name), hint):
+            raise ValueError(f"{where}: {name} is missing, or of a wrong type")
+    return typing.cast(EpochRow, row)
 
 
 def best_row(history: list[EpochRow]) -> EpochRow:

@@ -35,7 +35,7 @@ def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> T
     try:
         network = parse_description({name: json.loads(text) for name, text in described.items()})
     except (*DESCRIBES_NONE, CifarJaxError, RecursionError) as error:
-        reason = str(error) if isinstance(error, CifarJaxError) else repr(error)
+        reason = error.what if isinstance(error, CifarJaxError) else repr(error)
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"the metadata of {path} describes no network of this program: {reason}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,10 @@ def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
         )
     elif config.schedule == "linear":
         rates = peak * (1 - steps / total_steps)
-    else:
+    elif config.schedule == "cosine":
         rates = _cosine(peak, 0.0, steps / max(total_steps - 1, 1))
+    else:
+        assert_never(config.schedule)
     return lambda step: jnp.asarray(rates)[step]
 
 
@@ -64,8 +66,10 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
         of_kernels = muon(schedule, config.momentum)
         of_all_else = optax.adam(lambda step: 0.1 * schedule(step))
         parts.append(optax.partition({True: of_kernels, False: of_all_else}, is_convolution))
-    else:
+    elif config.optimizer == "adamw":
         parts.append(optax.adamw(schedule, weight_decay=config.weight_decay, mask=is_kernel))
+    else:
+        assert_never(config.optimizer)
     return optax.chain(*parts)
 
 

@@ -57,17 +57,15 @@ def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def save_confusion(
-    confusion: NDArray[np.int64], class_names: Sequence[str], title: str, path: Path
-) -> None:
+def save_confusion(scores: Scores, class_names: Sequence[str], title: str, path: Path) -> None:
     """The confusion matrix ``[K, K]``, coloured by the share of the true class, as a PNG."""
     size = max(5.0, 0.62 * len(class_names) + 2)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    shares = scores.shares
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(class_names) <= 30:  # more numbers than that nobody can read
-        for (row, column), count in np.ndenumerate(confusion):
+        for (row, column), count in np.ndenumerate(scores.confusion):
             colour = "white" if shares[row, column] > 0.5 else "black"
             shown = str(count) if count else "·"
             axes.text(column, row, shown, ha="center", va="center", color=colour, fontsize=8)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from cifar_jax import cli
 from cifar_jax.config import FitName
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.workdir import step_folder
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
     from cifar_jax.inference import Logits
@@ -41,14 +43,14 @@ _STDIN = "-"
 class PredictOptions:
     """Which network, and how to show its answers."""
 
-    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
-    top: int = cli.option(3, "show this many classes", group=_GROUP, at_least=1)
-    json: bool = cli.option(
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
+    top: int = option(3, "show this many classes", group=_GROUP, at_least=1)
+    json: bool = option(
         False,
         "one JSON object a line: file, class, probability, probabilities; or file, error",
         group=_GROUP,
     )
-    fit: FitName = cli.option(
+    fit: FitName = option(
         "stretch",
         "how an image of other proportions is brought to the network's: stretched, as in training, "
         "or its middle cut out",
@@ -56,7 +58,7 @@ class PredictOptions:
     )
 
     def __post_init__(self) -> None:
-        cli.check_bounds(self)
+        check_options(self)
 
 
 def predict(
@@ -138,13 +140,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_given(argv)
     names = given.pop("images")
     options = PredictOptions(**given)
+    step = step_folder(Path(options.checkpoint))
     import numpy as np
 
     from cifar_jax import trained
     from cifar_jax.inference import make_logits
 
     files = find_images(names)
-    network = trained.load(Path(options.checkpoint))
+    network = trained.load(step)
     logits = make_logits(network)
     for size in {min(len(files), BATCH_SIZE), len(files) % BATCH_SIZE}:  # compiles
         logits(np.zeros((size, *network.image_shape), np.uint8))

@@ -43,13 +43,27 @@ class Scores:
 
     @property
     def precision(self) -> list[float | None]:
-        """Of the images called a class, the share that are of it; None where none is called so."""
+        """For each class, the share of the images called so that are; None where none are."""
         return _shares(self.confusion.diagonal(), self.confusion.sum(axis=0))
 
     @property
     def recall(self) -> list[float | None]:
-        """Of the images of a class, the share that are called so; None where there are none."""
+        """For each class, the share of its images that are called so; None where it has none."""
         return _shares(self.confusion.diagonal(), self.confusion.sum(axis=1))
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """``confusion`` as shares of each true class, ``[K, K]``; 0 where it has no images."""
+        return self.confusion / np.maximum(self.confusion.sum(axis=1, keepdims=True), 1)
+
+    def taken_for(self, k: int) -> tuple[int, int] | None:
+        """The other class that images of class ``k`` are most often taken for, and how many are.
+
+        Of equals the first; None where all are called ``k``.
+        """
+        others = self.confusion[k].copy()
+        others[k] = 0
+        return (int(others.argmax()), int(others.max())) if others.any() else None
 
     def mistakes(self, labels: NDArray[np.int32], most: int) -> NDArray[np.int64]:
         """Indices of the wrong answers, the most confident first."""

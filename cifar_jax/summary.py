@@ -10,6 +10,7 @@ from typing import Any
 
 from cifar_jax import cli
 from cifar_jax.config import ModelName, OptimizerName, TrainConfig
+from cifar_jax.options import check_options, option, option_of
 
 DESCRIPTION = """\
 Show a network layer by layer: output shapes, parameters and how their number comes about, the
@@ -28,34 +29,34 @@ _NETWORK, _TRAINING, _OUTPUT = "network", "training", "output"
 class SummaryOptions:
     """Which network, and how it is trained."""
 
-    model: ModelName = cli.option_of(TrainConfig, "model", group=_NETWORK)
-    image_size: int = cli.option(
+    model: ModelName = option_of(TrainConfig, "model", group=_NETWORK)
+    image_size: int = option(
         32, "side of the images", group=_NETWORK, unit="pixels", at_least=1, at_most=10_000
     )
-    channels: int = cli.option(
+    channels: int = option(
         3, "3 for colour, 1 for greyscale", group=_NETWORK, at_least=1, at_most=10_000
     )
-    classes: int = cli.option(10, "how many", group=_NETWORK, at_least=1, at_most=1_000_000)
-    widths: tuple[int, ...] = cli.option_of(TrainConfig, "widths", group=_NETWORK)
-    hidden: tuple[int, ...] = cli.option_of(TrainConfig, "hidden", group=_NETWORK)
-    patch_size: int = cli.option_of(TrainConfig, "patch_size", group=_NETWORK)
-    batch_norm: bool = cli.option_of(TrainConfig, "batch_norm", group=_NETWORK)
-    dropout: float = cli.option_of(TrainConfig, "dropout", group=_NETWORK)
-    batch_size: int = cli.option(
+    classes: int = option(10, "how many", group=_NETWORK, at_least=1, at_most=1_000_000)
+    widths: tuple[int, ...] = option_of(TrainConfig, "widths", group=_NETWORK)
+    hidden: tuple[int, ...] = option_of(TrainConfig, "hidden", group=_NETWORK)
+    patch_size: int = option_of(TrainConfig, "patch_size", group=_NETWORK)
+    batch_norm: bool = option_of(TrainConfig, "batch_norm", group=_NETWORK)
+    dropout: float = option_of(TrainConfig, "dropout", group=_NETWORK)
+    batch_size: int = option(
         128, "of a step", group=_TRAINING, unit="images", at_least=1, at_most=2**24
     )
-    optimizer: OptimizerName = cli.option("adam", "the optimizer", group=_TRAINING)
-    memory: float = cli.option(
+    optimizer: OptimizerName = option("adam", "the optimizer", group=_TRAINING)
+    memory: float = option(
         0.0,
         "find the largest batch, a power of two, whose step fits; 0 = do not",
         group=_TRAINING,
         unit="GB of 1e9 bytes",
         at_least=0,
     )
-    json: bool = cli.option(False, "one JSON object instead of the table", group=_OUTPUT)
+    json: bool = option(False, "one JSON object instead of the table", group=_OUTPUT)
 
     def __post_init__(self) -> None:
-        cli.check_bounds(self)
+        check_options(self)
         self.config  # noqa: B018  (which checks the combination)
 
     @property

@@ -14,7 +14,14 @@ from typing import Any
 
 from cifar_jax import __version__, cli
 from cifar_jax.allocator import keep_freed_memory
-from cifar_jax.config import PRESETS, TrainConfig, check_preset, check_resumable, from_json
+from cifar_jax.config import (
+    OF_THIS_START,
+    PRESETS,
+    TrainConfig,
+    check_preset,
+    check_resumable,
+    from_json,
+)
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.lock import locked
 from cifar_jax.stop_signals import signals_held
@@ -73,6 +80,12 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             f"--workdir {workdir} has checkpoints of a run, but not its config.json",
             fix=_PUT_CONFIG_BACK,
         )
+    elif strangers := [path for path in _written_anew(config, workdir) if path.exists()]:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--workdir {workdir} holds no run, and {strangers[0]}, which a run would overwrite",
+            fix="give another --workdir, such as a folder that is not there yet",
+        )
 
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise CifarJaxError(
@@ -112,10 +125,16 @@ def _prepare_runtime(config: TrainConfig) -> None:
     print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
 
 
+def _written_anew(config: TrainConfig, workdir: Path) -> list[Path]:
+    """What a run deletes or overwrites; where it is a run's own, its config.json is there first."""
+    names = ["report.json", "metrics.jsonl", "plots/curves.png"]
+    return [workdir / name for name in names + ["tensorboard"] * config.tensorboard]
+
+
 def _saved_config(workdir: Path) -> TrainConfig | None:
     path = workdir / "config.json"
     try:
-        return from_json(json.loads(path.read_text()))
+        return from_json(json.loads(path.read_text()), where=str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, RecursionError, ValueError, TypeError) as error:
@@ -158,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     # What is not said again on --resume stays as it was.
     base = _saved_config(Path(workdir)) if given.get("resume") else None
-    if base is None and set(given) == {"resume"}:
+    if base is None and given.get("resume") and given.keys() <= OF_THIS_START:
         raise CifarJaxError(
             ExitCode.USAGE,
             f"--resume: there is no run in --workdir {workdir}",

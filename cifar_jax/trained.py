@@ -20,11 +20,11 @@ from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 from cifar_jax.images import MAX_PIXELS
 from cifar_jax.layout import StateDict, Variables, to_torch
-from cifar_jax.metrics import RunningSums, best_row
+from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.train_step import TrainState, initial_train_state
-from cifar_jax.workdir import checkpoints_of, is_step, saved_steps
+from cifar_jax.workdir import checkpoints_of, step_folder
 
 UNKNOWN_DATA = "unknown"  # as the digest of what a converted network was trained on
 
@@ -63,10 +63,7 @@ class TrainedNetwork:
 
 
 def load(path: Path) -> TrainedNetwork:
-    """The network in ``path``: the best step of a run's workdir, or one step's folder.
-
-    The best step has the highest validation accuracy. Where that is not known, or not saved any
-    more, it is the newest.
+    """The network in ``path``, a run's workdir or one step's folder: see :func:`step_folder`.
 
     Raises:
         CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read.
@@ -79,13 +76,15 @@ def load(path: Path) -> TrainedNetwork:
         # The shapes to read are those of the network, whatever amount of memory a file may claim.
         like = _shapes(network.config, len(network.class_names), network.image_shape)
     except (*DESCRIBES_NONE, CifarJaxError) as error:
+        reason = f"{type(error).__name__} {first_line(error)}"
+        if isinstance(error, CifarJaxError):
+            reason = error.what
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
-            f"the checkpoint {step} holds no network of this program: "
-            f"{type(error).__name__} {first_line(error)}",
+            f"the checkpoint {step} holds no network of this program: {reason}",
             fix="use the version of cifar_jax that wrote it",
         ) from error
-    state = jax.device_get(checkpoint.restore(step, like).state)
+    state = checkpoint.restore(step, like).state
     return dataclasses.replace(network, variables=dict(state.variables), data_digest=digest)
 
 
@@ -103,7 +102,7 @@ def parse_description(values: Mapping[str, Any]) -> TrainedNetwork:
         CifarJaxError: usage; the config is none.
         One of ``DESCRIBES_NONE``: another value is missing, or cannot be.
     """
-    config = from_json(values["config"])
+    config = from_json(values["config"], where="its config")
     lists = ("class_names", "image_shape", "mean", "std")
     if wrong := [name for name in lists if not isinstance(values[name], list | tuple)]:
         raise ValueError(f"{wrong[0]} is no list")
@@ -133,37 +132,6 @@ def _shapes(config: TrainConfig, num_classes: int, image_shape: ImageShape) -> T
         lambda: initial_train_state(model, tx, image_shape, config.seed)
     )
     return shapes
-
-
-def step_folder(path: Path) -> Path:
-    """The folder of the step that :func:`load` takes; raises ``CifarJaxError`` (checkpoint)."""
-    if is_step(path):
-        return path
-    steps = saved_steps(checkpoints_of(path))
-    if not steps:
-        what = "is neither a run's workdir nor a checkpoint" if path.exists() else "does not exist"
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
-            f"{path} {what}",
-            fix="give a --workdir of cifar_jax.train that has a saved step, or one "
-            "checkpoints/<step> in it",
-        )
-    best = _best_step(path / "metrics.jsonl")
-    return checkpoints_of(path) / str(best if best in steps else steps[-1])
-
-
-def _best_step(metrics: Path) -> int | None:
-    try:
-        history = [json.loads(line) for line in metrics.read_text().splitlines()]
-        return best_row(history)["step"] if history else None
-    except FileNotFoundError:
-        return None
-    except (OSError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
-            f"cannot read {metrics}, which tells the best step: {error!r}",
-            fix=f"say which step: {checkpoints_of(metrics.parent)}/<step>",
-        ) from error
 
 
 def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:

@@ -1,8 +1,11 @@
-"""Where a run keeps its checkpoints; for commands that answer before JAX is there, too."""
+"""Where a run keeps its checkpoints, and which is meant. Quick: no NumPy, no JAX."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.metrics import best_row, read_history
 
 MANIFEST = "manifest.json"  # written last: a step's folder without one is no checkpoint
 
@@ -26,3 +29,36 @@ def is_step(path: Path) -> bool:
 def workdir_of(path: Path) -> Path:
     """The workdir of a run: ``path`` itself, or what one step's folder belongs to."""
     return path.resolve().parents[1] if is_step(path) else path
+
+
+def step_folder(path: Path) -> Path:
+    """The folder of the step that ``path`` means: one step's own, or the best of a run's workdir.
+
+    The best step has the highest validation accuracy. Where that is not known, or not saved any
+    more, it is the newest.
+
+    Raises:
+        CifarJaxError: checkpoint; there is none at ``path``, or the history cannot be read.
+    """
+    if is_step(path):
+        return path
+    steps = saved_steps(checkpoints_of(path))
+    if not steps:
+        what = "is neither a run's workdir nor a checkpoint" if path.exists() else "does not exist"
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"{path} {what}",
+            fix="give a --workdir of cifar_jax.train that has a saved step, or one "
+            "checkpoints/<step> in it",
+        )
+    metrics = path / "metrics.jsonl"
+    try:
+        history = read_history(metrics)
+    except (OSError, ValueError) as error:
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"cannot read {metrics}, which tells the best step: {error}",
+            fix=f"say which step: {checkpoints_of(path)}/<step>",
+        ) from error
+    best = best_row(history)["step"] if history else None
+    return checkpoints_of(path) / str(best if best in steps else steps[-1])

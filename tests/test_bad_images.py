@@ -203,7 +203,8 @@ def test_a_run_on_a_folder_of_any_name_comes_to_its_end(tmp_path: Path) -> None:
     report = train_and_evaluate(config, tmp_path / "run")
     assert report["data"]["name"] == r"caf\udce9"
     found = evaluate(EvaluateOptions(str(tmp_path / "run"), split="train"))
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["n"] == found["n"] > 0
+    written = json.loads((tmp_path / "run" / "evaluation-train.json").read_text())
+    assert written["n"] == found["n"] > 0
     assert found["mistakes"]
     for mistake in found["mistakes"]:
         assert mistake["file"].endswith(r"\udcff.png")

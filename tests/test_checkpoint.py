@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 
 from cifar_jax import checkpoint
 from cifar_jax.checkpoint import restore, restore_newest, save, tree_sha256
@@ -49,9 +50,9 @@ def test_what_is_saved_is_restored(tmp_path: Path) -> None:
     restored = restore(path, like=make_state(0))
     assert_equal(restored.state, make_state(7))
     assert restored.metadata == {**metadata, "mean": [0.5, 0.25]}
-    # Without knowing the network: what evaluation needs.
-    plain = restore(path)
-    assert np.array_equal(plain.state["params"]["Dense_0"]["kernel"], [7, 8, 9])
+    shapes = jax.eval_shape(lambda: make_state(0))
+    assert_equal(restore(path, like=shapes).state, make_state(7))
+    assert checkpoint.restore_metadata(path) == restored.metadata
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -288,6 +289,44 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     save_steps(tmp_path, 10)
     with pytest.raises(CifarJaxError, match=r"kernel.* is float32\[3\] there, float32\[4\]"):
         restore(tmp_path / "10", make_state(0, width=4))
+    other = make_state(0)
+    wide = {"Dense_0": {"kernel": other.params["Dense_0"]["kernel"].astype(np.float64)}}
+    with pytest.raises(CifarJaxError, match=r"kernel is float32\[3\] there, float64\[3\] in"):
+        restore(tmp_path / "10", other.replace(params=wide))
+    with pytest.raises(
+        CifarJaxError, match=r"params/Conv_0/bias is missing there, float32\[1\] in"
+    ):
+        restore(tmp_path / "10", other.replace(params={"Conv_0": {"bias": np.zeros(1, "f4")}}))
+
+
+@pytest.mark.fault("D20")
+@pytest.mark.parametrize("like", [make_state(0), jax.eval_shape(lambda: make_state(0))])
+def test_no_array_is_read_that_is_larger_than_the_networks(
+    tmp_path: Path, like: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros are small on the disk: Orbax reads into memory whatever size the files claim."""
+    zeros = {"Dense_0": {"kernel": np.zeros(10**7, np.float32)}}
+    save(tmp_path, 10, make_state(0).replace(params=zeros, opt_state=()), {}, best_step=10)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert size < 10**6
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", None)
+    with pytest.raises(CifarJaxError, match=r"is float32\[10000000\] there, float32\[3\] in this"):
+        restore(tmp_path / "10", like.replace(opt_state=()))
+
+
+@pytest.mark.fault("D20")
+def test_no_chunk_is_read_that_is_larger_than_its_array(tmp_path: Path) -> None:
+    """Of which a stranger can make a small file, too; a chunk is decoded as a whole."""
+    save_steps(tmp_path, 10)
+    step = tmp_path / "10"
+    base = {"driver": "ocdbt", "base": f"file://{step}/state/", "path": "params.Dense_0.kernel/"}
+    made = {"shape": [3], "chunks": [10**7], "dtype": "<f4", "compressor": {"id": "zstd"}}
+    spec = {"driver": "zarr", "kvstore": base, "metadata": made}
+    array = tensorstore.open(spec, create=True, delete_existing=True).result()
+    array.write(make_state(10).params["Dense_0"]["kernel"]).result()
+    (step / "manifest.json").write_text(json.dumps(checkpoint._file_digests(step)))
+    with pytest.raises(CifarJaxError, match=r"kernel is stored in chunks of \[10000000\]"):
+        restore(step, make_state(0))
 
 
 def test_the_digest_is_of_all_leaves_in_path_order() -> None:

@@ -10,13 +10,23 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cifar_jax import config as config_module
 from cifar_jax import train
+from cifar_jax.check_data import CheckOptions
 from cifar_jax.cli import make_parser
 from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json, to_json
+from cifar_jax.convert import ConvertOptions
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.evaluate import EvaluateOptions
+from cifar_jax.export.__main__ import ExportOptions
+from cifar_jax.options import REQUIRED
+from cifar_jax.predict import PredictOptions
+from cifar_jax.report.__main__ import ReportOptions
+from cifar_jax.serve.__main__ import ServeOptions
+from cifar_jax.summary import SummaryOptions
 
 
 def parse(*argv: str) -> TrainConfig:
@@ -82,6 +92,51 @@ def test_a_bad_option_is_named_with_its_cure(argv: list[str], what: str, fix: st
     assert caught.value.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "value", "what", "fix"),
+    [
+        (TrainConfig, "optimizer", "lion", "--optimizer 'lion' is not one of sgd, adam", ""),
+        (TrainConfig, "schedule", "one-cycle", "--schedule 'one-cycle' is", "mean onecycle?"),
+        (TrainConfig, "dtype", "float16", "not one of float32, bfloat16", "float"),
+        (TrainConfig, "input", "gpu", "--input 'gpu'", "choose one"),
+        (TrainConfig, "model", "CNN", "--model 'CNN'", "choose one"),
+        (TrainConfig, "epochs", "3", "--epochs '3' is not a whole number", "whole number"),
+        (TrainConfig, "epochs", 2.0, "--epochs 2.0 is not a whole number", "whole number"),
+        (TrainConfig, "epochs", True, "--epochs True is not a whole number", "whole number"),
+        (TrainConfig, "learning_rate", None, "--learning-rate None", "give a number"),
+        (TrainConfig, "flip", 1, "--flip 1 is not True or False", "True or False"),
+        (TrainConfig, "data", Path("x"), "is not a text", "give a text"),
+        (TrainConfig, "devices", "2", "--devices '2' is not 'all' or a whole number", "'all'"),
+        (TrainConfig, "widths", [4], "is not a tuple in which each is a whole", "a tuple"),
+        (TrainConfig, "widths", (4.0,), "is not a tuple in which each is a whole", "a tuple"),
+        (EvaluateOptions, "split", "vall", "--split 'vall'", "did you mean val?"),
+        (PredictOptions, "fit", "pad", "--fit 'pad' is not one of", "choose one"),
+        (ExportOptions, "format", "tflite", "--format 'tflite'", "choose one"),
+        (ServeOptions, "port", "x", "--port 'x' is not a whole number", "number"),
+        (ReportOptions, "output", 3, "--output 3 is not a text or None", "text"),
+        (ConvertOptions, "classes", "ant", "--classes 'ant' is not a tuple", "tuple"),
+        (SummaryOptions, "optimizer", "lion", "--optimizer 'lion'", "choose one"),
+        (CheckOptions, "image_size", "x", "--image-size 'x'", "whole number"),
+    ],
+)  # fmt: skip
+def test_python_is_held_to_the_same_as_the_command_line(
+    options: type, name: str, value: object, what: str, fix: str
+) -> None:
+    """Or another run than the one asked for is trained, and its config cannot be read again."""
+    required = {f.name: "x" for f in dataclasses.fields(options) if f.default is REQUIRED}
+    with pytest.raises(CifarJaxError) as caught:
+        options(**{**required, name: value})
+    message, cure = str(caught.value).split("Fix:")
+    assert what in message
+    assert fix in cure
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    rate = np.logspace(-3, -1, 3)[1]
+    assert from_json(to_json(TrainConfig(learning_rate=rate)), where="").learning_rate == rate
+
+
 def test_options_override_the_preset_that_they_name() -> None:
     assert parse("--preset", "tutorial").schedule == "constant"
     assert parse("--preset", "tutorial", "--crop", "3") == dataclasses.replace(
@@ -109,9 +164,9 @@ def test_a_preset_that_is_only_named_is_refused(tmp_path: Path) -> None:
 
 def test_the_config_survives_json() -> None:
     config = TrainConfig(widths=(4, 8), data_dir="x", devices="all", learning_rate=0.1)
-    assert from_json(to_json(config)) == config
-    with pytest.raises(CifarJaxError, match=r"'epoch'.*did you mean epochs"):
-        from_json({"epoch": 3})
+    assert from_json(to_json(config), where="a.json") == config
+    with pytest.raises(CifarJaxError, match=r"^a.json has 'epoch'.*did you mean epochs"):
+        from_json({"epoch": 3}, where="a.json")
 
 
 @pytest.mark.fault("A9", "A12")
@@ -128,21 +183,35 @@ def test_resume_may_change_where_a_run_is_but_not_what_it_computes() -> None:
 
 
 @pytest.mark.fault("B11")
-def test_help_and_errors_import_nothing_slow() -> None:
+def test_help_and_errors_import_nothing_slow(tmp_path: Path) -> None:
     program = """if True:
         import sys
-        from cifar_jax import train
+        from cifar_jax import convert, evaluate, predict, train
         from cifar_jax.errors import CifarJaxError
-        for argv in (["--help"], ["--version"], ["--epochs", "0"], ["--resume"]):
+        absent = ["--checkpoint", "no-such-run"]
+        for command, argv in (
+            (train, ["--help"]),
+            (train, ["--version"]),
+            (train, ["--epochs", "0"]),
+            (train, ["--resume"]),
+            (evaluate, absent),
+            (predict, [*absent, "a.png"]),
+            (convert, [".", "new"]),
+        ):
             try:
-                train.main(argv)
+                command.main(argv)
             except (SystemExit, CifarJaxError):
                 pass
         slow = {"jax", "tensorflow", "numpy", "matplotlib"} & set(sys.modules)
         assert not slow, slow
     """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        cwd=tmp_path,
     )
     assert "--learning-rate X" in done.stdout
     assert "[images; at least 1; default 128]" in done.stdout
@@ -276,5 +345,7 @@ def test_what_python_ignores_is_shown_with_debug_alone() -> None:
 )  # fmt: skip
 def test_a_config_file_of_other_types_is_refused(values: typing.Any) -> None:
     with pytest.raises(CifarJaxError) as caught:
-        from_json(values)
+        from_json(values, where="a.json")
     assert caught.value.exit_code == ExitCode.USAGE
+    assert str(caught.value).startswith("a.json ")
+    assert str(caught.value).count("Fix:") == 1

@@ -19,6 +19,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.evaluate import EvaluateOptions, describe, evaluate, main
 from cifar_jax.inference import make_logits
 from cifar_jax.labelled import load_labelled
+from cifar_jax.scores import score
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,17 @@ def test_mistakes_name_their_files(evaluation: dict[str, Any], image_folder: Pat
 
 
 def test_the_validation_split_is_that_of_training(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    of_the_test = [tmp_path / "evaluation.json", tmp_path / "plots" / "mistakes.png"]
+    for path in of_the_test:
+        path.write_text("of the test")
     found = evaluate(EvaluateOptions(str(trained_run), split="val", output=str(tmp_path)))
+    assert {path.read_text() for path in of_the_test} == {"of the test"}
+    written = json.loads((tmp_path / "evaluation-val.json").read_text())
+    assert written == json.loads(json.dumps(found))
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        *("mistakes.png", "confusion-val.png", "calibration-val.png", "mistakes-val.png"),
+    }
     rows = (trained_run / "metrics.jsonl").read_text().splitlines()
     best = max(map(json.loads, rows), key=lambda row: row["val_accuracy"])
     assert found["accuracy"] == pytest.approx(best["val_accuracy"])
@@ -181,24 +192,21 @@ def test_a_split_without_images_is_refused(trained_run: Path, tmp_path: Path) ->
 
 
 def test_a_class_without_images_or_answers_has_no_share() -> None:
-    shown = describe(
-        {
-            **{"split": "test", "data": {"name": "x"}, "accuracy": 1.0, "correct": 1, "n": 1},
-            **{"accuracy_interval": (0.2, 1.0), "loss": 0.1, "calibration_error": 0.0},
-            **{"classes": ["$a", "b"], "confusion": [[1, 0], [0, 0]]},
-            **{"precision": {"$a": 1.0, "b": None}, "recall": {"$a": 1.0, "b": None}},
-        }
-    )
-    assert [line.split()[:4] for line in shown.splitlines()[-2:]] == [
-        ["$a", "1", "100.0", "%"],
-        ["b", "0", "-", "-"],
+    logits = np.array([[2.0, 0, 0], [0, 2, 0], [2, 0, 0]])
+    shown = describe(score(logits, np.array([0, 0, 0], np.int32)), ["$a", "b", "c"])
+    assert shown.startswith("accuracy 66.67 % (2 of 3; 95 % interval ")
+    assert [line.split() for line in shown.splitlines()[-3:]] == [
+        ["$a", "3", "100.0", "%", "66.7", "%", "b", "(1)"],
+        ["b", "0", "0.0", "%", "-"],
+        ["c", "0", "-", "-"],
     ]
 
 
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
     from cifar_jax.plots import save_confusion, save_mistakes
 
-    save_confusion(np.eye(2, dtype=np.int64), ["$\\x$", "b"], "$\\x$", tmp_path / "a.png")
+    scores = score(np.eye(2), np.array([0, 1], np.int32))
+    save_confusion(scores, ["$\\x$", "b"], "$\\x$", tmp_path / "a.png")
     mistake = {"class": "$\\x$", "predicted": "b", "confidence": 0.5, "file": "$\\x$/1.png"}
     save_mistakes(np.zeros((1, 4, 4, 1), np.uint8), [mistake], "$\\x$", tmp_path / "b.png")
     assert (tmp_path / "b.png").stat().st_size > 0

@@ -90,7 +90,7 @@ def test_a_run_killed_at_any_instant_arrives_at_the_same_bits(
         assert process.returncode in expected, (accidents, said)
         assert "Traceback" not in said, (accidents, said)
     # The rest without another process, of which all these accidents take enough.
-    config = from_json(json.loads((workdir / "config.json").read_text()))
+    config = from_json(json.loads((workdir / "config.json").read_text()), where="config.json")
     train_and_evaluate(dataclasses.replace(config, resume=True), workdir)
     assert "warning" not in capsys.readouterr().out, accidents
     found = json.loads((workdir / "report.json").read_text())

@@ -20,8 +20,9 @@ import pytest
 from conftest import write_images
 from jax import lax
 from PIL import Image
+from test_trained import rewrite_metadata
 
-from cifar_jax import trained
+from cifar_jax import checkpoint, trained
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.layers import trace_layers
@@ -303,6 +304,25 @@ def test_an_unfinished_run_is_scored_on_validation(
     assert printed.err == ""
 
 
+def test_a_checkpoint_of_a_stranger_may_say_anything_of_its_data(tmp_path: Path) -> None:
+    config = TrainConfig(model="mlp", hidden=(8,), data="nowhere")
+    network = untrained(tmp_path / "run", config, ("a", "b"), (8, 8, 3))
+    step = tmp_path / "run" / "checkpoints" / "0"
+    rewrite_metadata(
+        step, lambda metadata: metadata.update(data={"name": ["x"], "digest": {}}, versions=["x"])
+    )
+    page = make_page(tmp_path / "run", output=tmp_path / "page.html")
+    assert page.values("n_params") == [network.n_params]
+    assert page.values("data") == []
+    zeros = {"Dense_0": {"kernel": np.zeros(10**7, np.float32)}}  # a small file
+    saved = checkpoint.restore_metadata(step)
+    shutil.rmtree(step)
+    checkpoint.save(step.parent, 0, {"params": zeros}, saved, best_step=0)
+    page = make_page(tmp_path / "run", output=tmp_path / "page.html")
+    assert page.values("n_params") == []
+    assert "cannot be used" in page.text
+
+
 def test_a_run_before_its_first_epoch(trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((trained_run / "config.json").read_text())
     page = make_page(tmp_path, output=tmp_path / "page.html")
@@ -521,7 +541,8 @@ def test_many_lines_differ() -> None:
 def test_many_classes_are_a_picture() -> None:
     confusion = np.diag(np.full(30, 4))
     confusion[2, 5] = 12
-    pixels = pixels_of(report_figures.confusion_png(confusion))
+    shares = confusion / confusion.sum(axis=1, keepdims=True)
+    pixels = pixels_of(report_figures.confusion_png(shares))
     assert pixels.shape == (30, 30)
     assert (pixels[0, 0], pixels[2, 5], pixels[2, 2], pixels[5, 2]) == (0, 64, 191, 255)
 

@@ -21,6 +21,8 @@ def test_accuracy_loss_and_confusion_count_every_image() -> None:
     assert scores.confusion.tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
     assert scores.precision == [0.5, 1.0, 0.0]
     assert scores.recall == [1.0, 1 / 3, None]  # there is no image of the third class
+    assert scores.shares.tolist() == [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0, 0, 0]]
+    assert [scores.taken_for(k) for k in range(3)] == [None, (0, 1), None]
 
 
 def test_mistakes_come_with_the_most_confident_first() -> None:

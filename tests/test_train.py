@@ -23,7 +23,6 @@ from conftest import write_images
 from jax import lax
 
 from cifar_jax import checkpoint, host_input, trained
-from cifar_jax.checkpoint import restore
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
@@ -106,7 +105,7 @@ def test_the_workdir_holds_what_it_should(reference: tuple[dict[str, Any], Path]
 
     assert (workdir / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert saved_steps(workdir / "checkpoints")[-1] == 15
-    metadata = restore(workdir / "checkpoints" / "15").metadata
+    metadata = checkpoint.restore_metadata(workdir / "checkpoints" / "15")
     assert metadata["class_names"] == ["bird", "cat", "frog"]
     assert metadata["history"] == rows
     assert len(metadata["mean"]) == len(metadata["std"]) == 3
@@ -272,8 +271,8 @@ def test_a_diverging_run_says_where_and_what_to_do(
         assert "step 2, learning rate 1e+30;" in str(caught.value)
     assert caught.value.exit_code == ExitCode.NUMERICS
     for step in saved_steps(tmp_path / "checkpoints"):
-        leaves = jax.tree.leaves(restore(tmp_path / "checkpoints" / str(step)).state)
-        assert all(np.isfinite(leaf).all() for leaf in leaves), step
+        saved = trained.load(tmp_path / "checkpoints" / str(step)).variables
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved)), step
 
 
 @pytest.mark.fault("B8", "B9")
@@ -417,8 +416,41 @@ def test_checkpoints_without_their_config_are_not_trained_over(
     (tmp_path / "run" / "config.json").write_text("")
     with pytest.raises(CifarJaxError, match=r"cannot read .*config.json.*Fix: put it back"):
         train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path / "run")
-    with pytest.raises(CifarJaxError, match=r"--resume: there is no run in --workdir"):
-        main(["--resume", "--workdir", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    "of_this_start",
+    [
+        [],
+        ["--coordinator", "auto"],
+        ["--coordinator", "localhost:9876", "--num-processes", "2", "--process-id", "1"],
+    ],
+)
+def test_resume_of_no_run_begins_none(tmp_path: Path, of_this_start: list[str]) -> None:
+    """A mistyped folder, with nothing said of the run itself."""
+    with pytest.raises(CifarJaxError, match=r"--resume: there is no run in --workdir") as caught:
+        main(["--resume", "--workdir", str(tmp_path / "none"), *of_this_start])
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["report.json", "metrics.jsonl", "plots/curves.png", "tensorboard/events"]
+)
+def test_files_of_something_else_are_not_overwritten(
+    config: TrainConfig, tmp_path: Path, name: str
+) -> None:
+    """As with ``--workdir .`` in a project that has a ``report.json`` of its own."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("years of work")
+    config = dataclasses.replace(config, tensorboard=True)
+    for resume in (False, True):
+        with pytest.raises(CifarJaxError, match=r"holds no run, and .* Fix: give another") as error:
+            train_and_evaluate(dataclasses.replace(config, resume=resume), tmp_path)
+        assert error.value.exit_code == ExitCode.USAGE
+        assert str(tmp_path / name).startswith(str(error.value).split("and ")[1].split(",")[0])
+    assert (tmp_path / name).read_text() == "years of work"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
 def start(image_folder: Path, workdir: Path, *options: str) -> subprocess.Popen[str]:

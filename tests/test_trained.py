@@ -15,6 +15,7 @@ from conftest import write_images
 from cifar_jax import checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.metrics import EpochRow
 from cifar_jax.models import create_model
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import TrainedNetwork, load, save
@@ -31,11 +32,11 @@ def make_network(value: float = 0.5, channels: int = 1) -> TrainedNetwork:
 
 def add_step(workdir: Path, step: int) -> None:
     """A copy of step 0 whose parameters are all ``step``."""
-    saved = checkpoint.restore(workdir / "checkpoints" / "0")
-    saved.state["params"] = jax.tree.map(
-        lambda leaf: np.full_like(leaf, step), saved.state["params"]
-    )
-    checkpoint.save(workdir / "checkpoints", step, saved.state, saved.metadata, best_step=0)
+    network = load(workdir / "checkpoints" / "0")
+    variables = jax.tree.map(lambda leaf: np.full_like(leaf, step), network.variables)
+    save(dataclasses.replace(network, variables=variables), workdir / "other", source="a test")
+    (workdir / "other" / "checkpoints" / "0").rename(workdir / "checkpoints" / str(step))
+    shutil.rmtree(workdir / "other")
 
 
 def step_of(network: TrainedNetwork) -> float:
@@ -43,7 +44,8 @@ def step_of(network: TrainedNetwork) -> float:
 
 
 def write_history(workdir: Path, accuracy_at: dict[int, float]) -> None:
-    rows = [{"step": step, "val_accuracy": value} for step, value in accuracy_at.items()]
+    zeros = dict.fromkeys(EpochRow.__annotations__, 0)
+    rows = [{**zeros, "step": step, "val_accuracy": value} for step, value in accuracy_at.items()]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -86,9 +88,10 @@ def test_a_run_that_was_trained_is_loaded(image_folder: Path, tmp_path: Path) ->
     assert network.class_names == ("bird", "cat", "frog")
     assert network.image_shape == (8, 8, 3)
     assert network.n_params == report["n_params"]
-    best = checkpoint.restore(tmp_path / "checkpoints" / str(report["best_step"]))
-    sha256 = checkpoint.tree_sha256(network.variables["params"])
-    assert sha256 == checkpoint.tree_sha256(best.state["params"])
+    best, last = (load(tmp_path / "checkpoints" / str(report[k])) for k in ("best_step", "steps"))
+    digests = [checkpoint.tree_sha256(each.variables["params"]) for each in (network, best, last)]
+    assert digests[0] == digests[1]
+    assert digests[2] == report["params_sha256"]
     assert network.variables["batch_stats"] == {}
 
 
@@ -168,11 +171,13 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
 
 def test_a_damaged_history_or_checkpoint_is_named(tmp_path: Path) -> None:
     save(make_network(), tmp_path, source="a test")
-    (tmp_path / "metrics.jsonl").write_text('{"step": ')
-    with pytest.raises(CifarJaxError, match=r"cannot read .*metrics\.jsonl") as caught:
-        load(tmp_path)
-    assert caught.value.exit_code == ExitCode.CHECKPOINT
-    assert "\n" not in str(caught.value)
+    for text in ('{"step": ', '{"step": 0, "val_accuracy": 1}', "[]", "\xff", "[" * 10**5):
+        (tmp_path / "metrics.jsonl").write_text(text, encoding="latin-1")
+        with pytest.raises(CifarJaxError, match=r"cannot read .*metrics\.jsonl") as caught:
+            load(tmp_path)
+        assert caught.value.exit_code == ExitCode.CHECKPOINT
+        assert "\n" not in str(caught.value)
+        assert f"Fix: say which step: {tmp_path}/checkpoints/<step>." in str(caught.value)
     (tmp_path / "metrics.jsonl").unlink()
     manifest = tmp_path / "checkpoints" / "0" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("a", "b"))
@@ -224,6 +229,9 @@ def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, change: Any
         load(tmp_path)
     assert caught.value.exit_code == ExitCode.CHECKPOINT
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"the checkpoint {tmp_path}/checkpoints/0 ")
+    assert "config.json" not in str(caught.value)  # which is another file
+    assert str(caught.value).count("Fix:") == 1
 
 
 @pytest.mark.fault("D20")

@@ -12,7 +12,8 @@ from cifar_jax import cli
 from cifar_jax.config import ExportFormat
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import check_is_new, new_path
-from cifar_jax.workdir import workdir_of
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.workdir import step_folder, workdir_of
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
     import numpy as np
@@ -48,24 +49,27 @@ _GROUP = "what to export"
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """The command line."""
+    """Which network to export, as what, and the images to check it on."""
 
-    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
-    format: ExportFormat = cli.option(cli.REQUIRED, "the kind of file", group=_GROUP)
-    output: str | None = cli.option(
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
+    format: ExportFormat = option(REQUIRED, "the kind of file", group=_GROUP)
+    output: str | None = option(
         None,
         "the new file [default the workdir's name, here, with the format's ending]",
         group=_GROUP,
     )
-    data: str | None = cli.option(
+    data: str | None = option(
         None,
         "whose test images to check on, as in cifar_jax.train [default the data of training where "
         "it is on this machine, else images that are drawn]",
         group=_GROUP,
     )
-    data_dir: str | None = cli.option(
+    data_dir: str | None = option(
         None, "where it is prepared or extracted [default that of training]", group=_GROUP
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def export_network(
@@ -95,19 +99,16 @@ def export_network(
         raise CifarJaxError(
             ExitCode.USAGE,
             f"--output {output} does not end in .{format}",
-            fix=f"call it {output.with_suffix(f'.{format}')}",
+            fix=f"let it end in .{format}",
         )
     check_is_new(output, "--output")
-    if not checkpoint.exists():
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT, f"--checkpoint {checkpoint} does not exist", fix="check the path"
-        )
-    print(f"reading the checkpoint {checkpoint}", flush=True)
+    step = step_folder(checkpoint)
+    print(f"reading the checkpoint {step}", flush=True)
     _check_installed(format)
     from cifar_jax import trained
     from cifar_jax.export.formats import FORMATS, classify_here, how_to_use
 
-    network = trained.load(checkpoint)
+    network = trained.load(step)
     shape = "x".join(map(str, network.image_shape))
     print(
         f"exporting {network.config.model}, {network.n_params:,} parameters, "

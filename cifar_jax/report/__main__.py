@@ -9,6 +9,7 @@ from pathlib import Path
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
+from cifar_jax.options import check_options, flag, option
 from cifar_jax.report.run import read_run
 
 DESCRIPTION = """\
@@ -31,16 +32,19 @@ _GROUP = "options"
 class ReportOptions:
     """Where the page goes, and where the images are that it shows."""
 
-    output: str | None = cli.option(
+    output: str | None = option(
         None,
         "the file to write [default: report.html in the run's folder; comparison.html here for "
         "several runs]",
         group=_GROUP,
     )
-    data: str | None = cli.option(
+    data: str | None = option(
         None, "images, as in cifar_jax.train [default: what the run was trained on]", group=_GROUP
     )
-    data_dir: str | None = cli.option(None, "as in cifar_jax.train", group=_GROUP)
+    data_dir: str | None = option(None, "as in cifar_jax.train", group=_GROUP)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
@@ -59,7 +63,7 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
         if getattr(options, name) and not single:
             raise CifarJaxError(
                 ExitCode.USAGE,
-                f"{cli.flag(name)} with {len(workdirs)} runs, whose comparison reads no images",
+                f"{flag(name)} with {len(workdirs)} runs, whose comparison reads no images",
                 fix="leave it out, or give one WORKDIR",
             )
     default = workdirs[0] / "report.html" if single else Path("comparison.html")

@@ -95,7 +95,7 @@ def line_key(number: int) -> Markup:
 
 
 def _style(number: int) -> tuple[str, tuple[float, ...]]:
-    """Of the number-th line: 32 that differ, neighbours also without colour."""
+    """The colour and dashes of line ``number``: 32 differ, neighbours also without colour."""
     dashes = _DASHES[(number + number // len(_SERIES)) % len(_DASHES)]
     return _SERIES[number % len(_SERIES)], dashes
 
@@ -209,7 +209,6 @@ def map_png(values: NDArray[np.float32], largest: float) -> str:
     return image_png((255 * values / max(largest, 1e-12)).clip(0, 255).round().astype(np.uint8))
 
 
-def confusion_png(confusion: NDArray[np.int64]) -> str:
-    """The shares of each true class (rows): white is none, black all."""
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+def confusion_png(shares: NDArray[np.float64]) -> str:
+    """The shares of each true class (rows), 0..1: white is none, black all."""
     return image_png((255 * (1 - shares)).round().astype(np.uint8))

@@ -8,8 +8,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from cifar_jax.cli import flag
 from cifar_jax.config import to_json
+from cifar_jax.options import flag
 from cifar_jax.report import figures
 from cifar_jax.report.page import Comparison, RunPage, Summary, images_with_maps
 from cifar_jax.scores import Scores
@@ -140,16 +140,14 @@ def _class_rows(names: tuple[str, ...], scores: Scores) -> list[dict[str, Any]]:
     """A row a class: what it is scored, and the class it is most often taken for."""
     rows = []
     for k, name in enumerate(names):
-        others = scores.confusion[k].copy()
-        others[k] = 0
-        taken_for = f"{names[others.argmax()]} ({others.max():,})" if others.any() else _UNKNOWN
+        other = scores.taken_for(k)
         rows.append(
             {
                 "name": name,
                 "n": int(scores.confusion[k].sum()),
                 "precision": scores.precision[k],
                 "recall": scores.recall[k],
-                "taken_for": taken_for,
+                "taken_for": f"{names[other[0]]} ({other[1]:,})" if other else _UNKNOWN,
             }
         )
     return rows
@@ -159,9 +157,9 @@ def _confusion(scores: Scores) -> dict[str, Any]:
     """Rows of (count, depth of the colour 0..1), or a picture where there are many classes."""
     confusion = scores.confusion
     if len(confusion) > _MOST_CLASSES_IN_A_TABLE:
-        return {"rows": None, "picture": figures.confusion_png(confusion)}
+        return {"rows": None, "picture": figures.confusion_png(scores.shares)}
     # The root, so that a share of a few per cent is seen at all.
-    depths = np.sqrt(confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1))
+    depths = np.sqrt(scores.shares)
     return {
         "rows": [
             list(zip(counts, row, strict=True))

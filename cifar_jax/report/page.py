@@ -262,16 +262,15 @@ def summarize(run: Run) -> Summary:
             devices=f"{report['devices']} {report['device_kind']}",
             versions=report["versions"],
         )
-    saved = _newest(run)
+    metadata, n_params = _newest(run)
     history = run.history
-    data = saved.metadata["data"] if saved else {}
+    data, versions = (_texts(metadata.get(name)) for name in ("data", "versions"))
     speeds = [row["images_per_second"] for row in history]
-    leaves = jax.tree.leaves(saved.state["params"]) if saved else []
     return Summary(
         run=run,
         data=data.get("name"),
-        digest=None if data.get("digest") == "unknown" else data.get("digest"),
-        n_params=sum(leaf.size for leaf in leaves) or None,
+        digest=None if data.get("digest") == trained.UNKNOWN_DATA else data.get("digest"),
+        n_params=n_params,
         best_epoch=run.best["epoch"] if run.best else None,
         val_accuracy=run.best["val_accuracy"] if run.best else None,
         test_accuracy=None,
@@ -282,7 +281,7 @@ def summarize(run: Run) -> Summary:
         seconds=sum(row["seconds"] for row in history) if history else None,
         images_per_second=statistics.harmonic_mean(speeds) if speeds else None,
         devices=str(run.config.devices),
-        versions=saved.metadata.get("versions", {}) if saved else {},
+        versions=versions,
     )
 
 
@@ -307,14 +306,24 @@ def _miss(page: RunPage, what: str) -> None:
     print(f"warning: the page lacks: {what}", file=sys.stderr)
 
 
-def _newest(run: Run) -> checkpoint.Checkpoint | None:
+def _newest(run: Run) -> tuple[dict[str, Any], int | None]:
+    """The metadata of the newest checkpoint, and the parameters' number; without one, {}, None."""
     folder = checkpoints_of(run.workdir)
     steps = saved_steps(folder)
+    metadata: dict[str, Any] = {}
     try:
-        return checkpoint.restore(folder / str(steps[-1])) if steps else None
+        if steps:
+            metadata = checkpoint.restore_metadata(folder / str(steps[-1]))
+            return metadata, trained.load(folder / str(steps[-1])).n_params
     except CifarJaxError as error:
         print(f"warning: {error}", file=sys.stderr)
-        return None
+    return metadata, None
+
+
+def _texts(values: Any) -> dict[str, str]:
+    """The entries of ``values`` that are text: a checkpoint may be anyone's."""
+    items = values.items() if isinstance(values, dict) else ()
+    return {name: value for name, value in items if isinstance(value, str)}
 
 
 def _load(run: Run) -> TrainedNetwork:

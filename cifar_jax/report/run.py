@@ -11,7 +11,7 @@ from typing import Any
 
 from cifar_jax.config import TrainConfig, from_json
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.metrics import EpochRow, best_row
+from cifar_jax.metrics import EpochRow, best_row, read_history
 from cifar_jax.workdir import checkpoints_of
 
 _REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
@@ -79,59 +79,36 @@ def read_run(workdir: Path) -> Run:
 
 def _config(path: Path) -> TrainConfig:
     try:
-        return from_json(json.loads(path.read_text()))
-    except (
-        OSError,
-        RecursionError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        CifarJaxError,
-    ) as error:
-        raise _damaged(path, str(error), "restore it, or use the version that wrote it") from error
+        return from_json(json.loads(path.read_text()), where="it")
+    except (OSError, RecursionError, ValueError, CifarJaxError) as error:
+        reason = error.what if isinstance(error, CifarJaxError) else str(error)
+        raise _damaged(path, reason, "restore it, or use the version that wrote it") from error
 
 
 def _history(path: Path) -> list[EpochRow]:
-    rows: list[EpochRow] = []
-    for number, line in enumerate((_text(path) or "").splitlines(), start=1):
-        values = _json(path, line, f"line {number}")
-        _check(path, values, dict.fromkeys(EpochRow.__annotations__, (int, float)), number)
-        rows.append(typing.cast(EpochRow, values))
-    return rows
+    try:
+        return read_history(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
 
 
 def _report(path: Path) -> dict[str, Any] | None:
-    text = _text(path)
-    if text is None:
+    try:
+        report = json.loads(path.read_text())
+    except FileNotFoundError:
         return None
-    report = _json(path, text, "it")
+    except (OSError, RecursionError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
     _check(path, report, _REPORT_TYPES)
     _check(path, report["data"], {"name": str, "digest": str})
     return typing.cast("dict[str, Any]", report)
 
 
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
-
-
-def _json(path: Path, text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (RecursionError, ValueError) as error:
-        raise _unreadable(path, f"{where} is no JSON: {error}") from error
-
-
-def _check(path: Path, values: Any, types: dict[str, Any], line: int | None = None) -> None:
+def _check(path: Path, values: Any, types: dict[str, Any]) -> None:
     """Raise ``CifarJaxError`` unless ``values`` has these keys with values of these types."""
-    where = "" if line is None else f"line {line}: "
     for name, kind in types.items():
         if not isinstance(values, dict) or not isinstance(values.get(name), kind):
-            raise _unreadable(path, f"{where}{name} is missing, or of a wrong type")
+            raise _unreadable(path, f"{name} is missing, or of a wrong type")
 
 
 def _unreadable(path: Path, reason: str) -> CifarJaxError:

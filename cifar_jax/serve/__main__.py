@@ -12,6 +12,8 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.workdir import step_folder
 
 DESCRIPTION = """\
 Try a trained network in a browser: drop, paste or choose an image, and see the class, all
@@ -30,20 +32,20 @@ _GROUP = "what to serve, and where"
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """The command line."""
+    """Which network to serve, and where."""
 
-    checkpoint: str = cli.option(cli.REQUIRED, cli.CHECKPOINT_HELP, group=_GROUP)
-    host: str = cli.option(
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
+    host: str = option(
         "127.0.0.1",
         "address to listen on; any but 127.0.0.1 and ::1 lets other machines in",
         group=_GROUP,
     )
-    port: int = cli.option(
+    port: int = option(
         8000, "port to listen on; 0 takes a free one", group=_GROUP, at_least=0, at_most=65535
     )
 
     def __post_init__(self) -> None:
-        cli.check_bounds(self)
+        check_options(self)
 
 
 def serve(options: ServeOptions) -> None:
@@ -53,11 +55,7 @@ def serve(options: ServeOptions) -> None:
         CifarJaxError: checkpoint; there is no network. Environment; starlette or uvicorn is
             missing, or the port cannot be had.
     """
-    checkpoint = Path(options.checkpoint)
-    if not checkpoint.exists():
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT, f"--checkpoint {checkpoint} does not exist", fix="check the path"
-        )
+    step = step_folder(Path(options.checkpoint))
     try:
         import starlette  # noqa: F401
         import uvicorn
@@ -76,7 +74,7 @@ def serve(options: ServeOptions) -> None:
         if ipaddress.ip_address(address).is_loopback:
             # A page from elsewhere whose name is made to lead here ("DNS rebinding") is refused.
             hosts = [options.host, "localhost", "127.0.0.1", "[::1]"]
-        network = trained.load(checkpoint)
+        network = trained.load(step)
         config = uvicorn.Config(
             make_app(network, hosts),
             loop="asyncio",

@@ -1,0 +1,142 @@
+"""Options as the fields of a frozen dataclass: one definition of name, type, default, bounds, help.
+
+A class declares its fields by :func:`option` and calls :func:`check_options` when it is made, so
+that a value from Python or from a file is held to the same as one from the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from cifar_jax.errors import CifarJaxError, ExitCode
+
+REQUIRED: Any = dataclasses.MISSING
+
+CHECKPOINT_HELP = (
+    "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>"
+)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    unit: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: the value when the option is not given; ``None`` and 0 often mean "off";
+            ``REQUIRED`` demands it, and such fields come first.
+        help: one sentence for ``--help``.
+        group: the heading in ``--help``.
+        unit: what a number counts, e.g. ``"images"``.
+        at_least, above, at_most, below: the bounds that :func:`check_options` holds numbers to.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "group": group,
+            "unit": unit,
+            "bounds": {rule: limit for rule, limit in bounds.items() if limit is not None},
+        },
+    )
+
+
+def option_of(config: type[Any], name: str, *, group: str) -> Any:
+    """The same option as ``config`` has under that name, in another ``group``."""
+    field = config.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata={**field.metadata, "group": group})
+
+
+def flag(name: str) -> str:
+    """The option's spelling on the command line: ``batch_size`` -> ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+_BOUND_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "at least": lambda value, limit: value >= limit,
+    "above": lambda value, limit: value > limit,
+    "at most": lambda value, limit: value <= limit,
+    "below": lambda value, limit: value < limit,
+}
+
+
+def check_options(options: Any) -> None:
+    """Raise ``CifarJaxError`` (usage) for the first field of another type, or out of bounds."""
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if not is_of_type(value, hints[field.name]):
+            raise wrong_type(flag(field.name), value, hints[field.name])
+        numbers = value if isinstance(value, tuple) else (value,)
+        bounds = field.metadata["bounds"]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            holds = all(_BOUND_HOLDS[rule](number, limit) for rule, limit in bounds.items())
+            if (isinstance(number, float) and not math.isfinite(number)) or not holds:
+                raise CifarJaxError(
+                    ExitCode.USAGE,
+                    f"{flag(field.name)} {number} is out of range",
+                    fix=f"give a number {describe_bounds(bounds) or 'that is finite'}",
+                )
+
+
+def describe_bounds(bounds: dict[str, float]) -> str:
+    """The bounds of an option as a person reads them: "at least 0 and below 1"."""
+    return " and ".join(f"{rule} {describe_number(limit)}" for rule, limit in bounds.items())
+
+
+def describe_number(value: Any) -> str:
+    """Whole numbers in full; of others, what matters. What is no number, as it is."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether ``value`` may stand for an option annotated with ``hint``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of_type(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_of_type(item, arguments[0]) for item in value)
+    if isinstance(value, bool):  # which is an int, too
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def wrong_type(name: str, value: Any, hint: Any) -> CifarJaxError:
+    """The error (usage) that option ``name`` has a ``value`` which ``hint`` does not allow."""
+    kind = _describe_type(hint)
+    cure = f"give {kind}"
+    if typing.get_origin(hint) is typing.Literal:
+        near = difflib.get_close_matches(str(value), typing.get_args(hint), n=1)
+        cure = f"did you mean {near[0]}?" if near else "choose one of these"
+    return CifarJaxError(ExitCode.USAGE, f"{name} {value!r} is not {kind}", fix=cure)
+
+
+def _describe_type(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe_type, arguments))
+    if origin is typing.Literal:
+        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else repr(arguments[0])
+    if origin is tuple:
+        return f"a tuple in which each is {_describe_type(arguments[0])}"
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    return names.get(hint, "None")
