@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
 from cifar_jax.dataset import Split
 from claims import CLAIMS, code
 from claims.claim import CAVEAT, FAILS, HOLDS
 from claims.study import some_of
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 BY_QUESTION = {claim.question: claim for claim in CLAIMS}
 
