@@ -14,8 +14,9 @@ import pytest
 
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Split
+from cifar_jax.dataset import Dataset, Split
 from cifar_jax.host_input import make_evaluate
+from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
@@ -294,31 +295,35 @@ def test_augmentation_changes_from_step_to_step() -> None:
     assert abs(first["loss"] - second["loss"]) > 1e-4
 
 
-@pytest.mark.fault("B10")
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("batch_size", [1, 100, 128, 999])
-def test_evaluation_counts_every_image_once(devices: int, batch_size: int) -> None:
-    """Against a plain NumPy count over the logits of all images at once."""
-    from cifar_jax.dataset import Dataset
-
-    n = 1003
-    (data,) = make_batches(1, n)
+@pytest.fixture(scope="module")
+def evaluated() -> tuple[Dataset, Any, RunningSums]:
+    """103 images, a network's variables, and its sums: counted over all logits at once in NumPy."""
+    (data,) = make_batches(1, 103)
     split = Split(data["image"], data["label"])
     dataset = Dataset("random", "", tuple("abcdefghij"), split, split, split, MEAN, STD)
-    model = create_model(SMALL, 10, AXIS_NAME)
-    tx = optax.sgd(0.1)
-    state = create_train_state(model, tx, SHAPE, 0)
-    evaluate = make_evaluate(model, dataset, state.variables, select_devices(devices), batch_size)
-    result = evaluate(jax.device_get(state.variables), split)
-
-    logits = np.asarray(
-        model.apply(state.variables, normalize(data["image"], MEAN, STD)), np.float64
-    )
-    assert result.count == n
-    assert result.correct == (logits.argmax(axis=1) == data["label"]).sum()
+    model = create_model(SMALL, 10, None)
+    variables = jax.device_get(create_train_state(model, optax.sgd(0.1), SHAPE, 0).variables)
+    x = normalize(split.pixels, MEAN, STD)
+    logits = np.asarray(jax.jit(model.apply)(variables, x), np.float64)
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(result.loss, -log_p[np.arange(n), data["label"]].sum(), rtol=1e-5)
+    loss = -log_p[np.arange(103), split.labels].sum()
+    correct = (logits.argmax(axis=1) == split.labels).sum()
+    return dataset, variables, RunningSums(loss=loss, correct=correct, count=103)
+
+
+@pytest.mark.fault("B10")
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 10, 16, 99])
+def test_evaluation_counts_every_image_once(
+    devices: int, batch_size: int, evaluated: tuple[Dataset, Any, RunningSums]
+) -> None:
+    dataset, variables, expected = evaluated
+    model = create_model(SMALL, 10, AXIS_NAME)
+    evaluate = make_evaluate(model, dataset, variables, select_devices(devices), batch_size)
+    result = evaluate(variables, dataset.test)
+    assert (result.count, result.correct) == (103, expected.correct)
+    np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-5)
 
 
 def test_the_mask_hides_whatever_is_under_it() -> None:
