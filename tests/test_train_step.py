@@ -164,11 +164,10 @@ def test_label_smoothing_pulls_the_optimum_away_from_certainty() -> None:
 def test_devices_do_not_change_the_losses(config: TrainConfig) -> None:
     """A forgotten pmean, of gradients or of batch norm's statistics, shows within a few steps."""
     one, state = run_steps(config, 1, n_steps=20)
-    for devices in (2, 4):
-        many, other = run_steps(config, devices, n_steps=20)
-        np.testing.assert_allclose(many, one, rtol=1e-5)
-        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    four, other = run_steps(config, 4, n_steps=20)
+    np.testing.assert_allclose(four, one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_without_pmean_the_losses_change(monkeypatch: pytest.MonkeyPatch) -> None:
