@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from cifar_jax.augment import make_augmentation
@@ -68,7 +67,14 @@ def make_step(config: TrainConfig, axis_name: str | None) -> tuple[Any, TrainSta
         accumulate=config.accumulate,
         axis_name=axis_name,
     )
-    return step, jax.device_get(create_train_state(model, tx, SHAPE, config.seed))
+    return step, initial_state(config)
+
+
+@functools.cache  # it takes as long to compile as a step
+def initial_state(config: TrainConfig) -> TrainState:
+    tx = make_optimizer(config, make_schedule(config, 100))
+    model = create_model(config, 10, None)
+    return jax.device_get(create_train_state(model, tx, SHAPE, config.seed))
 
 
 def run_steps(config: TrainConfig, devices: int, n_steps: int) -> tuple[list[float], TrainState]:
@@ -301,7 +307,7 @@ def evaluated() -> tuple[Dataset, Any, RunningSums]:
     split = Split(data["image"], data["label"])
     dataset = Dataset("random", "", tuple("abcdefghij"), split, split, split, MEAN, STD)
     model = create_model(SMALL, 10, None)
-    variables = jax.device_get(create_train_state(model, optax.sgd(0.1), SHAPE, 0).variables)
+    variables = initial_state(SMALL).variables
     x = normalize(split.pixels, MEAN, STD)
     logits = np.asarray(jax.jit(model.apply)(variables, x), np.float64)
     shifted = logits - logits.max(axis=1, keepdims=True)
@@ -327,7 +333,7 @@ def test_evaluation_counts_every_image_once(
 
 def test_the_mask_hides_whatever_is_under_it() -> None:
     model = create_model(SMALL, 10, None)
-    state = create_train_state(model, optax.sgd(0.1), SHAPE, 0)
+    state = initial_state(SMALL)
     (batch,) = make_batches(1, 8)
     step = jax.jit(functools.partial(eval_step, model=model, mean=MEAN, std=STD))
     mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
