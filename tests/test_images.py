@@ -33,32 +33,6 @@ def save(tmp_path: Path, image: Image.Image, name: str, **options: Any) -> Path:
     return tmp_path / name
 
 
-COLOUR = {"a.jpg": RGB, "a.png": RGB, "alpha.png": np.dstack([RGB, GREY])}
-WITHOUT = {
-    "grey.jpg": GREY,
-    "grey.png": GREY,
-    "grey-alpha.png": np.dstack([GREY, GREY]),
-    "sixteen-bits.png": GREY.astype(np.uint16) * 257 + 30,
-    "one-bit.png": GREY > 128,
-}
-CASES = [(name, 3) for name in COLOUR] + [(name, c) for name in WITHOUT for c in (1, 3)]
-
-
-@pytest.mark.parametrize(("name", "channels"), CASES)
-def test_the_pixels_are_those_of_training(name: str, channels: int, tmp_path: Path) -> None:
-    path = save(tmp_path, Image.fromarray({**COLOUR, **WITHOUT}[name]), name)
-    shape = (24, 20, channels)
-    ours = read_image(path, name, shape)
-    np.testing.assert_array_equal(ours, decoded_for_training(path, shape, resize=False))
-    assert ours.std() > 10
-
-
-def test_a_palette_is_looked_up(tmp_path: Path) -> None:
-    path = save(tmp_path, Image.fromarray(RGB).quantize(16), "palette.png")
-    ours = read_image(path, "p", (24, 20, 3))
-    np.testing.assert_array_equal(ours, decoded_for_training(path, (24, 20, 3), resize=False))
-
-
 @pytest.mark.parametrize("shape", [(8, 8, 3), (48, 40, 3), (12, 30, 3)])
 def test_resizing_agrees_with_training_to_one_level(shape: Any, tmp_path: Path) -> None:
     path = save(tmp_path, Image.fromarray(RGB), "a.png")

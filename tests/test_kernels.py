@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 from airbench import kernels
 from airbench.kernels import norm_gelu

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from test_layout import random_variables
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.layer_table import LayerRow, layer_table
@@ -130,8 +131,8 @@ def test_what_an_output_sees_is_where_its_gradient_is(name: str, size: int) -> N
     """For the first, a middle and the last output of each layer, on a real gradient."""
     model = create_model(NARROW[name], 10, None)
     # All positive, so that no ReLU is in the way; several, so that each pixel wins some maximum.
-    images = jax.random.uniform(jax.random.key(0), (16, size, size, 3))
-    drawn = jax.jit(model.init)(jax.random.key(1), images)
+    images = np.random.default_rng(0).random((16, size, size, 3), np.float32)
+    drawn = random_variables(NARROW[name], (size, size, 3))
     variables = jax.tree.map(lambda x: abs(x) + 0.01, drawn)
 
     @jax.jit
@@ -160,8 +161,8 @@ def test_what_an_output_sees_is_where_its_gradient_is(name: str, size: int) -> N
 @pytest.mark.parametrize("name", NARROW)
 def test_every_layer_is_traced_and_the_last_gives_the_logits(name: str) -> None:
     model = create_model(NARROW[name], 10, None)
-    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    variables = jax.jit(model.init)(jax.random.key(1), images)
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    variables = random_variables(NARROW[name], (16, 16, 3))
     layers = jax.jit(lambda v, x: trace_layers(model, v, x))(variables, images)
     logits = jax.jit(model.apply)(variables, images)
     np.testing.assert_allclose(layers[-1].output, logits, rtol=1e-5)

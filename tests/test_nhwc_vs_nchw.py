@@ -12,19 +12,16 @@ import numpy as np
 import pytest
 from test_layout import random_variables
 
+import paired_timing
 from cifar_jax import layout
 from cifar_jax.config import TrainConfig
 from cifar_jax.models import create_model
-
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import paired_timing
 from layouts import nchw_program, timings
 from layouts.figure import draw
 from layouts.hlo import count_moves
 from layouts.pitfalls import measure_pitfalls
 
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SHAPE = (16, 16, 3)
 CONFIGS = {
     "cnn": TrainConfig(model="cnn", widths=(4, 8), hidden=(16,)),

@@ -23,27 +23,6 @@ def first_update(**options: object) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, updates)["Conv_0"]
 
 
-def test_onecycle_rises_to_its_peak_and_falls_to_nearly_nothing() -> None:
-    """At 0: peak/25; at the last of the first 30 %: peak; at the last step: peak/25/10,000."""
-    schedule = make_schedule(TrainConfig(learning_rate=0.5), total_steps=30)
-    np.testing.assert_allclose(schedule(0), 0.5 / 25, rtol=1e-6)
-    np.testing.assert_allclose(schedule(4), (0.5 / 25 + 0.5) / 2, rtol=1e-6)
-    np.testing.assert_allclose(schedule(8), 0.5, rtol=1e-6)
-    np.testing.assert_allclose(schedule(29), 0.5 / 25 / 1e4, rtol=1e-6)
-
-
-def test_linear_falls_to_nothing_after_the_last_step() -> None:
-    schedule = make_schedule(TrainConfig(schedule="linear", learning_rate=0.5), total_steps=10)
-    np.testing.assert_allclose([schedule(0), schedule(4), schedule(9)], [0.5, 0.3, 0.05], rtol=1e-6)
-
-
-def test_cosine_and_constant() -> None:
-    cosine = make_schedule(TrainConfig(schedule="cosine", learning_rate=0.5), total_steps=101)
-    np.testing.assert_allclose([cosine(0), cosine(50), cosine(100)], [0.5, 0.25, 0], atol=1e-8)
-    constant = make_schedule(TrainConfig(schedule="constant", learning_rate=0.5), total_steps=101)
-    assert constant(0) == constant(100) == 0.5
-
-
 def test_a_constant_rate_takes_no_memory_a_step() -> None:
     """Very many epochs, that early stopping is to end."""
     assert make_schedule(TrainConfig(schedule="constant"), total_steps=10**15)(10**6) > 0

@@ -171,7 +171,7 @@ def test_loss_and_gradients_agree(
     assert worst(differences) < GRADIENT[dtype]
 
 
-@pytest.mark.parametrize("total_steps", [1, 2, 3, 10, 11, 37, 100, 101, 3510])
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 10, 37, 3510])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "onecycle"])
 def test_schedules_agree(schedule: Any, total_steps: int, dtype: str) -> None:
     config = TrainConfig(schedule=schedule, learning_rate=3e-3)

@@ -141,9 +141,8 @@ def test_a_resumed_run_arrives_at_the_same_bits(
 def test_the_seed_decides_the_run(
     reference: tuple[dict[str, Any], Path], config: TrainConfig, tmp_path: Path
 ) -> None:
-    again = train_and_evaluate(config, tmp_path / "again")
-    assert again["params_sha256"] == reference[0]["params_sha256"]
-    other = train_and_evaluate(dataclasses.replace(config, seed=1), tmp_path / "other")
+    """That the same seed gives the same bits, the runs above and below show."""
+    other = train_and_evaluate(dataclasses.replace(config, seed=1), tmp_path)
     assert other["params_sha256"] != reference[0]["params_sha256"]
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Split
+from cifar_jax.dataset import Dataset, Split
 from cifar_jax.host_input import make_evaluate
+from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import (
@@ -67,7 +67,14 @@ def make_step(config: TrainConfig, axis_name: str | None) -> tuple[Any, TrainSta
         accumulate=config.accumulate,
         axis_name=axis_name,
     )
-    return step, jax.device_get(create_train_state(model, tx, SHAPE, config.seed))
+    return step, initial_state(config)
+
+
+@functools.cache  # it takes as long to compile as a step
+def initial_state(config: TrainConfig) -> TrainState:
+    tx = make_optimizer(config, make_schedule(config, 100))
+    model = create_model(config, 10, None)
+    return jax.device_get(create_train_state(model, tx, SHAPE, config.seed))
 
 
 def run_steps(config: TrainConfig, devices: int, n_steps: int) -> tuple[list[float], TrainState]:
@@ -163,11 +170,10 @@ def test_label_smoothing_pulls_the_optimum_away_from_certainty() -> None:
 def test_devices_do_not_change_the_losses(config: TrainConfig) -> None:
     """A forgotten pmean, of gradients or of batch norm's statistics, shows within a few steps."""
     one, state = run_steps(config, 1, n_steps=20)
-    for devices in (2, 4):
-        many, other = run_steps(config, devices, n_steps=20)
-        np.testing.assert_allclose(many, one, rtol=1e-5)
-        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    four, other = run_steps(config, 4, n_steps=20)
+    np.testing.assert_allclose(four, one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_without_pmean_the_losses_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,36 +300,40 @@ def test_augmentation_changes_from_step_to_step() -> None:
     assert abs(first["loss"] - second["loss"]) > 1e-4
 
 
-@pytest.mark.fault("B10")
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("batch_size", [1, 100, 128, 999])
-def test_evaluation_counts_every_image_once(devices: int, batch_size: int) -> None:
-    """Against a plain NumPy count over the logits of all images at once."""
-    from cifar_jax.dataset import Dataset
-
-    n = 1003
-    (data,) = make_batches(1, n)
+@pytest.fixture(scope="module")
+def evaluated() -> tuple[Dataset, Any, RunningSums]:
+    """103 images, a network's variables, and its sums: counted over all logits at once in NumPy."""
+    (data,) = make_batches(1, 103)
     split = Split(data["image"], data["label"])
     dataset = Dataset("random", "", tuple("abcdefghij"), split, split, split, MEAN, STD)
-    model = create_model(SMALL, 10, AXIS_NAME)
-    tx = optax.sgd(0.1)
-    state = create_train_state(model, tx, SHAPE, 0)
-    evaluate = make_evaluate(model, dataset, state.variables, select_devices(devices), batch_size)
-    result = evaluate(jax.device_get(state.variables), split)
-
-    logits = np.asarray(
-        model.apply(state.variables, normalize(data["image"], MEAN, STD)), np.float64
-    )
-    assert result.count == n
-    assert result.correct == (logits.argmax(axis=1) == data["label"]).sum()
+    model = create_model(SMALL, 10, None)
+    variables = initial_state(SMALL).variables
+    x = normalize(split.pixels, MEAN, STD)
+    logits = np.asarray(jax.jit(model.apply)(variables, x), np.float64)
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(result.loss, -log_p[np.arange(n), data["label"]].sum(), rtol=1e-5)
+    loss = -log_p[np.arange(103), split.labels].sum()
+    correct = (logits.argmax(axis=1) == split.labels).sum()
+    return dataset, variables, RunningSums(loss=loss, correct=correct, count=103)
+
+
+@pytest.mark.fault("B10")
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 10, 16, 99])
+def test_evaluation_counts_every_image_once(
+    devices: int, batch_size: int, evaluated: tuple[Dataset, Any, RunningSums]
+) -> None:
+    dataset, variables, expected = evaluated
+    model = create_model(SMALL, 10, AXIS_NAME)
+    evaluate = make_evaluate(model, dataset, variables, select_devices(devices), batch_size)
+    result = evaluate(variables, dataset.test)
+    assert (result.count, result.correct) == (103, expected.correct)
+    np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-5)
 
 
 def test_the_mask_hides_whatever_is_under_it() -> None:
     model = create_model(SMALL, 10, None)
-    state = create_train_state(model, optax.sgd(0.1), SHAPE, 0)
+    state = initial_state(SMALL)
     (batch,) = make_batches(1, 8)
     step = jax.jit(functools.partial(eval_step, model=model, mean=MEAN, std=STD))
     mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)

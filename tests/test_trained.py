@@ -95,14 +95,19 @@ def test_a_run_that_was_trained_is_loaded(image_folder: Path, tmp_path: Path) ->
     assert network.variables["batch_stats"] == {}
 
 
-def test_a_converted_network_is_no_run_to_resume(image_folder: Path, tmp_path: Path) -> None:
-    config = TrainConfig(data=str(image_folder), model="linear", batch_size=27, epochs=1)
+def save_linear(config: TrainConfig, workdir: Path) -> None:
+    """Save weights for the images of ``image_folder``, as a conversion does."""
     variables = {
         "params": {"Dense_0": {"kernel": np.zeros((192, 3), "f4"), "bias": np.zeros(3, "f4")}},
         "batch_stats": {},
     }
     names, ones = ("bird", "cat", "frog"), (1.0, 1.0, 1.0)
-    save(TrainedNetwork(config, names, (8, 8, 3), ones, ones, variables), tmp_path, source="x.pth")
+    save(TrainedNetwork(config, names, (8, 8, 3), ones, ones, variables), workdir, source="x.pth")
+
+
+def test_a_converted_network_is_no_run_to_resume(image_folder: Path, tmp_path: Path) -> None:
+    config = TrainConfig(data=str(image_folder), model="linear", batch_size=27, epochs=1)
+    save_linear(config, tmp_path)
     with pytest.raises(CifarJaxError, match=r"unknown data \(x.pth\)\. Fix: .* --initial-weights"):
         train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path)
 
@@ -147,7 +152,7 @@ def test_weights_that_do_not_fit_are_refused(
     image_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     config = TrainConfig(data=str(image_folder), model="linear", epochs=1, batch_size=27)
-    train_and_evaluate(config, tmp_path / "given")
+    save_linear(config, tmp_path / "given")
     options = {"model": "cnn", "initial_weights": str(tmp_path / "given"), **change}
     with pytest.raises(CifarJaxError, match=message):
         train_and_evaluate(dataclasses.replace(config, **options), tmp_path / "run")
