@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 
+import first_step
+import time_to_75
 from cifar_jax.errors import CifarJaxError, ExitCode
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SCRIPTS = sorted(path for path in EXPERIMENTS.glob("*.py") if "cli.run(main)" in path.read_text())
-
-
-@pytest.fixture(autouse=True)
-def _import_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -40,8 +37,6 @@ def test_no_trial_overwrites_the_committed_results(
 
 
 def test_a_command_is_timed_to_its_first_step(tmp_path: Path) -> None:
-    import first_step
-
     options = ["--data", "shapes", "--max-train-examples", "200", "--model", "linear"]
     options += ["--epochs", "100000", "--workdir", str(tmp_path / "run")]
     run = first_step.train(options, stop=True)
@@ -54,7 +49,6 @@ def test_a_command_is_timed_to_its_first_step(tmp_path: Path) -> None:
 @pytest.fixture
 def runs_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``time_to_75`` for given options; returns the ``--data`` of each of its trainings."""
-    import time_to_75
 
     def call(*options: str | Path) -> list[list[str]]:
         trained: list[list[str]] = []
