@@ -1,4 +1,4 @@
-"""What networks here share beside Flax's layers: each a function of ``[B, H, W, C]``."""
+"""Layers that networks here share, beside Flax's: functions of ``[B, H, W, C]``."""
 
 from __future__ import annotations
 

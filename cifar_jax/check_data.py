@@ -49,7 +49,6 @@ def check_data(data: str, options: CheckOptions) -> None:
         CifarJaxError: data; a file cannot be used, or there is no such data.
     """
     import hashlib
-    import warnings
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
@@ -79,7 +78,7 @@ def check_data(data: str, options: CheckOptions) -> None:
     splits = {"train": found.train, "val": found.val, "test": found.test}
     places = [(name, i) for name, split in splits.items() for i in range(len(split))]
     n_bad, same = 0, defaultdict(list)
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         looks = tqdm(pool.map(look, places), "looking", len(places), unit="images", disable=None)
         for place, digest in zip(places, looks, strict=True):
             if isinstance(digest, CifarJaxError):

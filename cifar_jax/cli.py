@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import operator
 import os
 import signal
 import sys
@@ -48,11 +49,13 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        *first, last = (argument for argument in arguments if argument is not type(None))
-        for argument in first:
+        alternatives = [argument for argument in arguments if argument is not type(None)]
+        if len(alternatives) == 1:
+            return _parse_value(name, alternatives[0], text)
+        for alternative in alternatives:
             with contextlib.suppress(CifarJaxError):
-                return _parse_value(name, argument, text)
-        return _parse_value(name, last, text)
+                return _parse_value(name, alternative, text)
+        raise wrong_type(name, text, functools.reduce(operator.or_, alternatives))
     if origin is typing.Literal:
         if text not in arguments:
             raise wrong_type(name, text, hint)

@@ -56,8 +56,8 @@ def conv3x3(
     rhs_dilation: Sequence[int] = (1, 1),
     dimension_numbers: Any = _NHWC,
     feature_group_count: int = 1,
-    precision: Any = None,
     paired: bool = False,
+    **further: Any,
 ) -> jax.Array:
     """The convolution ``[B, H, W, C]``, ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
 
@@ -67,6 +67,7 @@ def conv3x3(
         padding: 1 above and to the left; without it below or to the right, the last row or column
             of the output is not computed.
         paired: take neighbouring columns together on a GPU, for fewer channels than it runs well.
+        further: ``precision``, and what a later Flax may pass; each must be None.
 
     Raises:
         ValueError: it is another convolution than of 3x3 with stride 1 and padding 1, in NHWC and
@@ -83,10 +84,9 @@ def conv3x3(
     given = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     if given != lax.conv_dimension_numbers(x.shape, kernel.shape, _NHWC):
         raise ValueError(f"conv3x3 is for {_NHWC}, not for {dimension_numbers}: {_LEAVE_IT_OUT}")
-    if precision is not None:
-        raise ValueError(
-            f"conv3x3 is for JAX's default precision, not for {precision!r}: {_LEAVE_IT_OUT}"
-        )
+    for name, value in further.items():
+        if value is not None:
+            raise ValueError(f"conv3x3 takes no {name}, such as {value!r}: {_LEAVE_IT_OUT}")
     above_and_below, left_and_right = (tuple(pair) for pair in padding)
     return _conv3x3(x, kernel, (above_and_below, left_and_right), paired)
 

@@ -36,6 +36,10 @@ from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 
+# Pillow warns of odd metadata; what matters raises. Once for all: many threads read images, and
+# ``warnings.catch_warnings`` in one undoes that in another.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 
 def read_image(
     file: Path | BinaryIO, name: str, image_shape: ImageShape, *, fit: FitName = "stretch"
@@ -68,12 +72,10 @@ def read_image(
         except ValueError as error:
             raise _refused(name, str(error)) from error
     try:
-        with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
-            image: Image.Image = Image.open(io.BytesIO(content))
-            if image.height * image.width > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.height}x{image.width}")
-            ImageOps.exif_transpose(image, in_place=True)
-            return _resized(_eight_bits(image, image_shape[2]), image_shape, fit)
+        image = Image.open(io.BytesIO(content))
+        if image.height * image.width > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.height}x{image.width}")
+        return _resized(_upright(image, image_shape[2]), image_shape, fit)
     except UnidentifiedImageError as error:
         raise _refused(name, "is no image of a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
@@ -111,8 +113,7 @@ def decode(split: Split) -> Split:
     files = split.images
     assert isinstance(files, ImageFiles)
     pixels = np.empty((len(files), *files.shape), np.uint8)
-    # Not in the threads, which would undo each other's.
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         decoded = pool.map(functools.partial(decode_file, files), files.paths)
         for i, image in enumerate(
             tqdm(decoded, "decoding", len(files), unit="images", disable=None)
@@ -156,8 +157,7 @@ def read_checked(files: ImageFiles, path: bytes) -> bytes:
                 "is in colour, and those of the data set that were looked at first are greyscale",
                 fix="make it greyscale, or some of the others colour",
             )
-        with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
-            return png(_decoded(path, content, wanted_channels))
+        return png(_decoded(path, content, wanted_channels))
     return content
 
 
@@ -197,7 +197,7 @@ def _read(path: bytes) -> tuple[bytes, ImageShape]:
                     raise ValueError(f"has more than {MAX_BYTES >> 20} MB")
         finally:
             os.close(descriptor)
-        return _upright(path, content, _header(content))
+        return _upright_file(path, content, _header(content))
     except FileNotFoundError as error:
         raise unusable(path, "is not there any more", fix="put it back") from error
     except OSError as error:
@@ -206,21 +206,18 @@ def _read(path: bytes) -> tuple[bytes, ImageShape]:
         raise unusable(path, str(error)) from error
 
 
-def _upright(path: bytes, content: bytes, shape: ImageShape) -> tuple[bytes, ImageShape]:
-    """The image and its shape; if it is to be turned, as another file, which is upright."""
+def _upright_file(path: bytes, content: bytes, shape: ImageShape) -> tuple[bytes, ImageShape]:
+    """The image and its shape; if EXIF says that it is to be turned, as a PNG that is upright."""
     if not any(mark in content for mark in _MAY_BE_TURNED):
         return content, shape
-    with warnings.catch_warnings(action="ignore"):  # on metadata; what matters raises
-        try:
-            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-            if image.size != (shape[1], shape[0]):  # there is a second header
-                raise ValueError
-            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-                return content, shape
-            ImageOps.exif_transpose(image, in_place=True)
-            pixels = np.asarray(_eight_bits(image, shape[2]))
-        except Exception as error:  # a damaged file ends in whatever its decoder runs into
-            raise undecodable(path) from error
+    try:
+        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+        # Of another size there is a second header, which the decoder will come upon.
+        if _turn(image) is None or image.size != (shape[1], shape[0]):
+            return content, shape
+        pixels = np.asarray(_upright(image, shape[2]))
+    except Exception as error:  # a damaged file ends in whatever its decoder runs into
+        raise undecodable(path) from error
     height, width = pixels.shape[:2]
     return png(pixels, compress_level=0), (height, width, shape[2])
 
@@ -291,6 +288,32 @@ def _png_header(content: bytes) -> ImageShape:
 def image_suffixes() -> frozenset[str]:
     """The endings of the formats that can be read, ``.jpg`` and so on."""
     return frozenset(s for s, f in Image.registered_extensions().items() if f in Image.OPEN)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes ``image`` upright by its EXIF; damaged EXIF says nothing, and is no damage."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever Pillow's parsers run into
+        return None
+
+
+def _upright(image: Image.Image, channels: int) -> Image.Image:
+    """Greyscale or RGB of 8 bits, turned as EXIF says."""
+    turn = _turn(image)
+    image = _eight_bits(image, channels)
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:

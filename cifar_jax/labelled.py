@@ -57,17 +57,23 @@ class LabelledImages:
 
 
 def load_labelled(
-    network: TrainedNetwork, split: SplitName, *, data: str | None, data_dir: str | None
+    network: TrainedNetwork,
+    split: SplitName,
+    *,
+    data: str | None,
+    data_dir: str | None,
+    may_be_trained_on: bool = False,
 ) -> LabelledImages:
     """The images of ``split``, split as they were in training.
 
     Args:
         data: a source as in ``cifar_jax.train``; None is the one that the network was trained on.
+        may_be_trained_on: take also a split that is drawn from other images than in training, and
+            so may hold some that were trained on.
 
     Raises:
         CifarJaxError: data; the source cannot be had, or has other classes or images. Or the split
-            would be drawn from other images than in training, and so hold some that were trained
-            on.
+            is drawn from other images than in training.
     """
     config = network.config
     source = data or config.data
@@ -87,11 +93,12 @@ def load_labelled(
             f"{', '.join(network.class_names)}",
             fix="give --data with the network's classes",
         )
-    if split in found.drawn and network.data_digest not in (UNKNOWN_DATA, found.digest):
+    other_data = network.data_digest not in (UNKNOWN_DATA, found.digest)
+    if other_data and split in found.drawn and not may_be_trained_on:
         raise CifarJaxError(
             ExitCode.DATA,
-            f"--split {split}: {found.name} has changed since the network was trained, or is other "
-            f"data, and its {split} images are drawn at random: some may have been trained on",
+            f"the {split} images of {found.name} are drawn at random, and it has changed since the "
+            "network was trained, or is other data: some of them may have been trained on",
             fix="give the --data of training as it was, or images in a test/ folder beside train/",
         )
     chosen = {"train": found.train, "val": found.val, "test": found.test}[split]

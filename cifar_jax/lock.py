@@ -62,7 +62,8 @@ def alone_in(folder: Path, doing: str) -> Iterator[bool]:
     notice = f"waiting for another process, which is {doing} in {folder} ..."
     timer = threading.Timer(_QUIET_SECONDS, print, [notice], {"flush": True})
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _NAME).open("w") as lock:  # which the kernel lifts when a process is killed
+    # A name of its own, as the folder may be a run's too. The kernel lifts a dead process's lock.
+    with (folder / ".busy.lock").open("a") as lock:
         timer.start()
         try:
             alone = _lock(lock.fileno(), fcntl.LOCK_EX, folder)

@@ -67,7 +67,7 @@ def _train(run: Run, progress: Progress) -> None:
     config = run.config
     _write_history(run, progress)
     if len(progress.history) < config.epochs:
-        print(TABLE_HEADER)
+        print(TABLE_HEADER, flush=True)
     events: contextlib.AbstractContextManager[Callable[[EpochRow], None]]
     events = contextlib.nullcontext(lambda row: None)
     if config.tensorboard and is_first():

@@ -140,14 +140,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_given(argv)
     names = given.pop("images")
     options = PredictOptions(**given)
-    step = step_folder(Path(options.checkpoint))
+    step_folder(Path(options.checkpoint))  # soon: trained.load would say so after the imports
     import numpy as np
 
     from cifar_jax import trained
     from cifar_jax.inference import make_logits
 
     files = find_images(names)
-    network = trained.load(step)
+    network = trained.load(Path(options.checkpoint))
     logits = make_logits(network)
     for size in {min(len(files), BATCH_SIZE), len(files) % BATCH_SIZE}:  # compiles
         logits(np.zeros((size, *network.image_shape), np.uint8))

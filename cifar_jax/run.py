@@ -75,8 +75,8 @@ def versions() -> dict[str, str]:
         *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
         *("tensorflow-cpu", "tensorflow"),  # the one or the other
     )
-    versions = {"cifar_jax": __version__, "python": platform.python_version()}
+    found = {"cifar_jax": __version__, "python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -31,6 +31,8 @@ from cifar_jax.images import probe_shape, shown
 from cifar_jax.listing import folders_and_files, list_images, reading
 from cifar_jax.lock import alone_in
 
+NAMES = ("auto", "cifar10", "shapes")  # what --data may be besides a path
+
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 # How long to wait for that host before the network counts as absent; tfds would retry for minutes.
 _DOWNLOAD_TIMEOUT_SECONDS = 4
@@ -49,25 +51,6 @@ _SPLIT_FOLDERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A source in three splits, before files are decoded; most attributes are ``Dataset``'s.
-
-    Attributes:
-        drawn: the splits that were drawn here, at random: of other images, or of the same in
-            another order, the draw is another.
-    """
-
-    name: str
-    digest: str
-    class_names: tuple[str, ...]
-    train: Split
-    val: Split
-    test: Split
-    drawn: frozenset[SplitName]
-    notice: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class _Contents:
     """What a source itself holds; ``val`` is None where it has no such split."""
 
@@ -81,11 +64,23 @@ class _Contents:
     notice: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Source(_Contents):
+    """A source in three splits, before files are decoded; most attributes are ``Dataset``'s.
+
+    Attributes:
+        drawn: the splits that were drawn here, at random: of other images, or of the same in
+            another order, the draw is another.
+    """
+
+    val: Split
+
+
 def check_source(source: str) -> None:
     """Raise ``CifarJaxError`` (data) unless ``source`` is a name, a folder or an archive."""
     path = Path(os.path.expanduser(source))
     is_archive = path.is_file() and path.name.endswith(archive.SUFFIXES)
-    if source in ("auto", "cifar10", "shapes") or path.is_dir() or is_archive:
+    if source in NAMES or path.is_dir() or is_archive:
         return
     what = "is not a folder or .tar.gz archive" if path.exists() else "does not exist"
     raise CifarJaxError(
@@ -127,16 +122,7 @@ def load_splits(
     if max_train_examples is not None and max_train_examples < len(train):
         train = train.take(stratified_choice(train.labels, max_train_examples, rng))
         drawn.add("train")
-    return Source(
-        found.name,
-        found.digest,
-        found.class_names,
-        train,
-        val,
-        found.test,
-        frozenset(drawn),
-        found.notice,
-    )
+    return Source(**{**vars(found), "train": train, "val": val, "drawn": frozenset(drawn)})
 
 
 def load_dataset(
@@ -266,7 +252,7 @@ def _shapes_notice(data_dir: Path, obstacle: str) -> str:
 
 def _is_prepared(data_dir: Path) -> bool:
     # Looked up by hand: asking tfds costs the seconds of TensorFlow's import.
-    return any(data_dir.glob("cifar10/*/dataset_info.json"))
+    return any(data_dir.glob("cifar10/[0-9]*/dataset_info.json"))
 
 
 def _download_obstacle() -> str | None:
@@ -388,8 +374,9 @@ def _split_folders(root: Path) -> list[str]:
         for name in names
         if name not in _SPLIT_FOLDERS and name.casefold() in spellings
     }
-    # 'valid' and 'test' alone may be classes.
-    if meant and (present or "train" in meant.values()):
+    # One of them alone may be a class, and so may 'valid' beside others.
+    splits = {*present, *meant.values()}
+    if meant and "train" in splits and len(splits) > 1:
         renamed = ", ".join(f"{shown(name)}/ to {split}/" for name, split in meant.items())
         raise CifarJaxError(
             ExitCode.DATA,
@@ -409,7 +396,7 @@ def _unwrap(root: Path) -> Path:
     """Through folders that hold one folder, as archives often do, beside a README at most."""
     while True:
         folders, _ = folders_and_files(root)
-        if len(folders) != 1 or folders[0].name in ("train", "val", "test"):
+        if len(folders) != 1 or folders[0].name in _SPLIT_FOLDERS:
             return root
         if folders[0].is_symlink():  # can lead round in a circle
             return root

@@ -29,7 +29,7 @@ import jax
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
-from cifar_jax.sources import check_source
+from cifar_jax.sources import NAMES, check_source
 from claims import CLAIMS
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Values, from_json, to_json
 from claims.code import code_of
@@ -38,7 +38,6 @@ from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 VERDICTS = (HOLDS, CAVEAT, FAILS)
-NAMES = ("auto", "shapes", "cifar10")  # of --data that are no path
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 DEFAULT_OUTPUT = ROOT / "experiments" / "results" / "claims.json"
 
@@ -147,6 +146,7 @@ def read_results(path: Path) -> dict[int, dict[str, Any]]:
     """The rows in ``path``, by question; none where there is no such file."""
     try:
         rows = json.loads(path.read_text())["claims"]
+        table(rows, path)  # a KeyError where rows of an earlier version lack something
         return {row["question"]: {**row, "value": from_json(row["value"])} for row in rows}
     except FileNotFoundError:
         return {}

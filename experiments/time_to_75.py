@@ -28,7 +28,7 @@ from typing import Any
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
-from cifar_jax.sources import check_source
+from cifar_jax.sources import NAMES, check_source
 from machine import processor
 
 _TARGET = 0.75
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     source = arguments.data
     check_source(source)
-    data = ["--data", str(Path(source).resolve()) if Path(source).exists() else source]
+    data = ["--data", source if source in NAMES else str(Path(source).resolve())]
     if arguments.data_dir:
         data += ["--data-dir", str(Path(arguments.data_dir).resolve())]
     about = {

@@ -37,6 +37,7 @@ from cifar_jax import archive, cifar10_archive, listing, sources
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.listing import list_images
+from cifar_jax.lock import locked
 from cifar_jax.network_metadata import network_of
 from cifar_jax.sources import load_dataset
 from cifar_jax.state_dicts import (
@@ -91,7 +92,7 @@ def refusal(path: Path) -> str:
     with pytest.raises(CifarJaxError) as caught:
         archive.extract_once(path, into)
     assert caught.value.exit_code == ExitCode.DATA
-    assert [file.name for file in into.iterdir()] == [".lock"]
+    assert [file.name for file in into.iterdir()] == [".busy.lock"]
     assert {file for file in path.parent.rglob("*") if into not in (file, *file.parents)} == before
     assert "\n" not in str(caught.value)
     assert f"the archive {path} " in str(caught.value)
@@ -433,7 +434,7 @@ def test_what_a_killed_extraction_leaves_is_removed(image_folder: Path, tmp_path
     assert not list(into.glob("images-*"))
     folder = archive.extract_once(path, into)
     assert contents(folder / image_folder.name) == contents(image_folder)
-    assert {file.name for file in into.iterdir()} == {".lock", folder.name}
+    assert {file.name for file in into.iterdir()} == {".busy.lock", folder.name}
 
 
 @pytest.mark.fault("D13")
@@ -447,13 +448,13 @@ def test_of_two_processes_one_extracts_and_the_other_waits(
         lock._QUIET_SECONDS = 0.1
         extract = archive._extract
         archive._extract = lambda *arguments: print("extracting") or extract(*arguments)"""
-    with (into / ".lock").open("w") as lock:
+    with (into / ".busy.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         both = [start(program, path, into) for _ in range(2)]
         for process in both:
             assert process.stdout is not None
             assert process.stdout.readline().startswith("waiting for another process, which is ex")
-        assert list(into.iterdir()) == [into / ".lock"]
+        assert list(into.iterdir()) == [into / ".busy.lock"]
     said = [process.communicate(timeout=60)[0].splitlines() for process in both]
     assert sorted(map(len, said)) == [1, 2]
     assert {lines[-1] for lines in said} == {str(next(into.glob("images-*")))}
@@ -485,7 +486,7 @@ def test_where_there_are_no_locks_each_extracts_and_the_first_stays(
     folder = archive.extract_once(path, into)
     assert contents(folder / image_folder.name) == contents(image_folder)
     assert {file.name for file in into.iterdir()} == {
-        *(".lock", ".incomplete-of-another", folder.name)
+        *(".busy.lock", ".incomplete-of-another", folder.name)
     }
     assert f"warning: no lock on {into}" in capsys.readouterr().out
 
@@ -503,7 +504,7 @@ def test_a_full_disk_says_what_is_needed_and_what_is_free(tmp_path: Path) -> Non
         r"3\.0 MB, and [\d,]+\.\d MB are free\. Fix: make room there, or .*\n",
         said,
     )
-    assert [file.name for file in into.iterdir()] == [".lock"]
+    assert [file.name for file in into.iterdir()] == [".busy.lock"]
 
 
 @pytest.mark.fault("D14")
@@ -791,7 +792,8 @@ def test_of_two_processes_one_prepares_cifar10(
 
     monkeypatch.setattr("cifar_jax.input_pipeline.read_cifar10", read_cifar10)
     monkeypatch.setattr(sources, "_download_obstacle", lambda: None)
-    with ThreadPoolExecutor(2) as pool:
+    # The workdir may be the same folder, and is locked by then.
+    with locked(tmp_path / "data"), ThreadPoolExecutor(2) as pool:
         load = functools.partial(load_dataset, "cifar10", data_dir=str(tmp_path / "data"))
         both = [pool.submit(load) for _ in range(2)]
         assert [len(each.result().train) for each in both] == [18, 18]

@@ -154,6 +154,23 @@ def test_an_odd_image_has_one_meaning(name: str, channels: int, tmp_path: Path) 
         np.testing.assert_array_equal(ours[..., 0], in_colour.convert("L"))
 
 
+def with_exif(jpeg: bytes, exif: bytes) -> bytes:
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + jpeg[2:]
+
+
+@pytest.mark.fault("C5")
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM\0*\0", b"Exif\0\0nonsense of a kind"])
+def test_damaged_exif_is_no_damage(exif: bytes, tmp_path: Path) -> None:
+    """Also where Pillow would look up the resolution in it."""
+    path = tmp_path / "a.jpg"
+    for jpeg in (JPEG, encode(RGB, "JPEG", dpi=(72, 72))):
+        path.write_bytes(with_exif(jpeg, exif))
+        ours, theirs = by_both(path)
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(ours, read_image(path, "a", (24, 20, 3)))
+        assert ours.std() > 10
+
+
 @pytest.mark.fault("C5")
 def test_a_data_set_is_grey_if_all_its_images_are(tmp_path: Path) -> None:
     def channels_of(*names: str) -> int:

@@ -149,6 +149,7 @@ def _has_number(value: Any) -> bool:
         ("--only 77 --output x.json", "--only 77"),
         ("--quick", "--quick would overwrite"),
         ("--quick --output other.json", "holds no claims"),
+        ("--quick --output old.json", "holds no claims: KeyError.'data_name'"),
         ("--data none --output x.json", "does not exist"),
     ],
 )
@@ -157,6 +158,9 @@ def test_wrong_use_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text("[]")
+    row = json.loads((EXPERIMENTS / "results" / "claims.json").read_text())["claims"][0]
+    del row["data_name"]  # as before 2026-11-28
+    Path("old.json").write_text(json.dumps({"claims": [row]}))
     monkeypatch.setattr(sys, "argv", ["claims.py", *options.split()])
     with pytest.raises(CifarJaxError, match=message) as told:
         runpy.run_path(str(EXPERIMENTS / "claims.py"), run_name="a_script")["main"]()

@@ -52,7 +52,7 @@ def parse(*argv: str) -> TrainConfig:
         (["--seed", "9" * 400], "--seed 999", "below 4294967296"),
         (["--model", "cn"], "--model 'cn' is not one of linear, mlp", "did you mean cnn?"),
         (["--optimizer", "lion"], "'lion' is not one of sgd, adam, adamw", "one of these"),
-        (["--devices", "two"], "--devices 'two'", "whole number"),
+        (["--devices", "two"], "--devices 'two' is not 'all' or a", "whole number"),
         (["--widths", "8,x"], "--widths 'x'", "whole number"),
         (["--widths", "0,8"], "--widths 0", "at least 1"),
         (["--batch-size", "100", "--devices", "3"], "--batch-size 100", "99 or 102"),

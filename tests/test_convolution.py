@@ -132,8 +132,9 @@ def test_another_convolution_is_refused_and_not_silently_this_one(options: dict[
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"precision": "highest"}, "default precision, not for 'highest'"),
-        ({"precision": lax.Precision.DEFAULT}, "default precision, not for"),
+        ({"precision": "highest"}, "takes no precision, such as 'highest'"),
+        ({"precision": lax.Precision.DEFAULT}, "takes no precision"),
+        ({"preferred_element_type": jnp.float32}, "takes no preferred_element_type"),
         ({"dimension_numbers": ("NCHW", "HWIO", "NCHW")}, r"not for \('NCHW', 'HWIO', 'NCHW'\)"),
         ({"dimension_numbers": None}, "not for None"),  # which to JAX is NCHW
     ],
@@ -147,7 +148,7 @@ def test_a_precision_or_another_layout_is_refused(options: dict[str, Any], what:
 
 def test_a_layer_that_asks_for_a_precision_is_refused() -> None:
     layer = nn.Conv(4, (3, 3), padding=1, precision="highest", conv_general_dilated=conv3x3)
-    with pytest.raises(ValueError, match="default precision, not for 'highest'"):
+    with pytest.raises(ValueError, match="takes no precision, such as 'highest'"):
         jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)))
 
 

@@ -162,11 +162,11 @@ def test_no_split_is_drawn_from_other_data_than_in_training(
     assert len(load_labelled(network, "val", data=str(data), data_dir=None)) == 9
     (data / "train" / "cat" / "003.png").unlink()
     for split in ("train", "val"):
-        with pytest.raises(CifarJaxError, match=f"^--split {split}: data has changed") as caught:
+        with pytest.raises(CifarJaxError, match=f"^the {split} images of data are drawn") as caught:
             load_labelled(network, split, data=str(data), data_dir=None)
         assert caught.value.exit_code == ExitCode.DATA
     assert len(load_labelled(network, "test", data=str(data), data_dir=None)) == 21
-    with pytest.raises(CifarJaxError, match=r"^--split test: train has changed"):
+    with pytest.raises(CifarJaxError, match=r"^the test images of train are drawn"):
         load_labelled(network, "test", data=str(data / "train"), data_dir=None)
 
 

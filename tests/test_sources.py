@@ -203,8 +203,9 @@ def test_folders_beside_the_splits_are_told_and_classes_may_be_called_as_splits(
         write_images(tmp_path / "splits" / name, {"a": 3, "b": 3})
     load_dataset(str(tmp_path / "splits"))
     assert "splits: ignored beside train/ and test/: drafts/" in capsys.readouterr().out
-    write_images(tmp_path / "flat", {"invalid": 3, "valid": 3})
-    assert load_dataset(str(tmp_path / "flat")).class_names == ("invalid", "valid")
+    for names in (("Bus", "Car", "Train"), ("invalid", "valid")):
+        write_images(tmp_path / names[0], dict.fromkeys(names, 3))
+        assert load_dataset(str(tmp_path / names[0])).class_names == names
 
 
 def test_what_is_drawn_at_random_is_told(image_folder: Path, tmp_path: Path) -> None:

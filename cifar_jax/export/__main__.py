@@ -102,12 +102,13 @@ def export_network(
             fix=f"let it end in .{format}",
         )
     check_is_new(output, "--output")
-    step = step_folder(checkpoint)
-    print(f"reading the checkpoint {step}", flush=True)
+    step_folder(checkpoint)  # soon: trained.load would say so after the imports
     _check_installed(format)
     from cifar_jax import trained
     from cifar_jax.export.formats import FORMATS, classify_here, how_to_use
 
+    step = step_folder(checkpoint)
+    print(f"reading the checkpoint {step}", flush=True)
     network = trained.load(step)
     shape = "x".join(map(str, network.image_shape))
     print(
@@ -171,7 +172,9 @@ def _images_to_check_on(
     if data or (config.data != "shapes" and is_here(config.data, data_dir or config.data_dir)):
         try:
             print(f"reading test images of {data or config.data}", flush=True)
-            labelled = load_labelled(network, "test", data=data, data_dir=data_dir)
+            labelled = load_labelled(
+                network, "test", data=data, data_dir=data_dir, may_be_trained_on=True
+            )
             chosen = stratified_choice(labelled.split.labels, _MAX_IMAGES, np.random.default_rng(0))
             return labelled.pixels(chosen), f"test images of {labelled.name}"
         except CifarJaxError as error:

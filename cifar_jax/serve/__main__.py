@@ -55,7 +55,7 @@ def serve(options: ServeOptions) -> None:
         CifarJaxError: checkpoint; there is no network. Environment; starlette or uvicorn is
             missing, or the port cannot be had.
     """
-    step = step_folder(Path(options.checkpoint))
+    step_folder(Path(options.checkpoint))  # soon: trained.load would say so after the imports
     try:
         import starlette  # noqa: F401
         import uvicorn
@@ -74,7 +74,7 @@ def serve(options: ServeOptions) -> None:
         if ipaddress.ip_address(address).is_loopback:
             # A page from elsewhere whose name is made to lead here ("DNS rebinding") is refused.
             hosts = [options.host, "localhost", "127.0.0.1", "[::1]"]
-        network = trained.load(step)
+        network = trained.load(Path(options.checkpoint))
         config = uvicorn.Config(
             make_app(network, hosts),
             loop="asyncio",
