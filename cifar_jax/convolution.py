@@ -214,8 +214,8 @@ def _gradients_as_convolutions(
     (above, below), (left, right) = padding
     back = ((2 - above, 2 - below), (2 - left, 2 - right))
     if winograd.pays(x, kernel):
-        dkernel = winograd.kernel_gradient(x, gradient, padding)
-        return winograd.convolve(gradient, turned, back), dkernel
+        dx = winograd.convolve(gradient, winograd.laid_out(turned), back)
+        return dx, winograd.kernel_gradient(x, gradient, padding)
     dx = plain_conv(gradient, turned, back)
     # [C, H, W, B] by [H, W, B, D] -> [C, 3, 3, D]: the images are the channels here.
     dkernel = plain_conv(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), padding)

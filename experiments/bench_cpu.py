@@ -36,7 +36,7 @@ from bench import steps, whole
 from bench.figure import draw
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
-from cifar_jax.sources import check_source
+from cifar_jax.sources import NAMES, check_source
 from machine import processor
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     source = arguments.data or "shapes"
     check_source(source)
     quick = arguments.quick
-    data = ["--data", str(Path(source).resolve()) if Path(source).exists() else source]
+    data = ["--data", source if source in NAMES else str(Path(source).resolve())]
     if arguments.data_dir:
         data += ["--data-dir", str(Path(arguments.data_dir).resolve())]
     if quick:

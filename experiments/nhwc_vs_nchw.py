@@ -43,6 +43,7 @@ from layouts.models import compare_models, compare_optimizers
 from layouts.pitfalls import measure_pitfalls
 from layouts.timings import time_all
 from layouts.training import train_in_both
+from machine import processor
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     source = arguments.data or ("shapes" if arguments.quick else "auto")
     check_source(source)  # before minutes of work, as the folder
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.output, {"quick": arguments.quick, "data": source})
+    study = Study(arguments.output, {"quick": arguments.quick, "data": Path(source).name})
     study.measure("models", lambda: compare_models(arguments.quick))
     if not arguments.quick:
         study.measure("optimizers", compare_optimizers)
@@ -120,7 +121,8 @@ def environment() -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+        "backend": jax.default_backend(),
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in packages},

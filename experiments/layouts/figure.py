@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -55,6 +55,9 @@ def _draw_steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set(xlabel="ms", title="a training step")
     if len(models) > 1:  # one alone is read from zero
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, axis="x")
 
