@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
+from machine import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +65,7 @@ def main() -> None:
         "mean": statistics.mean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "val_accuracies": [report["val_accuracy"] for report in reports],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {first['device_kind']}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
         "versions": first["versions"],
         "date": datetime.date.today().isoformat(),
     }
