@@ -37,7 +37,6 @@ from cifar_jax import archive, cifar10_archive, listing, sources
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.listing import list_images
-from cifar_jax.lock import locked
 from cifar_jax.network_metadata import network_of
 from cifar_jax.sources import load_dataset
 from cifar_jax.state_dicts import (
@@ -792,8 +791,7 @@ def test_of_two_processes_one_prepares_cifar10(
 
     monkeypatch.setattr("cifar_jax.input_pipeline.read_cifar10", read_cifar10)
     monkeypatch.setattr(sources, "_download_obstacle", lambda: None)
-    # The workdir may be the same folder, and is locked by then.
-    with locked(tmp_path / "data"), ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         load = functools.partial(load_dataset, "cifar10", data_dir=str(tmp_path / "data"))
         both = [pool.submit(load) for _ in range(2)]
         assert [len(each.result().train) for each in both] == [18, 18]

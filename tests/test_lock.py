@@ -11,7 +11,7 @@ import pytest
 
 from cifar_jax import lock
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.lock import locked
+from cifar_jax.lock import alone_in, locked
 
 HOLD = """if True:
     import sys, time
@@ -114,6 +114,12 @@ def test_another_failure_to_lock_is_an_error(
     flock_fails(monkeypatch, errno.EIO)
     with pytest.raises(CifarJaxError, match="cannot be written: Input"), locked(tmp_path / "run"):
         pass
+
+
+@pytest.mark.timeout(20)  # in the main thread, where a wait for itself can be ended
+def test_a_data_dir_may_be_the_workdir(tmp_path: Path) -> None:
+    with locked(tmp_path), alone_in(tmp_path, "extracting") as alone:
+        assert alone
 
 
 def test_a_lock_file_that_was_taken_away_is_not_the_lock(tmp_path: Path) -> None:
