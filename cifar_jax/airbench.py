@@ -6,7 +6,6 @@ activation is GELU. What is written here in another way than Flax has it is so f
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from cifar_jax.blocks import Layer, global_max_pool, residual
-from cifar_jax.convolution import conv3x3, paired_conv
+from cifar_jax.blocks import Conv, Layer, global_max_pool, residual
+from cifar_jax.convolution import paired_conv
 from cifar_jax.dataset import ImageShape
 from cifar_jax.initializers import (
     WHITENING,
@@ -57,15 +56,14 @@ class Airbench(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        def conv(features: int, below: int = 1, right: int = 1, paired: bool = False) -> nn.Conv:
-            return nn.Conv(
+        def conv(features: int, below: int = 1, right: int = 1, paired: bool = False) -> Conv:
+            return Conv(
                 features,
-                (3, 3),
                 padding=((1, below), (1, right)),
                 use_bias=False,
                 kernel_init=partly_identity,
+                paired=paired,
                 dtype=self.dtype,
-                conv_general_dilated=functools.partial(conv3x3, paired=paired),
             )
 
         norms = (f"BatchNorm_{i}" for i in itertools.count())
@@ -75,7 +73,7 @@ class Airbench(nn.Module):
             below, right = map(_padding_before_pool, (height, width))
             layers.append(conv(features, below, right, paired=i == 0))
             layers += self.norm_gelu(next(norms), train=train, pool=True)
-            rest = [conv(features), *self.norm_gelu(next(norms), train=train)]
+            rest: list[Layer] = [conv(features), *self.norm_gelu(next(norms), train=train)]
             if self.deep:
                 rest += [conv(features), self.batch_norm(next(norms), train=train)]
                 rest = [residual(rest), gelu]

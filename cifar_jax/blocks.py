@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen.dtypes import promote_dtype
+
+from cifar_jax.convolution import conv3x3
+from cifar_jax.winograd import Padding
 
 Layer = Callable[[jax.Array], jax.Array]
+
+
+class Conv(nn.Module):
+    """A 3x3 convolution of stride 1: ``[B, H, W, C]`` -> ``[B, H, W, features]``.
+
+    Its parameters are those of ``flax.linen.Conv``, which runs it more slowly.
+
+    Attributes:
+        padding, paired: as in :func:`cifar_jax.convolution.conv3x3`.
+        dtype: of the activations, where it is not that of the parameters.
+    """
+
+    features: int
+    padding: Padding = ((1, 1), (1, 1))
+    use_bias: bool = True
+    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+    paired: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = conv3x3(x, kernel, self.padding, self.paired)
+        return y if bias is None else y + bias
 
 
 def residual(layers: list[Layer]) -> Layer:

@@ -24,8 +24,7 @@ nothing by it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +36,6 @@ from cifar_jax.winograd import Padding
 _MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
 
-_LEAVE_IT_OUT = "leave conv_general_dilated=conv3x3 out of that nn.Conv"
-
 _Convolution = Callable[..., jax.Array]
 _Gradients = tuple[jax.Array, jax.Array]
 
@@ -46,49 +43,23 @@ _ALL_ROUND: Padding = ((1, 1), (1, 1))
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv3x3(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int] = (1, 1),
-    padding: Padding = _ALL_ROUND,
-    *,
-    lhs_dilation: Sequence[int] = (1, 1),
-    rhs_dilation: Sequence[int] = (1, 1),
-    dimension_numbers: Any = _NHWC,
-    feature_group_count: int = 1,
-    paired: bool = False,
-    **further: Any,
+    x: jax.Array, kernel: jax.Array, padding: Padding = _ALL_ROUND, paired: bool = False
 ) -> jax.Array:
-    """The convolution ``[B, H, W, C]``, ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
-
-    For ``nn.Conv(..., conv_general_dilated=conv3x3)``, which calls it with these arguments.
+    """The convolution with stride 1: ``[B, H, W, C]``, ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
 
     Args:
         padding: 1 above and to the left; without it below or to the right, the last row or column
             of the output is not computed.
         paired: take neighbouring columns together on a GPU, for fewer channels than it runs well.
-        further: ``precision``, and what a later Flax may pass; each must be None.
-
-    Raises:
-        ValueError: it is another convolution than of 3x3 with stride 1 and padding 1, in NHWC and
-            JAX's default precision.
     """
-    others = (*strides, *lhs_dilation, *rhs_dilation, feature_group_count)
-    usual = kernel.shape[:-2] == (3, 3) and not isinstance(padding, str)
-    if not usual or any(n != 1 for n in others) or any(pair[0] != 1 for pair in padding):
-        raise ValueError(
-            f"conv3x3 is for kernels of 3x3, stride 1 and padding 1, not for {kernel.shape[:-2]}, "
-            f"strides {strides}, padding {padding}, dilation {rhs_dilation} or groups "
-            f"{feature_group_count}: {_LEAVE_IT_OUT}"
-        )
-    given = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
-    if given != lax.conv_dimension_numbers(x.shape, kernel.shape, _NHWC):
-        raise ValueError(f"conv3x3 is for {_NHWC}, not for {dimension_numbers}: {_LEAVE_IT_OUT}")
-    for name, value in further.items():
-        if value is not None:
-            raise ValueError(f"conv3x3 takes no {name}, such as {value!r}: {_LEAVE_IT_OUT}")
-    above_and_below, left_and_right = (tuple(pair) for pair in padding)
-    return _conv3x3(x, kernel, (above_and_below, left_and_right), paired)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_on_cpu(x, kernel, padding), padding=padding),
+        default=functools.partial(_on_gpu(paired), padding=padding),
+    )
 
 
 def plain_conv(
@@ -167,20 +138,10 @@ def in_pairs(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     return y.reshape(*y.shape[:2], width + odd, features)[:, :, :width]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv3x3(x: jax.Array, kernel: jax.Array, padding: Padding, paired: bool) -> jax.Array:
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=functools.partial(_on_cpu(x, kernel, padding), padding=padding),
-        default=functools.partial(_on_gpu(paired), padding=padding),
-    )
-
-
 def _forward(
     x: jax.Array, kernel: jax.Array, padding: Padding, paired: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv3x3(x, kernel, padding, paired), (x, kernel)
+    return conv3x3(x, kernel, padding, paired), (x, kernel)
 
 
 def _backward(
@@ -222,4 +183,4 @@ def _gradients_as_convolutions(
     return dx, dkernel.transpose(1, 2, 0, 3)
 
 
-_conv3x3.defvjp(_forward, _backward)
+conv3x3.defvjp(_forward, _backward)

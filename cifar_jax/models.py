@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 
 from cifar_jax.airbench import Airbench
-from cifar_jax.blocks import Layer, global_average_pool, global_max_pool, residual
+from cifar_jax.batch_norm import BatchNorm
+from cifar_jax.blocks import Conv, Layer, global_average_pool, global_max_pool, residual
 from cifar_jax.config import ALWAYS_NORMALISED, ModelName, TrainConfig
-from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.layout import TorchLayout
@@ -26,15 +26,8 @@ def conv_block(
 ) -> list[Layer]:
     """Conv 3x3 padding 1, batch norm if wanted, ReLU, MaxPool 2 if wanted."""
     return [
-        nn.Conv(
-            features,
-            (3, 3),
-            padding=1,
-            # A norm subtracts any bias; Adam would turn its gradient, all rounding, into steps.
-            use_bias=norm is None,
-            dtype=dtype,
-            conv_general_dilated=conv3x3,
-        ),
+        # A norm subtracts any bias; Adam would turn its gradient, all rounding, into steps.
+        Conv(features, use_bias=norm is None, dtype=dtype),
         *([norm()] if norm else []),
         nn.relu,
         *([max_pool] if pool else []),
@@ -202,15 +195,14 @@ class ResNet9(nn.Module):
         return TorchLayout({**names, "Dense_0": "classifier.3"}, None)
 
 
-def _batch_norm(train: bool, axis_name: str | None, dtype: Any) -> Callable[[], nn.BatchNorm]:
+def _batch_norm(train: bool, axis_name: str | None, dtype: Any) -> Callable[[], BatchNorm]:
     return functools.partial(
-        nn.BatchNorm,
+        BatchNorm,
         use_running_average=not train,
         momentum=BATCH_NORM_MOMENTUM,
         epsilon=1e-5,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits to cancellation
         axis_name=axis_name,
-        dtype=dtype,  # of what it returns; it computes in float32
+        dtype=dtype,
     )
 
 

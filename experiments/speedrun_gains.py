@@ -30,24 +30,22 @@ from jax import lax
 from airbench.measure import make_setting, takes_kernels
 from airbench.recipe import Recipe
 from airbench.run import draw_batches, reflect_pad, train_step
-from cifar_jax import airbench as network
-from cifar_jax import cli, convolution, muon
+from cifar_jax import blocks, cli, convolution, muon
 from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.train_step import initial_train_state
+from cifar_jax.winograd import Padding
 from speedrun import check_output
 
 _STEPS = 10
 _together = muon.orthogonalize
 
 
-def _full_conv(
-    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, paired: bool, **kwargs: Any
-) -> jax.Array:
-    return conv3x3(x, kernel, strides, paired=paired)
+def _full_conv(x: jax.Array, kernel: jax.Array, padding: Padding, paired: bool) -> jax.Array:
+    return conv3x3(x, kernel, paired=paired)
 
 
 def _one_by_one(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
@@ -62,14 +60,14 @@ def _none(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
 class _Part:
     """What is replaced to do without it; or other options of the recipe, or of the step."""
 
-    replaced: tuple[Any, str, Any] = (network, "conv3x3", conv3x3)
+    replaced: tuple[Any, str, Any] = (blocks, "conv3x3", conv3x3)
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     learn_whitening: bool = False
 
 
 WITH_ALL = _Part()
 PARTS = {
-    "leaving out what a pool does not read (airbench.py)": _Part((network, "conv3x3", _full_conv)),
+    "leaving out what a pool does not read (airbench.py)": _Part((blocks, "conv3x3", _full_conv)),
     "kernels for batch norm, GELU and pooling (kernels.py)": _Part(recipe={"fused": False}),
     "taking columns in pairs (convolution.py)": _Part(
         (convolution, "in_pairs", convolution.plain_conv)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,49 +106,6 @@ def test_images_take_the_fast_form_on_a_cpu() -> None:
     images, kernel = np.zeros((2, 8, 8, 3), np.float32), np.zeros((3, 3, 3, 16), np.float32)
     compiled = jax.jit(conv3x3).lower(images, kernel).as_text()
     assert "tensor<4x4x3x64xf32>" in compiled  # the four kernels, side by side
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"strides": 2},
-        {"kernel_dilation": 2},
-        {"kernel_size": (5, 5), "padding": 2},
-        {"kernel_size": (3, 3, 3)},
-        {"padding": 0},
-        {"padding": "SAME"},
-        {"feature_group_count": 2},
-    ],
-    ids=str,
-)
-def test_another_convolution_is_refused_and_not_silently_this_one(options: dict[str, Any]) -> None:
-    options = {"kernel_size": (3, 3), "padding": 1, **options}
-    layer = nn.Conv(4, conv_general_dilated=conv3x3, **options)
-    with pytest.raises(ValueError, match="conv3x3 is for kernels of 3x3, stride 1"):
-        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)))
-
-
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"precision": "highest"}, "takes no precision, such as 'highest'"),
-        ({"precision": lax.Precision.DEFAULT}, "takes no precision"),
-        ({"preferred_element_type": jnp.float32}, "takes no preferred_element_type"),
-        ({"dimension_numbers": ("NCHW", "HWIO", "NCHW")}, r"not for \('NCHW', 'HWIO', 'NCHW'\)"),
-        ({"dimension_numbers": None}, "not for None"),  # which to JAX is NCHW
-    ],
-    ids=str,
-)
-def test_a_precision_or_another_layout_is_refused(options: dict[str, Any], what: str) -> None:
-    x, kernel = jnp.zeros((1, 8, 8, 8)), jnp.zeros((3, 3, 8, 8))
-    with pytest.raises(ValueError, match=f"{what}.*leave conv_general_dilated=conv3x3 out"):
-        jax.eval_shape(functools.partial(conv3x3, **options), x, kernel)
-
-
-def test_a_layer_that_asks_for_a_precision_is_refused() -> None:
-    layer = nn.Conv(4, (3, 3), padding=1, precision="highest", conv_general_dilated=conv3x3)
-    with pytest.raises(ValueError, match="takes no precision, such as 'highest'"):
-        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)))
 
 
 def test_only_a_gpu_takes_columns_in_pairs() -> None:

@@ -44,13 +44,13 @@ from airbench.run import (
     train_whole,
     views,
 )
-from cifar_jax import airbench as network
-from cifar_jax import layout, shapes, torch_reference
+from cifar_jax import blocks, layout, shapes, torch_reference
 from cifar_jax.airbench import Airbench, gelu
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.layer_table import layer_table
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
+from cifar_jax.winograd import Padding
 
 SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
 DEEP = dataclasses.replace(SMALL, deep=True, whitening_epochs=3, crop=3, cutout=5)
@@ -186,13 +186,13 @@ def test_the_trimmed_convolutions_give_what_the_full_ones_do(
     trimmed = jax.jit(jax.value_and_grad(loss_fn))(variables["params"])
     paddings = []
 
-    def full(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **_: Any) -> jax.Array:
-        paddings.append(tuple(map(tuple, padding)))
+    def full(x: jax.Array, kernel: jax.Array, padding: Padding, paired: bool) -> jax.Array:
+        paddings.append(padding)
         return lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    monkeypatch.setattr(network, "conv3x3", full)
+    monkeypatch.setattr(blocks, "conv3x3", full)
     in_full = jax.jit(jax.value_and_grad(loss_fn))(variables["params"])
     assert ((1, 0), (1, 0)) in paddings  # so there was something to trim
     for ours, theirs in zip(jax.tree.leaves(trimmed), jax.tree.leaves(in_full), strict=True):
