@@ -25,7 +25,7 @@ from cifar_jax import cli, convolution, models, parallel, winograd
 from cifar_jax.files import write_atomically
 
 # Rounds, and the steps in each, by network.
-_TURNS = {"cnn": (11, 5), "cnn-wide": (7, 1), "resnet9": (3, 1)}
+_TURNS = {"cnn": (9, 50), "cnn-wide": (7, 3), "resnet9": (5, 1)}
 
 
 # What is replaced to do without a part.
@@ -36,6 +36,11 @@ _PARTS: dict[str, tuple[Any, str, Any]] = {
         models,
         "max_pool",
         functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+    ),
+    "batch norm's own sums and gradient (batch_norm.py)": (
+        models,
+        "BatchNorm",
+        functools.partial(nn.BatchNorm, use_fast_variance=False),
     ),
     "memory kept between steps (allocator.py)": (steps, "keep_freed_memory", lambda: None),
     "the compiler option (parallel.py)": (parallel, "CPU_COMPILER_OPTIONS", {}),
