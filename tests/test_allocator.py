@@ -6,20 +6,16 @@ import sys
 import pytest
 
 TWICE = """if True:
-    import resource, sys, threading
+    import resource, sys
     from cifar_jax import cli
     from cifar_jax.train import TrainConfig, _prepare_runtime
     if sys.argv[1] == "a command":
         assert cli._run(lambda: None) == 0
     elif sys.argv[1] == "training":
         _prepare_runtime(TrainConfig())
-    def use():
-        b"x" * 100_000_000
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        thread = threading.Thread(target=use)
-        thread.start()
-        thread.join()
+        b"x" * 100_000_000
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
