@@ -141,6 +141,10 @@ def _difference(ours: str, theirs: str) -> str:
 
 def _meet(config: TrainConfig) -> None:
     """Join the others, before JAX starts."""
+    if "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
+        # Only process 0 writes to it. On machines with homes of their own it would find a program
+        # that the others must compile, and XLA compiles for GPUs only with all of them.
+        jax.config.update("jax_enable_compilation_cache", False)
     timing: dict[str, Any] = {
         "initialization_timeout": _MEETING_SECONDS,
         "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,

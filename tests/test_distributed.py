@@ -99,13 +99,18 @@ def test_stopped_killed_and_resumed_elsewhere_it_is_the_same_run(tmp_path: Path)
     assert found["losses"] == pytest.approx(found["undisturbed_losses"], rel=1e-5)
 
 
-def test_only_the_first_process_speaks_and_writes(image_folder: Path, tmp_path: Path) -> None:
-    workdir = tmp_path / "run"
+def test_only_the_first_process_speaks_and_writes(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir, cache = tmp_path / "run", tmp_path / "cache"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     first, second = finish(start_two(workdir, "--data", str(image_folder)))
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "test on images" in first[1]
     assert second[1].splitlines() == [line for line in first[1].splitlines() if "starting" in line]
     assert first[2] == second[2] == ""
+    assert not cache.exists(), "it would be of process 0 alone"
     report = json.loads((workdir / "report.json").read_text())
     assert report["processes"] == report["devices"] == 2
     config = TrainConfig(
