@@ -154,6 +154,8 @@ def _meet(config: TrainConfig) -> None:
     try:
         if config.coordinator == "auto":
             jax.distributed.initialize(**timing)
+            if _has_all_gpus_it_sees(os.environ):
+                jax.config.update("jax_cuda_visible_devices", "all")
         else:
             if config.process_id:  # the first one is the coordinator
                 _wait_for_coordinator(str(config.coordinator))
@@ -177,6 +179,24 @@ def _meet(config: TrainConfig) -> None:
             fix=fix,
         ) from error
     signal.signal(signal.SIGTERM, on_sigterm)  # JAX's own would note it, and no one would ask
+
+
+def _has_all_gpus_it_sees(environment: Mapping[str, str]) -> bool:
+    """Whether a task of a cluster is alone with the GPUs that it sees.
+
+    JAX assumes a task per GPU: of the GPUs that a task sees, it uses only the one whose number is
+    the task's own number on its machine.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return False
+    # Open MPI first, as JAX has it: inside SLURM, mpirun may start one task of SLURM per machine.
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        is_alone = environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    else:
+        nodes = environment.get("SLURM_STEP_NUM_NODES")
+        is_alone = nodes is not None and nodes == environment.get("SLURM_STEP_NUM_TASKS")
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return is_alone or (visible != "" and "," not in visible)
 
 
 def _wait_for_coordinator(address: str) -> None:

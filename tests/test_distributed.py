@@ -255,6 +255,59 @@ def test_clusters_are_detected(
     assert json.loads((tmp_path / "run" / "report.json").read_text())["processes"] == 2
 
 
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+        (
+            {
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_STEP_NUM_NODES": "1",
+            },
+            False,
+        ),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, False),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"CUDA_VISIBLE_DEVICES": "3", "JAX_LOCAL_DEVICE_IDS": "0"}, False),
+        ({}, False),
+    ],
+)
+def test_a_task_may_be_alone_with_its_gpus(environment: dict[str, str], alone: bool) -> None:
+    assert distributed._has_all_gpus_it_sees(environment) == alone
+
+
+@pytest.mark.parametrize(("nodes", "used"), [("1", "all"), ("2", "1")])
+def test_a_task_that_is_alone_with_its_gpus_uses_all_of_them(nodes: str, used: str) -> None:
+    """The task is number 1 on its machine, and JAX by itself would take GPU 1."""
+    script = (
+        "import jax; from cifar_jax import config, distributed;"
+        "distributed._meet(config.TrainConfig(coordinator='auto'));"
+        "print(jax.config.read('jax_cuda_visible_devices'))"
+    )
+    environment = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_STEP_NUM_NODES": nodes,
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{used}\n"), done.stderr
+
+
 @pytest.mark.fault("B3")
 def test_no_cluster_is_said(tmp_path: Path) -> None:
     (found,) = finish([start(0, {}, "--workdir", str(tmp_path / "run"), "--coordinator", "auto")])
