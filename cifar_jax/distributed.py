@@ -59,6 +59,15 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
                     stack.enter_context(contextlib.redirect_stdout(silence))
                 yield
         except BaseException as error:
+            if _is_of_a_shared_gpu(error):
+                _leave_alone_after(_PARTING_SECONDS, ExitCode.ENVIRONMENT)
+                raise CifarJaxError(
+                    ExitCode.ENVIRONMENT,
+                    f"process {jax.process_index()} uses a GPU that another one uses too: "
+                    + first_line(error),
+                    fix="give each process GPUs of its own, by CUDA_VISIBLE_DEVICES or "
+                    "JAX_LOCAL_DEVICE_IDS=0 (then 1, ...), or start one process per machine",
+                ) from error
             if not _is_of_a_lost_peer(error):
                 _leave_alone_after(_PARTING_SECONDS, _exit_status(error))
                 raise
@@ -240,6 +249,12 @@ def _exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return error.exit_code if isinstance(error, CifarJaxError | Stopped) else ExitCode.BUG
+
+
+def _is_of_a_shared_gpu(error: BaseException) -> bool:
+    """Whether NCCL refuses two processes on one GPU."""
+    known = isinstance(error, ValueError | jax.errors.JaxRuntimeError)
+    return known and any(word in str(error) for word in ("Duplicate GPU", "invalid usage"))
 
 
 def _is_of_a_lost_peer(error: BaseException) -> bool:

@@ -193,6 +193,28 @@ def test_one_that_leaves_alone_has_the_exit_status_of_its_error(
     assert (done.returncode, done.stdout) == (status, "the end\n"), done.stderr
 
 
+def test_two_processes_on_one_gpu_are_told_so_and_not_to_start_again(tmp_path: Path) -> None:
+    message = (
+        "INTERNAL: NCCL operation ncclCommInitRankConfig(...) failed: invalid usage. Last NCCL "
+        "warning(error) log entry (may be unrelated) 'Duplicate GPU detected : rank 1 and rank 0'"
+    )
+    script = (
+        "import sys, jax; from pathlib import Path; from cifar_jax import config, distributed\n"
+        "address, workdir, message = sys.argv[1:]\n"
+        "c = config.TrainConfig(coordinator=address, num_processes=1, process_id=0)\n"
+        "try:\n"
+        "    with distributed.joined(c, Path(workdir)):\n"
+        "        raise jax.errors.JaxRuntimeError(message)\n"
+        "except distributed.CifarJaxError as error:\n"
+        "    print(error.exit_code, error)"
+    )
+    told = [sys.executable, "-c", script, f"localhost:{free_port()}", str(tmp_path), message]
+    done = subprocess.run(told, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"{int(ExitCode.ENVIRONMENT)} process 0 uses a GPU that"), done
+    assert "JAX_LOCAL_DEVICE_IDS" in done.stdout
+    assert "--resume" not in done.stdout
+
+
 @pytest.mark.fault("B5")
 def test_a_signal_to_one_stops_both_at_the_same_step(image_folder: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
