@@ -111,7 +111,13 @@ def make_advance(
     @functools.cache
     def compiled(n: int) -> Callable[..., Any]:
         return compile_step(
-            many_steps, state, batches(0, n, 0), devices, donate_state=True, shared=held
+            many_steps,
+            state,
+            batches(0, n, 0),
+            devices,
+            donate_state=True,
+            deterministic=config.deterministic,
+            shared=held,
         )
 
     save_every = min(config.checkpoint_every or steps_per_epoch, steps_per_epoch)
@@ -137,6 +143,8 @@ def make_evaluate(
     variables: Variables,
     devices: Sequence[jax.Device],
     batch_size: int,
+    *,
+    deterministic: bool = False,
 ) -> Evaluate:
     """As :func:`cifar_jax.host_input.make_evaluate`, with the images on the devices."""
     batch_size = -(-batch_size // len(devices)) * len(devices)
@@ -168,6 +176,7 @@ def make_evaluate(
             dispatches[0],
             devices,
             donate_state=False,
+            deterministic=deterministic,
             shared=_place(split, devices),
         )
 

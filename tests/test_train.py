@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -465,16 +466,33 @@ def start(image_folder: Path, workdir: Path, *options: str) -> subprocess.Popen[
     )
 
 
-def test_deterministic_sets_what_a_gpu_needs_and_records_it(
-    image_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("source", ["tf.data", "device"])
+def test_deterministic_is_of_one_run_and_also_where_jax_is_in_use_already(
+    source: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--deterministic", "--epochs", "1", "--input", "device", "--model", "linear")
-    command = [sys.executable, "-m", "cifar_jax.train", "--data", str(image_folder), *options]
-    command += ["--batch-size", "16", "--workdir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert "--xla_gpu_deterministic_ops=true" in report["xla_flags"].split()
+    """XLA reads its flags only once."""
+    compile_, passed = jax.stages.Lowered.compile, []
+
+    def noted(lowered: Any, compiler_options: Any = None) -> Any:
+        passed.append(compiler_options or {})
+        return compile_(lowered, compiler_options)
+
+    flags = os.environ.get("XLA_FLAGS")
+    assert jax.numpy.ones(2).sum() == 2
+    monkeypatch.setattr("jax.stages.Lowered.compile", noted)
+    config = TrainConfig(
+        data=str(image_folder), model="airbench", widths=(4,), batch_size=16, epochs=1,
+        input=source, deterministic=True,
+    )  # fmt: skip
+    report = train_and_evaluate(config, tmp_path / "run")
+    first, *others = passed
+    assert first.keys() == {"xla_backend_optimization_level"}, "random draws alone"
+    assert len(others) >= 3, "whitening, training, scoring"
+    assert all(options == report["compiler_options"] for options in others)
+    assert report["compiler_options"]["xla_gpu_deterministic_ops"] is True
+    assert os.environ.get("XLA_FLAGS") == flags
+    other = train_and_evaluate(dataclasses.replace(config, deterministic=False), tmp_path / "other")
+    assert "xla_gpu_deterministic_ops" not in other["compiler_options"]
 
 
 def wait_for_a_step_after(step: int, workdir: Path, process: subprocess.Popen[str]) -> None:
