@@ -156,8 +156,13 @@ def _describe_default(field: dataclasses.Field[Any]) -> str:
     return f" [{described}]" if described else ""
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: its errors become one line on stderr and an exit code."""
+def run(main: Callable[[], None], *, beside_training: bool = False) -> NoReturn:
+    """Run a command and exit: its errors become one line on stderr and an exit code.
+
+    Args:
+        beside_training: whether it may run beside a training run on the same GPU, so that it takes
+            memory there only as it needs it. JAX would take three quarters at once.
+    """
     status = int(ExitCode.BUG)
 
     def leave() -> None:
@@ -168,11 +173,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         os._exit(status)
 
     atexit.register(leave)  # before JAX and others register theirs, which so come first
-    status = _run(main)
+    status = _run(main, beside_training)
     sys.exit(status)
 
 
-def _run(main: Callable[[], None]) -> int:
+def _run(main: Callable[[], None], beside_training: bool = False) -> int:
     def on_sigterm(signum: int, frame: types.FrameType | None) -> None:
         raise Stopped(signum, "nothing was under way that could be saved")
 
@@ -182,6 +187,8 @@ def _run(main: Callable[[], None]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        if beside_training:
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         keep_freed_memory()
         use_compilation_cache()
         try:
@@ -205,7 +212,7 @@ def _run(main: Callable[[], None]) -> int:
     except Exception as error:
         if _DEBUG in sys.argv:
             traceback.print_exc()
-        told = error if isinstance(error, CifarJaxError) else _told(error)
+        told = error if isinstance(error, CifarJaxError) else _told(error, beside_training)
         print(f"cifar_jax: error: {told}", file=sys.stderr)
         return told.exit_code
     return ExitCode.OK
@@ -227,14 +234,32 @@ def _on_ignored(ignored: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(ignored)
 
 
-def _told(error: Exception) -> CifarJaxError:
+# What CUDA's libraries say where they cannot begin, mostly for want of memory.
+_GPU_IS_TAKEN = (
+    "DNN library initialization failed",
+    "blasCreate",
+    "solverDnCreate",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+)
+
+
+def _told(error: Exception, beside_training: bool) -> CifarJaxError:
     """What a person is told of an error that no one foresaw where it arose."""
     reason = first_line(error)
+    if any(words in str(error) for words in _GPU_IS_TAKEN):
+        return CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"the GPU cannot be used: {reason}",
+            fix="another process may hold the GPU: end it, or set "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for both; if there is none, check the driver",
+        )
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
         return CifarJaxError(
             ExitCode.ENVIRONMENT,
             f"the memory is not enough: {reason}",
-            fix="ask for less at a time: a smaller --batch-size where there is one, in training "
+            fix="ask for less at a time, or end another program that holds memory"
+            if beside_training
+            else "ask for less at a time: a smaller --batch-size where there is one, in training "
             "--accumulate 2, 4, ...",
         )
     if isinstance(error, OSError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -61,9 +63,17 @@ def _own_folder() -> Path:
 
 def _make_room(folder: Path) -> None:
     """Delete the oldest programs, of earlier versions mostly, where all would take too much."""
-    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # deleted by another command meanwhile
+            size = sum(file.stat().st_size for file in [path, *path.rglob("*")])
+            found.append((path.stat().st_mtime, size, path))
     total = 0
-    for file in files:
-        total += file.stat().st_size
+    for _, size, path in sorted(found, reverse=True):
+        total += size
         if total > _MOST_BYTES:
-            file.unlink()
+            if path.is_dir():  # what XLA has found out about a GPU
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()

@@ -63,7 +63,8 @@ class TrainConfig:
     )
     checkpoint_every: int = option(
         0,
-        "save inside an epoch too, every this many steps; 0 = at each epoch's end only",
+        "save inside an epoch too, every this many steps; 0 = at each epoch's end only. On a GPU "
+        "with --input device, Ctrl-C and SIGTERM too wait for such a step",
         group=_RUN,
         unit="steps",
         at_least=0,

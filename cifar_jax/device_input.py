@@ -53,13 +53,14 @@ def decode(split: Split) -> Split:
 
 
 def room_mb(devices: Sequence[jax.Device]) -> int:
-    """Megabytes of images that each device can take."""
+    """Megabytes of images that each device can take, and the host, where they are decoded."""
     own = local_devices(devices)
     stats = own[0].memory_stats()
-    if stats is not None:
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
-    else:  # on a CPU, where the devices share the host's memory with the decoded images themselves
+    if stats is None:  # on a CPU, whose devices share the host's memory with the decoded images
         free = _available_bytes() // (len(own) + 1)
+    else:
+        limit = stats.get("bytes_limit", math.inf)
+        free = min(limit - stats["bytes_in_use"], _available_bytes())
     return int(_SHARE_FOR_IMAGES * free) >> 20
 
 
@@ -75,7 +76,7 @@ def check_fits(dataset: Dataset, room_mb: float) -> None:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
             f"--input device: {count:,} images of {'x'.join(map(str, shape))} "
-            f"take {megabytes:,.2f} MB decoded, and a device has room for {room_mb:,} MB",
+            f"take {megabytes:,.2f} MB decoded, and there is room for {room_mb:,} MB",
             fix="use --input tf.data, which streams them, or a smaller --image-size",
         )
 
@@ -111,7 +112,13 @@ def make_advance(
     @functools.cache
     def compiled(n: int) -> Callable[..., Any]:
         return compile_step(
-            many_steps, state, batches(0, n, 0), devices, donate_state=True, shared=held
+            many_steps,
+            state,
+            batches(0, n, 0),
+            devices,
+            donate_state=True,
+            deterministic=config.deterministic,
+            shared=held,
         )
 
     save_every = min(config.checkpoint_every or steps_per_epoch, steps_per_epoch)
@@ -137,6 +144,8 @@ def make_evaluate(
     variables: Variables,
     devices: Sequence[jax.Device],
     batch_size: int,
+    *,
+    deterministic: bool = False,
 ) -> Evaluate:
     """As :func:`cifar_jax.host_input.make_evaluate`, with the images on the devices."""
     batch_size = -(-batch_size // len(devices)) * len(devices)
@@ -168,6 +177,7 @@ def make_evaluate(
             dispatches[0],
             devices,
             donate_state=False,
+            deterministic=deterministic,
             shared=_place(split, devices),
         )
 

@@ -59,6 +59,15 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
                     stack.enter_context(contextlib.redirect_stdout(silence))
                 yield
         except BaseException as error:
+            if _is_of_a_shared_gpu(error):
+                _leave_alone_after(_PARTING_SECONDS, ExitCode.ENVIRONMENT)
+                raise CifarJaxError(
+                    ExitCode.ENVIRONMENT,
+                    f"process {jax.process_index()} uses a GPU that another one uses too: "
+                    + first_line(error),
+                    fix="give each process GPUs of its own, by CUDA_VISIBLE_DEVICES or "
+                    "JAX_LOCAL_DEVICE_IDS=0 (then 1, ...), or start one process per machine",
+                ) from error
             if not _is_of_a_lost_peer(error):
                 _leave_alone_after(_PARTING_SECONDS, _exit_status(error))
                 raise
@@ -141,6 +150,10 @@ def _difference(ours: str, theirs: str) -> str:
 
 def _meet(config: TrainConfig) -> None:
     """Join the others, before JAX starts."""
+    if "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
+        # Only process 0 writes to it. On machines with homes of their own it would find a program
+        # that the others must compile, and XLA compiles for GPUs only with all of them.
+        jax.config.update("jax_enable_compilation_cache", False)
     timing: dict[str, Any] = {
         "initialization_timeout": _MEETING_SECONDS,
         "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
@@ -150,6 +163,8 @@ def _meet(config: TrainConfig) -> None:
     try:
         if config.coordinator == "auto":
             jax.distributed.initialize(**timing)
+            if _has_all_gpus_it_sees(os.environ):
+                jax.config.update("jax_cuda_visible_devices", "all")
         else:
             if config.process_id:  # the first one is the coordinator
                 _wait_for_coordinator(str(config.coordinator))
@@ -173,6 +188,24 @@ def _meet(config: TrainConfig) -> None:
             fix=fix,
         ) from error
     signal.signal(signal.SIGTERM, on_sigterm)  # JAX's own would note it, and no one would ask
+
+
+def _has_all_gpus_it_sees(environment: Mapping[str, str]) -> bool:
+    """Whether a task of a cluster is alone with the GPUs that it sees.
+
+    JAX assumes a task per GPU: of the GPUs that a task sees, it uses only the one whose number is
+    the task's own number on its machine.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return False
+    # Open MPI first, as JAX has it: inside SLURM, mpirun may start one task of SLURM per machine.
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        is_alone = environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    else:
+        nodes = environment.get("SLURM_STEP_NUM_NODES")
+        is_alone = nodes is not None and nodes == environment.get("SLURM_STEP_NUM_TASKS")
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return is_alone or (visible != "" and "," not in visible)
 
 
 def _wait_for_coordinator(address: str) -> None:
@@ -216,6 +249,12 @@ def _exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return error.exit_code if isinstance(error, CifarJaxError | Stopped) else ExitCode.BUG
+
+
+def _is_of_a_shared_gpu(error: BaseException) -> bool:
+    """Whether NCCL refuses two processes on one GPU."""
+    known = isinstance(error, ValueError | jax.errors.JaxRuntimeError)
+    return known and any(word in str(error) for word in ("Duplicate GPU", "invalid usage"))
 
 
 def _is_of_a_lost_peer(error: BaseException) -> bool:

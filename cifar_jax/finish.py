@@ -14,6 +14,7 @@ from cifar_jax.distributed import is_first
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.files import write_atomically
 from cifar_jax.metrics import best_row
+from cifar_jax.parallel import compiler_options
 from cifar_jax.run import Progress, Run, versions
 
 
@@ -49,6 +50,9 @@ def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
         "devices": len(run.devices),
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compiler_options": compiler_options(
+            run.devices[0].platform, deterministic=config.deterministic
+        ),
         "device_kind": run.devices[0].device_kind,
         "seed": config.seed,
         "versions": versions(),

@@ -40,7 +40,9 @@ def make_advance(
     n_devices = len(local_devices(devices))
     empty = empty_batch(config.batch_size, split.image_shape, devices)
     empty["signal"] = np.zeros(n_devices, np.int32)
-    compiled = compile_step(step, state, empty, devices, donate_state=True)
+    compiled = compile_step(
+        step, state, empty, devices, donate_state=True, deterministic=config.deterministic
+    )
     batches = train_batches(
         split,
         batch_size=config.batch_size,
@@ -68,6 +70,8 @@ def make_evaluate(
     variables: Variables,
     devices: Sequence[jax.Device],
     batch_size: int,
+    *,
+    deterministic: bool = False,
 ) -> Evaluate:
     """Compile ``evaluate(variables, split)`` for images of ``dataset`` and a network's variables.
 
@@ -75,6 +79,7 @@ def make_evaluate(
 
     Args:
         batch_size: images a step, over all devices; rounded up to a multiple of their number.
+        deterministic: as in :func:`cifar_jax.parallel.compile_step`.
     """
     batch_size = -(-batch_size // len(devices)) * len(devices)
     empty = empty_batch(batch_size, dataset.image_shape, devices)
@@ -86,6 +91,7 @@ def make_evaluate(
         {**empty, "mask": np.zeros(empty["label"].shape, np.float32)},
         devices,
         donate_state=False,
+        deterministic=deterministic,
     )
     rows = local_rows(batch_size, devices)
 

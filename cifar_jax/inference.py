@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_jax.parallel import compile_lowered
-from cifar_jax.train_step import normalize
+from cifar_jax.train_step import exact_logits
 from cifar_jax.trained import TrainedNetwork
 
 _LARGEST_BATCH = 128
@@ -29,7 +29,7 @@ def make_logits(network: TrainedNetwork) -> Logits:
     variables = jax.device_put(network.variables)
 
     def forward(variables: Any, images: Any) -> jax.Array:
-        return model.apply(variables, normalize(images, network.mean, network.std))
+        return exact_logits(model, variables, images, network.mean, network.std)
 
     @functools.cache
     def compiled(shape: tuple[int, ...]) -> jax.stages.Compiled:

@@ -31,6 +31,13 @@ Evaluate = Callable[[Variables, Split], RunningSums]
 # XLA's YNN fusions, on by default in jaxlib 0.10, make convolutions on a CPU up to twice as slow.
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
+_DETERMINISTIC: dict[str, str | bool] = {
+    # It also turns off the search for the fastest kernel, which can end with another one each time.
+    "xla_gpu_deterministic_ops": True,
+    # Nor is a kernel taken that the search of another run has found.
+    "xla_gpu_per_fusion_autotune_cache_dir": "",
+}
+
 
 def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     """The first ``count`` devices of each process, or all.
@@ -100,6 +107,7 @@ def compile_step(
     devices: Sequence[jax.Device],
     *,
     donate_state: bool,
+    deterministic: bool = False,
     shared: tuple[jax.Array, ...] = (),
 ) -> Callable[..., Any]:
     """Compile ``step(state, batch, *shared)`` with ``jax.pmap``, ahead of time.
@@ -112,6 +120,7 @@ def compile_step(
         state, batch: of the shapes to compile for; each array of the batch has an axis of this
             process's devices in front.
         donate_state: whether the new state takes the memory of the one given.
+        deterministic: whether a GPU too computes the same bits in each run.
         shared: arrays that every device has whole already, by :func:`replicate`.
 
     Returns:
@@ -125,7 +134,9 @@ def compile_step(
         donate_argnums=(0,) if donate_state else (),
         devices=devices,
     )
-    compiled = compile_lowered(mapped.lower(state, batch, *shared), devices[0].platform)
+    compiled = compile_lowered(
+        mapped.lower(state, batch, *shared), devices[0].platform, deterministic=deterministic
+    )
     # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
     one_at_a_time = len(devices) > 1 and devices[0].platform == "cpu"
 
@@ -138,15 +149,22 @@ def compile_step(
     return call
 
 
-def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str, str | bool]:
+    """What XLA is told for programs on ``platform``, besides ``XLA_FLAGS``."""
+    options = CPU_COMPILER_OPTIONS if platform == "cpu" else {}
+    return {**options, **_DETERMINISTIC} if deterministic else dict(options)
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered, platform: str, *, deterministic: bool = False
+) -> jax.stages.Compiled:
     """Compile with the options that are best for ``platform``."""
+    options = compiler_options(platform, deterministic=deterministic)
     with signals_held():
-        if platform != "cpu":
-            return lowered.compile()
         try:
-            return lowered.compile(compiler_options=CPU_COMPILER_OPTIONS)
+            return lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" not in str(error):
+            if platform != "cpu" or "No such compile option" not in str(error):
                 raise
             return lowered.compile()  # another jaxlib: without the option, only slower
 

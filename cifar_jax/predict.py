@@ -181,4 +181,4 @@ def _describe(answer: dict[str, Any], top: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, beside_training=True)

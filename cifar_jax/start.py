@@ -24,7 +24,7 @@ from cifar_jax.initializers import whiten, whitening_stride
 from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, select_devices
+from cifar_jax.parallel import AXIS_NAME, compile_lowered, select_devices
 from cifar_jax.run import Progress, Run, versions, write_config
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import signals_held
@@ -105,7 +105,12 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
     )
     scored_model = create_model(config, len(dataset.class_names), None)
     evaluate = images.make_evaluate(
-        scored_model, dataset, state.variables, devices, config.batch_size
+        scored_model,
+        dataset,
+        state.variables,
+        devices,
+        config.batch_size,
+        deterministic=config.deterministic,
     )
     print(f"{time.perf_counter() - started:.1f} s")
     return Run(config, workdir, dataset, devices, schedule, advance, evaluate), progress
@@ -216,7 +221,7 @@ def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Pr
     if config.initial_weights is None:
         if config.model == "airbench":
             with signals_held():
-                state = jax.device_get(_whitened(state, dataset, _decoder(config)))
+                state = jax.device_get(_whitened(state, dataset, config))
         return Progress(state), dataset
     given = trained.load(Path(config.initial_weights))
     if given.class_names != dataset.class_names:
@@ -239,18 +244,19 @@ def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Pr
     return progress, dataclasses.replace(dataset, mean=given.mean, std=given.std)
 
 
-def _whitened(state: TrainState, dataset: Dataset, decode: Callable[[Split], Split]) -> TrainState:
+def _whitened(state: TrainState, dataset: Dataset, config: TrainConfig) -> TrainState:
     """``state`` of airbench, whose first convolution whitens the training images."""
     train = dataset.train
     some = train.take(np.arange(0, len(train), whitening_stride(len(train))))
     if isinstance(some.images, ImageFiles):
-        some = decode(some)
+        some = _decoder(config)(some)
 
-    @jax.jit
-    def params_for(params: Any, pixels: jax.Array) -> Any:
+    def params_for(params: Any, pixels: Any) -> Any:
         return whiten(params, normalize(pixels, dataset.mean, dataset.std))
 
-    return state.replace(params=params_for(state.params, some.pixels))
+    lowered = jax.jit(params_for).lower(state.params, some.pixels)
+    compiled = compile_lowered(lowered, jax.default_backend(), deterministic=config.deterministic)
+    return state.replace(params=compiled(state.params, some.pixels))
 
 
 def _tidy(checkpoints: Path) -> None:

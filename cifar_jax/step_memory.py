@@ -100,13 +100,22 @@ def largest_batch(
     def memory(exponent: int) -> StepMemory:
         return step_memory(config, model, image_shape, 2**exponent)
 
+    @functools.cache
+    def fits(exponent: int) -> bool:
+        try:
+            return memory(exponent).xla_total <= limit
+        except jax.errors.JaxRuntimeError as error:  # a GPU's compiler tries kernels out
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return False
+
     held = known.params + known.batch_stats + known.opt_state
     per_image = max(known.xla_total - held, 1) / known.batch_size
     guess = max((limit - held) / per_image, 1)
     exponent = int(min(np.log2(guess), np.log2(_LARGEST_BATCH)))
-    while exponent >= 0 and memory(exponent).xla_total > limit:
+    while exponent >= 0 and not fits(exponent):
         exponent -= 1
-    while 2**exponent < _LARGEST_BATCH and memory(exponent + 1).xla_total <= limit:
+    while 2**exponent < _LARGEST_BATCH and fits(exponent + 1):
         exponent += 1
     return memory(exponent) if exponent >= 0 else None
 

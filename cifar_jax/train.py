@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,12 +114,6 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
 def _prepare_runtime(config: TrainConfig) -> None:
     """What must be set before JAX and TensorFlow start."""
     keep_freed_memory()
-    if config.deterministic:
-        # Read once, when JAX starts its devices. It also turns the search for the fastest kernel
-        # off, which can end with another one each time.
-        flags, ours = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
-        if ours not in flags.split():
-            os.environ["XLA_FLAGS"] = f"{flags} {ours}".strip()
     started = "JAX" if config.input == "device" else "JAX and TensorFlow"
     print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
 

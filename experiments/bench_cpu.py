@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--data", help="for epochs and first steps [default shapes]")
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     arguments = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are timed
     source = arguments.data or "shapes"
     check_source(source)
     quick = arguments.quick

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--models", nargs="+", choices=_TURNS, default=list(_TURNS))
     arguments = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are timed
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
         rounds, n = _TURNS[model]

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Also where there is a GPU: it would be one device, and it rounds differently.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the tests' time is compiling, and many of them, and the processes that they start, compile
 # the same programs: those are kept for the session.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -58,12 +58,17 @@ def test_the_oldest_are_deleted_where_all_take_too_much(
     use_compilation_cache()
     folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     for age in range(5):
-        (folder / str(age)).write_bytes(bytes(10))
+        (folder / str(age)).write_bytes(bytes(10_000))
         os.utime(folder / str(age), (1e9 - age, 1e9 - age))
+    of_a_gpu = folder / "xla_gpu_per_fusion_autotune_cache_dir"
+    (of_a_gpu / "one").mkdir(parents=True)
+    (of_a_gpu / "one" / "fusion").write_bytes(bytes(20_000))
+    os.utime(of_a_gpu, (1e9 - 2.5, 1e9 - 2.5))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 30)
+    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 45_000)
     use_compilation_cache()
     assert {path.name for path in folder.iterdir()} == {"0", "1", "2"}
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(folder), "it is in use all the same"
 
 
 def test_a_home_that_cannot_be_written_is_done_without(

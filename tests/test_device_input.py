@@ -200,15 +200,24 @@ def test_a_run_may_change_its_input_on_the_way(image_folder: Path, tmp_path: Pat
     assert resumed["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
 
 
-def test_an_accelerators_room_is_what_it_has_free() -> None:
+@pytest.mark.parametrize(
+    ("limit_gb", "host_gb", "room_gb"), [(10, 100, 8), (10, 5, 5), (None, 5, 5)]
+)
+def test_an_accelerators_room_is_what_it_and_the_host_have_free(
+    limit_gb: int | None, host_gb: int, room_gb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are decoded on the host; and not every device tells its limit."""
+
     class Accelerator:
         process_index = jax.process_index()
 
         def memory_stats(self) -> dict[str, int]:
-            return {"bytes_limit": 10 << 30, "bytes_in_use": 2 << 30}
+            limit = {} if limit_gb is None else {"bytes_limit": limit_gb << 30}
+            return {**limit, "bytes_in_use": 2 << 30}
 
+    monkeypatch.setattr(device_input, "_available_bytes", lambda: host_gb << 30)
     room = device_input.room_mb([Accelerator()])  # type: ignore[list-item]
-    assert room == int(device_input._SHARE_FOR_IMAGES * 8 * 1024)
+    assert room == int(device_input._SHARE_FOR_IMAGES * room_gb * 1024)
 
 
 def test_where_the_host_does_not_tell_its_memory_there_is_room(

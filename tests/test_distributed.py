@@ -99,13 +99,18 @@ def test_stopped_killed_and_resumed_elsewhere_it_is_the_same_run(tmp_path: Path)
     assert found["losses"] == pytest.approx(found["undisturbed_losses"], rel=1e-5)
 
 
-def test_only_the_first_process_speaks_and_writes(image_folder: Path, tmp_path: Path) -> None:
-    workdir = tmp_path / "run"
+def test_only_the_first_process_speaks_and_writes(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir, cache = tmp_path / "run", tmp_path / "cache"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     first, second = finish(start_two(workdir, "--data", str(image_folder)))
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "test on images" in first[1]
     assert second[1].splitlines() == [line for line in first[1].splitlines() if "starting" in line]
     assert first[2] == second[2] == ""
+    assert not cache.exists(), "it would be of process 0 alone"
     report = json.loads((workdir / "report.json").read_text())
     assert report["processes"] == report["devices"] == 2
     config = TrainConfig(
@@ -188,6 +193,28 @@ def test_one_that_leaves_alone_has_the_exit_status_of_its_error(
     assert (done.returncode, done.stdout) == (status, "the end\n"), done.stderr
 
 
+def test_two_processes_on_one_gpu_are_told_so_and_not_to_start_again(tmp_path: Path) -> None:
+    message = (
+        "INTERNAL: NCCL operation ncclCommInitRankConfig(...) failed: invalid usage. Last NCCL "
+        "warning(error) log entry (may be unrelated) 'Duplicate GPU detected : rank 1 and rank 0'"
+    )
+    script = (
+        "import sys, jax; from pathlib import Path; from cifar_jax import config, distributed\n"
+        "address, workdir, message = sys.argv[1:]\n"
+        "c = config.TrainConfig(coordinator=address, num_processes=1, process_id=0)\n"
+        "try:\n"
+        "    with distributed.joined(c, Path(workdir)):\n"
+        "        raise jax.errors.JaxRuntimeError(message)\n"
+        "except distributed.CifarJaxError as error:\n"
+        "    print(error.exit_code, error)"
+    )
+    told = [sys.executable, "-c", script, f"localhost:{free_port()}", str(tmp_path), message]
+    done = subprocess.run(told, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"{int(ExitCode.ENVIRONMENT)} process 0 uses a GPU that"), done
+    assert "JAX_LOCAL_DEVICE_IDS" in done.stdout
+    assert "--resume" not in done.stdout
+
+
 @pytest.mark.fault("B5")
 def test_a_signal_to_one_stops_both_at_the_same_step(image_folder: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
@@ -248,6 +275,59 @@ def test_clusters_are_detected(
     for code, _, error in finish(processes):
         assert code == 0, error
     assert json.loads((tmp_path / "run" / "report.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+        (
+            {
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_STEP_NUM_NODES": "1",
+            },
+            False,
+        ),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, False),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"CUDA_VISIBLE_DEVICES": "3", "JAX_LOCAL_DEVICE_IDS": "0"}, False),
+        ({}, False),
+    ],
+)
+def test_a_task_may_be_alone_with_its_gpus(environment: dict[str, str], alone: bool) -> None:
+    assert distributed._has_all_gpus_it_sees(environment) == alone
+
+
+@pytest.mark.parametrize(("nodes", "used"), [("1", "all"), ("2", "1")])
+def test_a_task_that_is_alone_with_its_gpus_uses_all_of_them(nodes: str, used: str) -> None:
+    """The task is number 1 on its machine, and JAX by itself would take GPU 1."""
+    script = (
+        "import jax; from cifar_jax import config, distributed;"
+        "distributed._meet(config.TrainConfig(coordinator='auto'));"
+        "print(jax.config.read('jax_cuda_visible_devices'))"
+    )
+    environment = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_STEP_NUM_NODES": nodes,
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{used}\n"), done.stderr
 
 
 @pytest.mark.fault("B3")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_jax import trained
+from cifar_jax import inference, parallel, trained
 from cifar_jax.errors import ExitCode
 from cifar_jax.inference import make_logits, softmax
 from cifar_jax.predict import BATCH_SIZE, _describe, find_images, predict
@@ -53,6 +55,24 @@ def test_files_folders_and_standard_input(
         assert line["probability"] == max(line["probabilities"].values())
         assert line["probabilities"][line["class"]] == line["probability"]
     assert {**lines[8], "file": ""} == {**lines[9], "file": ""}  # from standard input, and a file
+
+
+def test_predictions_are_of_float32_on_a_gpu_too(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default it would round what it multiplies to TF32."""
+    texts = []
+
+    def noted(lowered: Any, platform: str) -> Any:
+        texts.append(lowered.as_text())
+        return parallel.compile_lowered(lowered, platform)
+
+    monkeypatch.setattr(inference, "compile_lowered", noted)
+    make_logits(trained.load(trained_run))(np.zeros((1, 8, 8, 3), np.uint8))
+    (text,) = texts
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", text)
+    assert len(products) >= 5  # three convolutions and two Dense layers
+    assert all("HIGHEST" in product and "DEFAULT" not in product for product in products)
 
 
 def test_words_for_people_and_no_tensorflow(trained_run: Path, image_folder: Path) -> None:

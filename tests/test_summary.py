@@ -90,6 +90,28 @@ def test_a_wrong_guess_still_ends_at_the_largest_batch(
     assert found.batch_size == 64
 
 
+def test_a_batch_whose_compilation_runs_out_of_memory_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU the compiler tries kernels out, with real arrays."""
+
+    def memory(config: object, model: object, shape: object, n: int) -> module.StepMemory:
+        if n > 64:
+            raise jax.errors.JaxRuntimeError(message)
+        return module.StepMemory(n, 100, 0, 0, 0, 0, 1000 + 10 * n)
+
+    message = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
+    monkeypatch.setattr(module, "step_memory", memory)
+    for guess in (1160, 1160e-3, 1160e3):
+        known = module.StepMemory(16, 100, 0, 0, 0, 0, int(guess))
+        found = largest_batch(TrainConfig(), None, SHAPE, 1e6, known)  # type: ignore[arg-type]
+        assert found is not None
+        assert found.batch_size == 64
+    message = "INTERNAL: a bug"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        largest_batch(TrainConfig(), None, SHAPE, 1e6, known)  # type: ignore[arg-type]
+
+
 def test_what_does_not_fit_is_said() -> None:
     summary = summarize(SummaryOptions(**SMALL, memory=1e-9))  # type: ignore[arg-type]
     assert "none; the state alone takes" in describe(summary)

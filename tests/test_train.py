@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,8 @@ import pytest
 from conftest import write_images
 from jax import lax
 
-from cifar_jax import checkpoint, host_input, trained
+from cifar_jax import checkpoint, cli, host_input, trained
+from cifar_jax.__main__ import COMMANDS
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
@@ -463,16 +466,33 @@ def start(image_folder: Path, workdir: Path, *options: str) -> subprocess.Popen[
     )
 
 
-def test_deterministic_sets_what_a_gpu_needs_and_records_it(
-    image_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("source", ["tf.data", "device"])
+def test_deterministic_is_of_one_run_and_also_where_jax_is_in_use_already(
+    source: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--deterministic", "--epochs", "1", "--input", "device", "--model", "linear")
-    command = [sys.executable, "-m", "cifar_jax.train", "--data", str(image_folder), *options]
-    command += ["--batch-size", "16", "--workdir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert "--xla_gpu_deterministic_ops=true" in report["xla_flags"].split()
+    """XLA reads its flags only once."""
+    compile_, passed = jax.stages.Lowered.compile, []
+
+    def noted(lowered: Any, compiler_options: Any = None) -> Any:
+        passed.append(compiler_options or {})
+        return compile_(lowered, compiler_options)
+
+    flags = os.environ.get("XLA_FLAGS")
+    assert jax.numpy.ones(2).sum() == 2
+    monkeypatch.setattr("jax.stages.Lowered.compile", noted)
+    config = TrainConfig(
+        data=str(image_folder), model="airbench", widths=(4,), batch_size=16, epochs=1,
+        input=source, deterministic=True,
+    )  # fmt: skip
+    report = train_and_evaluate(config, tmp_path / "run")
+    first, *others = passed
+    assert first.keys() == {"xla_backend_optimization_level"}, "random draws alone"
+    assert len(others) >= 3, "whitening, training, scoring"
+    assert all(options == report["compiler_options"] for options in others)
+    assert report["compiler_options"]["xla_gpu_deterministic_ops"] is True
+    assert os.environ.get("XLA_FLAGS") == flags
+    other = train_and_evaluate(dataclasses.replace(config, deterministic=False), tmp_path / "other")
+    assert "xla_gpu_deterministic_ops" not in other["compiler_options"]
 
 
 def wait_for_a_step_after(step: int, workdir: Path, process: subprocess.Popen[str]) -> None:
@@ -632,6 +652,62 @@ def test_what_does_not_fit_into_memory_is_said(image_folder: Path, tmp_path: Pat
     assert "the memory is not enough: RESOURCE_EXHAUSTED: Out of memory" in done.stderr
     assert "--batch-size" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.fault("B7")
+@pytest.mark.parametrize(
+    ("message", "beside_training", "said", "cure"),
+    [
+        ("RESOURCE_EXHAUSTED: 9 GB", False, "the memory is not enough", "smaller --batch-size"),
+        ("RESOURCE_EXHAUSTED: 9 GB", True, "the memory is not enough", "end another program"),
+        ("FAILED_PRECONDITION: DNN library initialization failed. Look above", True,
+         "the GPU cannot be used", "another process may hold the GPU: end it"),
+        ("INTERNAL: operation gpublasCreate(&handle) failed: not initialized", True,
+         "the GPU cannot be used", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        ("INTERNAL: failed\nCUDA_ERROR_OUT_OF_MEMORY: out of memory", False,
+         "the GPU cannot be used", "another process may hold the GPU: end it"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_is_taken_is_no_bug(
+    message: str, beside_training: bool, said: str, cure: str
+) -> None:
+    told = cli._told(jax.errors.JaxRuntimeError(message), beside_training)
+    assert told.exit_code == ExitCode.ENVIRONMENT
+    assert told.what.startswith(said)
+    assert cure in told.fix
+    assert ("--batch-size" in told.fix) == (cure == "smaller --batch-size")
+
+
+@pytest.mark.fault("B7")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_every_command_but_train_leaves_memory_to_others(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(cli, "run", lambda main, **options: found.append(options))
+    runpy.run_module(f"cifar_jax.{command}", run_name="__main__")
+    assert found == [{} if command == "train" else {"beside_training": True}]
+
+
+@pytest.mark.fault("B7")
+@pytest.mark.parametrize(
+    ("options", "given", "used"),
+    [("", None, None), ("beside_training=True", None, "false"), ("beside_training=True", "1", "1")],
+)
+def test_memory_of_a_gpu_is_left_to_others_unless_it_is_asked_for(
+    options: str, given: str | None, used: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    program = (
+        f"import os; from cifar_jax import cli; show = lambda: print(os.environ.get({name!r}))"
+    )
+    program += f"; cli.run(show, {options})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{used}\n"), done.stderr
 
 
 @pytest.mark.fault("B6", "B12", "B13")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -329,6 +330,17 @@ def test_evaluation_counts_every_image_once(
     result = evaluate(variables, dataset.test)
     assert (result.count, result.correct) == (103, expected.correct)
     np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-5)
+
+
+def test_scores_are_of_float32_on_a_gpu_too() -> None:
+    """By default it would round what it multiplies to TF32."""
+    step = functools.partial(eval_step, model=create_model(SMALL, 10, None), mean=MEAN, std=STD)
+    batch = {**make_batches(1, 8)[0], "mask": np.ones(8, np.float32)}
+    traced = jax.jit(step).trace(initial_state(SMALL).variables, batch)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", text)
+    assert len(products) >= 4  # two convolutions and two Dense layers
+    assert all("HIGHEST" in product and "DEFAULT" not in product for product in products)
 
 
 def test_the_mask_hides_whatever_is_under_it() -> None:

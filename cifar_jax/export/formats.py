@@ -19,7 +19,7 @@ from cifar_jax.inference import make_logits, softmax
 from cifar_jax.layout import StateDict, nhwc_to_nchw
 from cifar_jax.network_metadata import metadata_of, network_of
 from cifar_jax.state_dicts import read_state_dict, write_state_dict
-from cifar_jax.train_step import normalize
+from cifar_jax.train_step import exact_logits
 from cifar_jax.trained import TrainedNetwork
 
 Classify = Callable[[NDArray[np.uint8]], NDArray[Any]]  # images -> probabilities [N, K]
@@ -29,21 +29,15 @@ def classify_here(network: TrainedNetwork) -> Classify:
     """``network`` as this program runs it."""
     logits = make_logits(network)
 
-    def classify(images: NDArray[np.uint8]) -> NDArray[Any]:
-        # A GPU's own choice is three digits, of inputs rounded to TF32.
-        with jax.default_matmul_precision("highest"):
-            return softmax(logits(images))
-
-    return classify
+    return lambda images: softmax(logits(images))
 
 
 def _write_stablehlo(network: TrainedNetwork, path: Path) -> None:
     model = network.model
 
     def classify(images: jax.Array) -> jax.Array:
-        return jax.nn.softmax(
-            model.apply(network.variables, normalize(images, network.mean, network.std))
-        )
+        logits = exact_logits(model, network.variables, images, network.mean, network.std)
+        return jax.nn.softmax(logits)
 
     batch = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((*batch, *network.image_shape), np.uint8)
@@ -51,8 +45,7 @@ def _write_stablehlo(network: TrainedNetwork, path: Path) -> None:
     frames = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
-        with jax.default_matmul_precision("highest"):  # the same answers on a GPU
-            exported = export.export(jax.jit(classify), platforms=("cpu", "cuda"))(images)
+        exported = export.export(jax.jit(classify), platforms=("cpu", "cuda"))(images)
     finally:
         jax.config.update("jax_traceback_in_locations_limit", frames)
     path.write_bytes(exported.serialize())
