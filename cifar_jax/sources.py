@@ -52,20 +52,19 @@ _SPLIT_FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """What a source itself holds; ``val`` is None where it has no such split."""
+    """What a source itself holds; a split that it does not have is None."""
 
     name: str
     digest: str
     class_names: tuple[str, ...]
     train: Split
-    test: Split
+    test: Split | None
     val: Split | None = None
-    drawn: frozenset[SplitName] = frozenset()
     notice: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Source(_Contents):
+class Source:
     """A source in three splits, before files are decoded; most attributes are ``Dataset``'s.
 
     Attributes:
@@ -73,7 +72,14 @@ class Source(_Contents):
             another order, the draw is another.
     """
 
+    name: str
+    digest: str
+    class_names: tuple[str, ...]
+    train: Split
     val: Split
+    test: Split
+    drawn: frozenset[SplitName]
+    notice: str | None
 
 
 def check_source(source: str) -> None:
@@ -113,16 +119,29 @@ def load_splits(
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
     """
-    found = _load(source, _data_dir(data_dir), image_size, val_fraction, seed)
+    contents = _load(source, _data_dir(data_dir), image_size)
+    train, val, test = contents.train, contents.val, contents.test
+    drawn: set[SplitName] = set()
+    if test is None:
+        train, test = split_off(train, val_fraction, np.random.default_rng([seed, 1]))
+        drawn |= {"train", "test"}
     rng = np.random.default_rng(seed)
-    train, val, drawn = found.train, found.val, set(found.drawn)
     if val is None:
         train, val = split_off(train, val_fraction, rng)
         drawn |= {"train", "val"}
     if max_train_examples is not None and max_train_examples < len(train):
         train = train.take(stratified_choice(train.labels, max_train_examples, rng))
         drawn.add("train")
-    return Source(**{**vars(found), "train": train, "val": val, "drawn": frozenset(drawn)})
+    return Source(
+        contents.name,
+        contents.digest,
+        contents.class_names,
+        train,
+        val,
+        test,
+        frozenset(drawn),
+        contents.notice,
+    )
 
 
 def load_dataset(
@@ -155,21 +174,8 @@ def load_dataset(
         max_train_examples=max_train_examples,
         seed=seed,
     )
+    _check_trainable(source, found, image_size)
     train, val = found.train, found.val
-    if image_size is not None and not isinstance(train.images, ImageFiles):
-        height, width, _ = train.image_shape
-        raise CifarJaxError(
-            ExitCode.USAGE,
-            f"--image-size {image_size} with --data {source}, whose images are {height}x{width}",
-            fix="leave it out: only files of images are resized",
-        )
-    if not len(train):
-        raise CifarJaxError(
-            ExitCode.DATA,
-            f"--data {source} leaves no image to train on beside {len(val)} for validation",
-            fix="give more images, or a smaller --val-fraction",
-        )
-
     sample = train
     if isinstance(train.images, ImageFiles):
         if decode is None:
@@ -199,14 +205,28 @@ def load_dataset(
     )
 
 
+def _check_trainable(source: str, found: Source, image_size: int | None) -> None:
+    if image_size is not None and not isinstance(found.train.images, ImageFiles):
+        height, width, _ = found.train.image_shape
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--image-size {image_size} with --data {source}, whose images are {height}x{width}",
+            fix="leave it out: only files of images are resized",
+        )
+    if not len(found.train):
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"--data {source} leaves no image to train on beside {len(found.val)} for validation",
+            fix="give more images, or a smaller --val-fraction",
+        )
+
+
 def _data_dir(data_dir: str | None) -> Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(os.path.expanduser(data_dir or default))
 
 
-def _load(
-    source: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> _Contents:
+def _load(source: str, data_dir: Path, image_size: int | None) -> _Contents:
     if source == "shapes":
         return _shapes()
     if source == "cifar10":
@@ -226,8 +246,8 @@ def _load(
     check_source(source)
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        return _folder(path, shown(path.resolve().name), data_dir, image_size, val_fraction, seed)
-    return _archive(path, data_dir, image_size, val_fraction, seed)
+        return _folder(path, shown(path.resolve().name), data_dir, image_size)
+    return _archive(path, data_dir, image_size)
 
 
 # ------------------------------------------------------------------------ shapes, and CIFAR-10
@@ -296,15 +316,13 @@ def _cifar10(data_dir: Path) -> _Contents:
 # ------------------------------------------------------------------------------------ archives
 
 
-def _archive(
-    path: Path, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> _Contents:
+def _archive(path: Path, data_dir: Path, image_size: int | None) -> _Contents:
     if root := cifar10_archive.root_of(path):
         train, test, class_names = cifar10_archive.read(path, root)
         return _Contents(shown(path.name), array_digest(train, test), class_names, train, test)
     folder = archive.extract_once(path, data_dir / "extracted")
     try:
-        return _folder(folder, shown(path.name), data_dir, image_size, val_fraction, seed)
+        return _folder(folder, shown(path.name), data_dir, image_size)
     except CifarJaxError as error:
         if error.exit_code != ExitCode.DATA:
             raise
@@ -316,13 +334,11 @@ def _archive(
 # ------------------------------------------------------------------------------- image folders
 
 
-def _folder(
-    root: Path, name: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> _Contents:
+def _folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> _Contents:
     """A folder in the layout of torchvision's ImageFolder, with splits or flat.
 
     ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
-    validation split. A flat folder gives a stratified ``val_fraction`` for the test.
+    validation split. All of a flat folder is ``train``.
     """
     with reading(root):
         root = _unwrap(root)
@@ -333,7 +349,7 @@ def _folder(
             f"{shown(root)} has {' and '.join(f'{split}/' for split in present)} only",
             fix="put class folders into train/ and test/, or class folders alone into the root",
         )
-    roots = {split: root / split for split in present} or {"all": root}
+    roots = {split: root / split for split in present} or {"train": root}
     kept_in = data_dir / "listings"
     listings = {split: list_images(folder, kept_in) for split, folder in roots.items()}
     first, *others = listings
@@ -348,16 +364,12 @@ def _folder(
         split: Split(ImageFiles(listing.paths, shape, image_size is not None), listing.labels)
         for split, listing in listings.items()
     }
-    drawn: frozenset[SplitName] = frozenset()
-    if "all" in splits:
-        train, test = split_off(splits["all"], val_fraction, np.random.default_rng([seed, 1]))
-        val, drawn = None, frozenset({"train", "test"})
-    else:
-        train, test = splits["train"], splits.get("test") or splits["val"]
-        val = splits["val"] if len(splits) == 3 else None
+    val, test = splits.get("val"), splits.get("test")
+    if test is None:
+        val, test = None, val
     sizes = b"".join(listings[split].sizes for split in sorted(listings))
     digest = hashlib.sha256(sizes).hexdigest()
-    return _Contents(name, digest, class_names, train, test, val, drawn)
+    return _Contents(name, digest, class_names, splits["train"], test, val)
 
 
 def _split_folders(root: Path) -> list[str]:
