@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import checkpoint, trained
-from cifar_jax.augment import check_augmentation, make_augmentation
+from cifar_jax.augment import check_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.distributed import check_agreement, is_first, wait_for_all
@@ -33,8 +32,8 @@ from cifar_jax.train_step import (
     Sums,
     TrainState,
     create_train_state,
+    make_train_step,
     normalize,
-    train_step,
 )
 from cifar_jax.workdir import checkpoints_of
 
@@ -84,18 +83,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
 
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        augment=make_augmentation(config, dataset.mean),
-        mean=dataset.mean,
-        std=dataset.std,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
-        accumulate=config.accumulate,
-        axis_name=AXIS_NAME,
-    )
+    step = make_train_step(config, model, tx, dataset.mean, dataset.std, AXIS_NAME)
     if config.input == "device":
         from cifar_jax import device_input as images
     else:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, Split
 from cifar_jax.host_input import make_evaluate
@@ -32,8 +31,8 @@ from cifar_jax.train_step import (
     classification_sums,
     create_train_state,
     eval_step,
+    make_train_step,
     normalize,
-    train_step,
 )
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -55,19 +54,7 @@ def make_batches(n: int, batch_size: int, seed: int = 0) -> list[dict[str, np.nd
 def make_step(config: TrainConfig, axis_name: str | None) -> tuple[Any, TrainState]:
     model = create_model(config, 10, axis_name)
     tx = make_optimizer(config, make_schedule(config, 100))
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        augment=make_augmentation(config, MEAN),
-        mean=MEAN,
-        std=STD,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
-        accumulate=config.accumulate,
-        axis_name=axis_name,
-    )
-    return step, initial_state(config)
+    return make_train_step(config, model, tx, MEAN, STD, axis_name), initial_state(config)
 
 
 @functools.cache  # it takes as long to compile as a step
