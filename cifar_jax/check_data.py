@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.options import check_options, option
+from cifar_jax.options import Options, option
 
 DESCRIPTION = """\
 Look through all images of a data set as training would read them: name every file that cannot be
@@ -22,24 +22,18 @@ examples:
   python -m cifar_jax.check_data cifar10.tar.gz
 """
 
-_GROUP = "options"
-
 
 @dataclasses.dataclass(frozen=True)
-class CheckOptions:
+class CheckOptions(Options):
     """How training would read the data."""
 
     image_size: int | None = option(
         None,
         "as in cifar_jax.train; not given, all must be of one size",
-        group=_GROUP,
         unit="pixels",
         at_least=1,
     )
-    data_dir: str | None = option(None, "as in cifar_jax.train", group=_GROUP)
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    data_dir: str | None = option(None, "as in cifar_jax.train")
 
 
 def check_data(data: str, options: CheckOptions) -> None:

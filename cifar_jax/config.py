@@ -7,7 +7,7 @@ import difflib
 from typing import Any, Literal
 
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.options import check_options, flag, option
+from cifar_jax.options import Options, flag, option
 
 ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9", "airbench"]
 OptimizerName = Literal["sgd", "adam", "adamw", "muon"]
@@ -27,7 +27,7 @@ _PROCESSES = "several processes"
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """A training run. The same config, data and device count give the same bits on a CPU."""
 
     preset: PresetName = option(
@@ -230,7 +230,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.nesterov and self.optimizer != "sgd":
             raise _usage(f"--nesterov with --optimizer {self.optimizer}", "use --optimizer sgd")
         if self.nesterov and self.momentum == 0:

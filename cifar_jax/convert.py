@@ -11,7 +11,7 @@ from cifar_jax import cli
 from cifar_jax.config import ModelName
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import check_is_new, new_path
-from cifar_jax.options import check_options, flag, option
+from cifar_jax.options import Options, flag, option
 from cifar_jax.workdir import step_folder
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
@@ -46,7 +46,7 @@ _CIFAR10 = (
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertOptions:
+class ConvertOptions(Options):
     """What to know of a network whose file holds tensors alone."""
 
     model: ModelName | None = option(
@@ -74,9 +74,6 @@ class ConvertOptions:
         "alphabetical order for 10 classes, else 'class 0' and on]",
         group=_GROUP,
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def given(self) -> list[str]:

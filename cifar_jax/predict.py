@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cifar_jax import cli
 from cifar_jax.config import FitName
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
@@ -34,31 +34,25 @@ examples:
   python -m cifar_jax.predict --checkpoint runs/20261122-101500-cnn --json - < frog.jpg
 """
 
-_GROUP = "options"
 BATCH_SIZE = 32  # images that are decoded before the first is answered
 _STDIN = "-"
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(Options):
     """Which network, and how to show its answers."""
 
-    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
-    top: int = option(3, "show this many classes", group=_GROUP, at_least=1)
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
+    top: int = option(3, "show this many classes", at_least=1)
     json: bool = option(
         False,
         "one JSON object a line: file, class, probability, probabilities; or file, error",
-        group=_GROUP,
     )
     fit: FitName = option(
         "stretch",
         "how an image of other proportions is brought to the network's: stretched, as in training, "
         "or its middle cut out",
-        group=_GROUP,
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def predict(

@@ -12,7 +12,7 @@ from cifar_jax import cli
 from cifar_jax.config import ExportFormat
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import check_is_new, new_path
-from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder, workdir_of
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
@@ -44,32 +44,25 @@ TOLERANCE = 1e-5
 _BATCH_SIZES = (1, 7, 128)
 _MAX_IMAGES = 1000
 
-_GROUP = "what to export"
-
 
 @dataclasses.dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Options):
     """Which network to export, as what, and the images to check it on."""
 
-    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
-    format: ExportFormat = option(REQUIRED, "the kind of file", group=_GROUP)
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
+    format: ExportFormat = option(REQUIRED, "the kind of file")
     output: str | None = option(
         None,
         "the new file [default the workdir's name, here, with the format's ending]",
-        group=_GROUP,
     )
     data: str | None = option(
         None,
         "whose test images to check on, as in cifar_jax.train [default the data of training where "
         "it is on this machine, else images that are drawn]",
-        group=_GROUP,
     )
     data_dir: str | None = option(
-        None, "where it is prepared or extracted [default that of training]", group=_GROUP
+        None, "where it is prepared or extracted [default that of training]"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def export_network(

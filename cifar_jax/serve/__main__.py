@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder
 
 DESCRIPTION = """\
@@ -27,25 +27,17 @@ examples:
       'http://127.0.0.1:8000/predict?file=cat.jpg'
 """
 
-_GROUP = "what to serve, and where"
-
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions:
+class ServeOptions(Options):
     """Which network to serve, and where."""
 
-    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
     host: str = option(
         "127.0.0.1",
         "address to listen on; any but 127.0.0.1 and ::1 lets other machines in",
-        group=_GROUP,
     )
-    port: int = option(
-        8000, "port to listen on; 0 takes a free one", group=_GROUP, at_least=0, at_most=65535
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    port: int = option(8000, "port to listen on; 0 takes a free one", at_least=0, at_most=65535)
 
 
 def serve(options: ServeOptions) -> None:
