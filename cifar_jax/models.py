@@ -11,7 +11,7 @@ import jax
 
 from cifar_jax.airbench import Airbench
 from cifar_jax.batch_norm import BatchNorm
-from cifar_jax.blocks import Conv, Layer, global_average_pool, global_max_pool, residual
+from cifar_jax.blocks import Conv, LayerFunction, global_average_pool, global_max_pool, residual
 from cifar_jax.config import ALWAYS_NORMALISED, ModelName, TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -22,8 +22,8 @@ BATCH_NORM_MOMENTUM = 0.9  # PyTorch's default, which it calls 0.1
 
 
 def conv_block(
-    features: int, *, norm: Callable[[], Layer] | None, pool: bool, dtype: Any = None
-) -> list[Layer]:
+    features: int, *, norm: Callable[[], LayerFunction] | None, pool: bool, dtype: Any = None
+) -> list[LayerFunction]:
     """Conv 3x3 padding 1, batch norm if wanted, ReLU, MaxPool 2 if wanted."""
     return [
         # A norm subtracts any bias; Adam would turn its gradient, all rounding, into steps.
@@ -87,7 +87,7 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         norm = _batch_norm(train, self.axis_name, self.dtype) if self.batch_norm else None
-        layers: list[Layer] = []
+        layers: list[LayerFunction] = []
         if self.patch_size > 1:
             layers.append(self._space_to_depth)
         for index, features in enumerate(self.widths, start=1):
@@ -163,7 +163,7 @@ class ResNet9(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         norm = _batch_norm(train, self.axis_name, self.dtype)
 
-        def block(features: int, pool: bool = False) -> list[Layer]:
+        def block(features: int, pool: bool = False) -> list[LayerFunction]:
             return conv_block(features, norm=norm, pool=pool, dtype=self.dtype)
 
         def scale(x: jax.Array) -> jax.Array:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from cifar_jax.dataset import ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.layout import Variables
 from cifar_jax.metrics import RunningSums
 from cifar_jax.stop_signals import signals_held
-from cifar_jax.train_step import Sums, TrainState, Variables
+from cifar_jax.train_step import Sums, TrainState
 
 AXIS_NAME = "batch"
 

@@ -166,7 +166,7 @@ def load_dataset(
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
             Usage; ``image_size`` is given, and its images are no files.
     """
-    found = load_splits(
+    splits = load_splits(
         source,
         data_dir=data_dir,
         image_size=image_size,
@@ -174,8 +174,8 @@ def load_dataset(
         max_train_examples=max_train_examples,
         seed=seed,
     )
-    _check_trainable(source, found, image_size)
-    train, val = found.train, found.val
+    _check_trainable(source, splits, image_size)
+    train, val = splits.train, splits.val
     sample = train
     if isinstance(train.images, ImageFiles):
         if decode is None:
@@ -193,30 +193,30 @@ def load_dataset(
             sample = decode(train.take(stratified_choice(train.labels, count, rng)))
     mean, std = channel_statistics(sample.pixels)
     return Dataset(
-        found.name,
-        found.digest,
-        found.class_names,
+        splits.name,
+        splits.digest,
+        splits.class_names,
         train,
         val,
-        found.test,
+        splits.test,
         mean,
         std,
-        found.notice,
+        splits.notice,
     )
 
 
-def _check_trainable(source: str, found: Source, image_size: int | None) -> None:
-    if image_size is not None and not isinstance(found.train.images, ImageFiles):
-        height, width, _ = found.train.image_shape
+def _check_trainable(source: str, splits: Source, image_size: int | None) -> None:
+    if image_size is not None and not isinstance(splits.train.images, ImageFiles):
+        height, width, _ = splits.train.image_shape
         raise CifarJaxError(
             ExitCode.USAGE,
             f"--image-size {image_size} with --data {source}, whose images are {height}x{width}",
             fix="leave it out: only files of images are resized",
         )
-    if not len(found.train):
+    if not len(splits.train):
         raise CifarJaxError(
             ExitCode.DATA,
-            f"--data {source} leaves no image to train on beside {len(found.val)} for validation",
+            f"--data {source} leaves no image to train on beside {len(splits.val)} for validation",
             fix="give more images, or a smaller --val-fraction",
         )
 

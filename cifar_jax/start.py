@@ -85,14 +85,14 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
     started = time.perf_counter()
     step = make_train_step(config, model, tx, dataset.mean, dataset.std, AXIS_NAME)
     if config.input == "device":
-        from cifar_jax import device_input as images
+        from cifar_jax import device_input as image_input
     else:
-        from cifar_jax import host_input as images  # type: ignore[no-redef]
-    advance = images.make_advance(
+        from cifar_jax import host_input as image_input  # type: ignore[no-redef]
+    advance = image_input.make_advance(
         _with_signal(step), state, dataset.train, config, devices, progress.step
     )
     scored_model = create_model(config, len(dataset.class_names), None)
-    evaluate = images.make_evaluate(
+    evaluate = image_input.make_evaluate(
         scored_model, dataset, state.variables, devices, config.batch_size
     )
     print(f"{time.perf_counter() - started:.1f} s")

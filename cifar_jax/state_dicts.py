@@ -22,7 +22,6 @@ from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.initializers import WHITENING_SIDE
 from cifar_jax.layout import (
-    Array,
     StateDict,
     TorchLayout,
     Variables,
@@ -377,7 +376,7 @@ def _network_order(name: str) -> list[str]:
     return [part.zfill(9) if part.isdecimal() else part for part in name.split(".")]
 
 
-def _own_names(tensors: dict[str, Array]) -> dict[str, Array]:
+def _own_names(tensors: StateDict) -> StateDict:
     """Without what all names begin with; then ``network.`` before the numbers of a sequence."""
     while True:
         heads = {name.split(".")[0] for name in tensors}
@@ -391,7 +390,7 @@ def _own_names(tensors: dict[str, Array]) -> dict[str, Array]:
     }
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     with path.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = opened.read(min(size, _LARGEST_HEADER))
@@ -416,7 +415,7 @@ def _check_unique(pairs: list[tuple[str, object]]) -> None:
         raise ValueError(f"a name comes twice among {', '.join(names):.100}")
 
 
-def _read_pth(path: Path) -> dict[str, Array]:
+def _read_pth(path: Path) -> StateDict:
     try:
         from cifar_jax.torch_reference import read_pth
     except ImportError as error:
@@ -424,7 +423,7 @@ def _read_pth(path: Path) -> dict[str, Array]:
     return read_pth(path)
 
 
-def _write_pth(path: Path, state_dict: dict[str, Array]) -> None:
+def _write_pth(path: Path, state_dict: StateDict) -> None:
     try:
         from cifar_jax.torch_reference import write_pth
     except ImportError as error:

@@ -16,10 +16,10 @@ from jax import lax
 from cifar_jax.augment import Augmentation, make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
+from cifar_jax.layout import Variables
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
-Variables = dict[str, Any]
 
 
 class TrainState(struct.PyTreeNode):

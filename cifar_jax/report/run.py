@@ -25,7 +25,7 @@ _REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class StoredRun:
     """A run, as far as it has come.
 
     Attributes:
@@ -56,7 +56,7 @@ class Run:
         return next((r for r in self.history if r["step"] == self.report["best_step"]), None)
 
 
-def read_run(workdir: Path) -> Run:
+def read_run(workdir: Path) -> StoredRun:
     """Read ``config.json``, ``metrics.jsonl`` and ``report.json``; the last two may be missing.
 
     Raises:
@@ -69,7 +69,7 @@ def read_run(workdir: Path) -> Run:
             f"{workdir} {what}",
             fix="give a --workdir of cifar_jax.train, with config.json in it",
         )
-    return Run(
+    return StoredRun(
         workdir,
         _config(workdir / "config.json"),
         _history(workdir / "metrics.jsonl"),
