@@ -222,7 +222,7 @@ MODELS: dict[ModelName, Callable[..., Model]] = {
 
 
 def create_model(
-    config: TrainConfig, num_classes: int, axis_name: str | None, dtype: Any = None
+    config: TrainConfig, num_classes: int, axis_name: str | None = None, dtype: Any = None
 ) -> Model:
     """The network that ``config`` names, with its options; ``dtype`` is that of activations.
 

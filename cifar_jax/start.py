@@ -91,7 +91,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
     advance = image_input.make_advance(
         _with_signal(step), state, dataset.train, config, devices, progress.step
     )
-    scored_model = create_model(config, len(dataset.class_names), None)
+    scored_model = create_model(config, len(dataset.class_names))
     evaluate = image_input.make_evaluate(
         scored_model, dataset, state.variables, devices, config.batch_size
     )

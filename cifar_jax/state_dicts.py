@@ -239,7 +239,7 @@ def _candidates(
     kernels = [array.shape for array in ordered if array.ndim == 4]  # [O, I, H, W]
     weights = [array.shape for array in ordered if array.ndim == 2]  # [O, I]
     num_classes = weights[-1][0] if weights else 10
-    own = create_model(TrainConfig(model=name), num_classes, None)
+    own = create_model(TrainConfig(model=name), num_classes)
     widths: Shape = ()
     hidden: Shape = ()
     if own.widths:
@@ -274,7 +274,7 @@ def _image_shape(
 ) -> ImageShape:
     """The images that fit the first convolution's kernel and the first Dense layer's weight."""
     inputs = weight[1] if weight else 0
-    model = create_model(config, 1, None)
+    model = create_model(config, 1)
     if not model.widths:
         if image_size:
             return image_size, image_size, max(inputs // image_size**2, 1)
@@ -299,21 +299,21 @@ def _halvings(config: TrainConfig) -> int:
     """How many times the side of the image is halved, on the way in too."""
     if config.model == "resnet9":
         return 3
-    model = create_model(config, 1, None)
+    model = create_model(config, 1)
     if isinstance(model, Airbench):
         return len(model.widths)
     return len(model.widths) // model.convs_per_pool + math.ceil(math.log2(config.patch_size))
 
 
 def _layout(config: TrainConfig, image_shape: ImageShape, num_classes: int) -> TorchLayout:
-    return create_model(config, num_classes, None).torch_layout(image_shape)
+    return create_model(config, num_classes).torch_layout(image_shape)
 
 
 def _expected_shapes(
     config: TrainConfig, image_shape: ImageShape, num_classes: int
 ) -> dict[str, Shape]:
     """The shape of each tensor in PyTorch, by name, in the order of the network."""
-    model = create_model(config, num_classes, None)
+    model = create_model(config, num_classes)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     # Arrays of numbers without bytes: shapes that contradict each other can multiply to terabytes.

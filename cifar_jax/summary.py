@@ -88,7 +88,7 @@ def summarize(options: SummaryOptions) -> dict[str, Any]:
     from cifar_jax.step_memory import largest_batch, step_memory
 
     image_shape = (options.image_size, options.image_size, options.channels)
-    model = create_model(options.config, options.classes, None)
+    model = create_model(options.config, options.classes)
     rows = layer_table(model, image_shape, options.batch_size)
     _note(f"compiling a training step with {options.batch_size} images ...")
     memory = step_memory(options.config, model, image_shape, options.batch_size)

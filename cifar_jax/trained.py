@@ -51,7 +51,7 @@ class TrainedNetwork:
 
     @property
     def model(self) -> nn.Module:
-        return create_model(self.config, len(self.class_names), None)
+        return create_model(self.config, len(self.class_names))
 
     @property
     def n_params(self) -> int:
@@ -126,7 +126,7 @@ def parse_description(values: Mapping[str, Any]) -> TrainedNetwork:
 
 def _shapes(config: TrainConfig, num_classes: int, image_shape: ImageShape) -> TrainState:
     """The training state of such a network, of shapes instead of arrays."""
-    model = create_model(config, num_classes, None)
+    model = create_model(config, num_classes)
     tx = make_optimizer(config, make_schedule(config, 1))
     shapes: TrainState = jax.eval_shape(
         lambda: initial_train_state(model, tx, image_shape, config.seed)

@@ -161,7 +161,7 @@ def measure_devices() -> list[dict[str, Any]]:
 def measure_micro_batches() -> list[dict[str, Any]]:
     """One device, one batch, in K micro-batches: time and memory."""
     print(f"in {MICRO_BATCHES} micro-batches ...", flush=True)
-    model = create_model(TrainConfig(), 10, None)
+    model = create_model(TrainConfig(), 10)
     programs = {k: make_program(BATCH, 1, accumulate=k) for k in MICRO_BATCHES}
     times = milliseconds(programs)
     return [

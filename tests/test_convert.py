@@ -126,7 +126,7 @@ def refusal(
 @pytest.mark.parametrize("name", ZOO)
 def test_every_network_goes_there_and_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     config, image_shape = ZOO[name], (16, 16, 3)
-    twin = make_twin(create_model(config, 7, None), image_shape)
+    twin = make_twin(create_model(config, 7), image_shape)
     tensors = random_state_dict(twin)
     torch.save(tensors, tmp_path / "net.pth")
     options = ConvertOptions(image_size=image_shape[0])
@@ -151,7 +151,7 @@ def test_every_network_goes_there_and_back_bit_for_bit(name: str, tmp_path: Path
 
 
 def test_a_scale_that_airbench_has_none_of_is_refused(tmp_path: Path) -> None:
-    twin = make_twin(create_model(ZOO["airbench"], 10, None), (32, 32, 3))
+    twin = make_twin(create_model(ZOO["airbench"], 10), (32, 32, 3))
     tensors = random_state_dict(twin)
     tensors["layers.2.norm1.weight"][1] = 1.5
     torch.save(tensors, tmp_path / "net.pth")
@@ -162,7 +162,7 @@ def test_a_scale_that_airbench_has_none_of_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_a_network_of_usual_images_needs_no_option(name: str) -> None:
     config = ZOO[name]
-    twin = make_twin(create_model(config, 10, None), (32, 32, 3))
+    twin = make_twin(create_model(config, 10), (32, 32, 3))
     # Files keep no order of layers: here 'network.10' comes before 'network.2'.
     tensors = {n: t.numpy() for n, t in sorted(twin.state_dict().items()) if "num" not in n}
     assert identify(tensors) == (config, (32, 32, 3), 10)
@@ -358,7 +358,7 @@ def test_a_network_that_is_none_of_ours_is_refused_as_such(tmp_path: Path) -> No
 
 
 def test_a_network_for_other_images_is_refused(tmp_path: Path) -> None:
-    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 3, None), (8, 8, 4))
+    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 3), (8, 8, 4))
     torch.save(twin.state_dict(), tmp_path / "net.pth")
     error = refusal(tmp_path / "net.pth", tmp_path / "run")
     assert error.exit_code == ExitCode.CHECKPOINT
@@ -661,7 +661,7 @@ def test_options_that_contradict_the_network_are_refused(tmp_path: Path) -> None
 def test_what_is_assumed_is_said_with_its_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 12, None), (8, 8, 3))
+    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 12), (8, 8, 3))
     torch.save(twin.state_dict(), tmp_path / "net.pth")
     main([str(tmp_path / "net.pth"), str(tmp_path / "a")])
     lines = capsys.readouterr().out.splitlines()

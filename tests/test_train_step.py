@@ -60,7 +60,7 @@ def make_step(config: TrainConfig, axis_name: str | None) -> tuple[Any, TrainSta
 @functools.cache  # it takes as long to compile as a step
 def initial_state(config: TrainConfig) -> TrainState:
     tx = make_optimizer(config, make_schedule(config, 100))
-    model = create_model(config, 10, None)
+    model = create_model(config, 10)
     return jax.device_get(create_train_state(model, tx, SHAPE, config.seed))
 
 
@@ -232,7 +232,7 @@ def test_unsynchronised_statistics_are_averaged_over_the_devices() -> None:
 
 def test_bfloat16_is_for_activations_alone() -> None:
     config = dataclasses.replace(SMALL, batch_norm=True, dropout=0.5)
-    model = create_model(config, 10, None, dtype=jnp.bfloat16)
+    model = create_model(config, 10, dtype=jnp.bfloat16)
     tx = make_optimizer(config, make_schedule(config, 100))
     state = create_train_state(model, tx, SHAPE, 0)
     (batch,) = make_batches(1, 16)
@@ -293,7 +293,7 @@ def evaluated() -> tuple[Dataset, Any, RunningSums]:
     (data,) = make_batches(1, 103)
     split = Split(data["image"], data["label"])
     dataset = Dataset("random", "", tuple("abcdefghij"), split, split, split, MEAN, STD)
-    model = create_model(SMALL, 10, None)
+    model = create_model(SMALL, 10)
     variables = initial_state(SMALL).variables
     x = normalize(split.pixels, MEAN, STD)
     logits = np.asarray(jax.jit(model.apply)(variables, x), np.float64)
@@ -319,7 +319,7 @@ def test_evaluation_counts_every_image_once(
 
 
 def test_the_mask_hides_whatever_is_under_it() -> None:
-    model = create_model(SMALL, 10, None)
+    model = create_model(SMALL, 10)
     state = initial_state(SMALL)
     (batch,) = make_batches(1, 8)
     step = jax.jit(functools.partial(eval_step, model=model, mean=MEAN, std=STD))

@@ -114,7 +114,7 @@ def _flops(model: ModelName) -> dict[str, float]:
     that of its input, which the first layer does not need. A program that does with fewer, as this
     project's convolutions do, can be above the ceiling.
     """
-    network = create_model(TrainConfig(model=model), len(_CLASSES), None)
+    network = create_model(TrainConfig(model=model), len(_CLASSES))
     macs = [row.macs for row in layer_table(network, _IMAGE_SHAPE, BATCH_SIZE)]
     first = next(n for n in macs if n)
     return {
@@ -193,7 +193,7 @@ def _keras_network(name: ModelName) -> Any:
     """The network of that name in Keras's own layers."""
     from keras import Input, Model, layers
 
-    model = create_model(TrainConfig(model=name), len(_CLASSES), None)
+    model = create_model(TrainConfig(model=name), len(_CLASSES))
     norm = isinstance(model, ResNet9)
 
     def block(x: Any, features: int, pool: bool = False) -> Any:
