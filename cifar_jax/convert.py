@@ -132,8 +132,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 
 def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
     from cifar_jax import trained
-    from cifar_jax.network_metadata import network_of
-    from cifar_jax.state_dicts import check_finite, read_state_dict
+    from cifar_jax.state_dicts import check_finite, network_of, read_state_dict
 
     if source.is_dir():
         network = trained.load(source)

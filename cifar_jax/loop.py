@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cifar_jax import checkpoint
-from cifar_jax.config import TrainConfig, to_json
+from cifar_jax.config import TrainConfig
 from cifar_jax.distributed import agreed_signal, is_first, wait_for_all
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.events import event_log
@@ -32,6 +32,7 @@ from cifar_jax.metrics import (
     epochs_without_progress,
     table_row,
 )
+from cifar_jax.network_metadata import describe
 from cifar_jax.parallel import sum_on_host
 from cifar_jax.run import Progress, Run, versions, write_config
 from cifar_jax.start import start
@@ -200,12 +201,8 @@ def _save(run: Run, progress: Progress) -> Path:
         # The loss does not show it yet: it was computed before the update.
         raise _diverged(run, f"a parameter is not finite after step {progress.step}")
     metadata = {
-        "config": to_json(run.config),
+        **describe(run.config, run.dataset),
         "data": {"name": run.dataset.name, "digest": run.dataset.digest},
-        "class_names": run.dataset.class_names,
-        "image_shape": run.dataset.image_shape,
-        "mean": run.dataset.mean,
-        "std": run.dataset.std,
         "history": progress.history,
         "sums": dataclasses.asdict(progress.sums),
         "seconds": progress.seconds,

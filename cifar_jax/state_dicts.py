@@ -30,6 +30,8 @@ from cifar_jax.layout import (
     to_torch,
 )
 from cifar_jax.models import create_model
+from cifar_jax.network_metadata import Description, parse_description, refusing
+from cifar_jax.trained import TrainedNetwork
 
 Shape = tuple[int, ...]
 
@@ -217,6 +219,26 @@ def variables_of(
     if not layout.scaled_norms:
         _check_unscaled(state_dict, layout, config, source)
     return from_torch(fold_bias_into_batch_norm(state_dict, layout), layout)
+
+
+def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> TrainedNetwork:
+    """The network in the file ``path``, which says itself what it is; the file may be anyone's.
+
+    Args:
+        metadata: of :func:`cifar_jax.network_metadata.metadata_of`, and whatever else there is.
+
+    Raises:
+        CifarJaxError: checkpoint; the metadata describes no network, or one of other tensors.
+    """
+    with refusing(
+        f"the metadata of {path} describes no network of this program",
+        fix="use the file as cifar_jax.convert wrote it, or save its tensors alone",
+    ):
+        known = {name: json.loads(metadata[name]) for name in Description._fields}
+        description = parse_description(known)
+    config, class_names, image_shape, *_ = description
+    variables = variables_of(state_dict, config, image_shape, len(class_names), path)
+    return TrainedNetwork(*description, variables)
 
 
 def _check_unscaled(

@@ -37,11 +37,11 @@ from cifar_jax import archive, cifar10_archive, listing, sources
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.listing import list_images
-from cifar_jax.network_metadata import network_of
 from cifar_jax.sources import load_dataset
 from cifar_jax.state_dicts import (
     check_finite,
     identify,
+    network_of,
     read_state_dict,
     variables_of,
     write_state_dict,
