@@ -156,10 +156,9 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     from cifar_jax.state_dicts import identify, takes_one_size, variables_of
     from cifar_jax.trained import TrainedNetwork
 
-    config, image_shape, num_classes = identify(
-        state_dict, model=options.model, image_size=options.image_size
-    )
-    variables = variables_of(state_dict, config, image_shape, num_classes, path)
+    network = identify(state_dict, model=options.model, image_size=options.image_size)
+    variables = variables_of(state_dict, network, path)
+    config, image_shape, num_classes = network
     side, _, channels = image_shape
     if channels not in (1, 3):
         raise CifarJaxError(

@@ -9,6 +9,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from cifar_jax.layout import (
     from_torch,
     to_torch,
 )
-from cifar_jax.models import create_model
+from cifar_jax.models import Model, create_model
 from cifar_jax.network_metadata import Description, parse_description, refusing
 from cifar_jax.trained import TrainedNetwork
 
@@ -49,6 +50,22 @@ _NAMED = 5
 _MOST_TENSORS = 300
 _LONGEST_NAME = 200
 _LARGEST_HEADER = 2**20  # bytes, of a .safetensors: names, shapes and metadata
+
+
+class Network(NamedTuple):
+    """A network of the zoo, without its weights."""
+
+    config: TrainConfig
+    image_shape: ImageShape
+    num_classes: int
+
+    @property
+    def model(self) -> Model:
+        return create_model(self.config, self.num_classes)
+
+    @property
+    def layout(self) -> TorchLayout:
+        return self.model.torch_layout(self.image_shape)
 
 
 def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
@@ -129,7 +146,7 @@ def write_state_dict(path: Path, state_dict: StateDict, metadata: dict[str, str]
 
 def identify(
     state_dict: StateDict, *, model: ModelName | None = None, image_size: int | None = None
-) -> tuple[TrainConfig, ImageShape, int]:
+) -> Network:
     """The network that ``state_dict`` comes closest to by the names of its layers.
 
     Where no names fit, it is one whose tensors have the same shapes, if there is one.
@@ -141,43 +158,36 @@ def identify(
         model: the only one to consider; None for all.
         image_size: the side of the images, for networks that take any.
 
-    Returns:
-        The config, the image shape ``(H, W, C)``, and the number of classes.
-
     Raises:
         CifarJaxError: usage; ``image_size`` leaves nothing after the network's poolings.
     """
     layers = {name.rpartition(".")[0] for name in state_dict}
     names: tuple[ModelName, ...] = (model,) if model else typing.get_args(ModelName)
-    candidates = [found for name in names for found in _candidates(name, state_dict, image_size)]
+    candidates = [
+        network for name in names for network in _candidates(name, state_dict, image_size)
+    ]
 
-    def distance(candidate: tuple[TrainConfig, ImageShape, int]) -> int:
-        return len(layers.symmetric_difference(_layout(*candidate).names.values()))
+    def distance(network: Network) -> int:
+        return len(layers.symmetric_difference(network.layout.names.values()))
 
-    found = min(candidates, key=distance)
-    if distance(found):
+    nearest = min(candidates, key=distance)
+    if distance(nearest):
         shapes = Counter(array.shape for array in state_dict.values())
-        found = next((c for c in candidates if _has_shapes(c, shapes)), found)
-    config, image_shape, num_classes = found
-    halvings = _halvings(config)
-    smallest = 2**halvings + (WHITENING_SIDE - 1 if config.model == "airbench" else 0)
-    if image_shape[0] < smallest:
+        nearest = next((c for c in candidates if _has_shapes(c, shapes)), nearest)
+    side, model = nearest.image_shape[0], nearest.config.model
+    halvings = _halvings(nearest.config)
+    smallest = 2**halvings + (WHITENING_SIDE - 1 if model == "airbench" else 0)
+    if side < smallest:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--image-size {image_shape[0]} is too small for {config.model}, which halves the "
-            f"image {halvings} times",
+            f"--image-size {side} is too small for {model}, which halves the image {halvings} "
+            "times",
             fix=f"give {smallest} or more",
         )
-    return config, image_shape, num_classes
+    return nearest
 
 
-def variables_of(
-    state_dict: StateDict,
-    config: TrainConfig,
-    image_shape: ImageShape,
-    num_classes: int,
-    source: Path,
-) -> Variables:
+def variables_of(state_dict: StateDict, network: Network, source: Path) -> Variables:
     """The variables in Flax's layout, of tensors that are exactly those of the network.
 
     A bias of a convolution before a batch norm, which our networks do without, is folded into it.
@@ -188,11 +198,11 @@ def variables_of(
     Raises:
         CifarJaxError: checkpoint; tensors are missing, extra or of another shape.
     """
+    config = network.config
     try:
         if len(config.widths) + len(config.hidden) > len(state_dict):
             raise ValueError("it has more layers than the file has tensors")
-        layout = _layout(config, image_shape, num_classes)
-        expected = _expected_shapes(config, image_shape, num_classes)
+        layout, expected = network.layout, _expected_shapes(network)
     except (CifarJaxError, OverflowError, ValueError) as error:  # numbers in metadata can be any
         raise _refuse(
             f"{source} is said to hold {_describe(config)}, which cannot be: {error}",
@@ -237,8 +247,8 @@ def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> T
         known = {name: json.loads(metadata[name]) for name in Description._fields}
         description = parse_description(known)
     config, class_names, image_shape, *_ = description
-    variables = variables_of(state_dict, config, image_shape, len(class_names), path)
-    return TrainedNetwork(*description, variables)
+    network = Network(config, image_shape, len(class_names))
+    return TrainedNetwork(*description, variables_of(state_dict, network, path))
 
 
 def _check_unscaled(
@@ -255,7 +265,7 @@ def _check_unscaled(
 
 def _candidates(
     name: ModelName, state_dict: StateDict, image_size: int | None
-) -> Iterator[tuple[TrainConfig, ImageShape, int]]:
+) -> Iterator[Network]:
     """The networks called ``name`` with the widths of ``state_dict`` and each choice of options."""
     ordered = [state_dict[n] for n in sorted(state_dict, key=_network_order)]
     kernels = [array.shape for array in ordered if array.ndim == 4]  # [O, I, H, W]
@@ -288,7 +298,8 @@ def _candidates(
         except CifarJaxError:
             continue  # an option that this model does not have
         weight = weights[0] if weights else None
-        yield config, _image_shape(config, kernel, weight, image_size), num_classes
+        image_shape = _image_shape(config, kernel, weight, image_size)
+        yield Network(config, image_shape, num_classes)
 
 
 def _image_shape(
@@ -327,27 +338,20 @@ def _halvings(config: TrainConfig) -> int:
     return len(model.widths) // model.convs_per_pool + math.ceil(math.log2(config.patch_size))
 
 
-def _layout(config: TrainConfig, image_shape: ImageShape, num_classes: int) -> TorchLayout:
-    return create_model(config, num_classes).torch_layout(image_shape)
-
-
-def _expected_shapes(
-    config: TrainConfig, image_shape: ImageShape, num_classes: int
-) -> dict[str, Shape]:
+def _expected_shapes(network: Network) -> dict[str, Shape]:
     """The shape of each tensor in PyTorch, by name, in the order of the network."""
-    model = create_model(config, num_classes)
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    images = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+    shapes = jax.eval_shape(network.model.init, jax.random.key(0), images)
     # Arrays of numbers without bytes: shapes that contradict each other can multiply to terabytes.
     variables = jax.tree.map(lambda leaf: np.empty(leaf.shape, "V0"), dict(shapes))
-    tensors = to_torch(variables, model.torch_layout(image_shape))
+    tensors = to_torch(variables, network.layout)
     return {n: a.shape for n, a in tensors.items() if not n.endswith("num_batches_tracked")}
 
 
-def _has_shapes(candidate: tuple[TrainConfig, ImageShape, int], shapes: Counter[Shape]) -> bool:
+def _has_shapes(network: Network, shapes: Counter[Shape]) -> bool:
     """Whether that network's tensors have these shapes, whatever their names."""
     try:
-        return Counter(_expected_shapes(*candidate).values()) == shapes
+        return Counter(_expected_shapes(network).values()) == shapes
     except CifarJaxError:  # such images are too small for it
         return False
 

@@ -926,8 +926,7 @@ def read_weights(path: Path) -> None:
     tensors, metadata = read_state_dict(path)
     check_finite(tensors, path)
     if {name: array.shape for name, array in tensors.items()} != WEIGHTS:
-        config, image_shape, classes = identify(tensors)
-        variables_of(tensors, config, image_shape, classes, path)
+        variables_of(tensors, identify(tensors), path)
     if "config" in metadata:
         network_of(path, tensors, metadata)
 

@@ -379,7 +379,7 @@ def test_a_bias_before_a_batch_norm_must_fit_too() -> None:
     tensors = {n: t.numpy() for n, t in tutorial_state_dict(norm=True).items() if "num" not in n}
     tensors["network.0.bias"] = np.zeros(1, np.float32)  # which would be broadcast
     with pytest.raises(CifarJaxError, match=r"network\.0\.bias \[1\] instead of \[4\]"):
-        variables_of(tensors, *identify(tensors), Path("net.pth"))
+        variables_of(tensors, identify(tensors), Path("net.pth"))
 
 
 def test_shapes_that_contradict_each_other_take_no_memory() -> None:
@@ -387,7 +387,7 @@ def test_shapes_that_contradict_each_other_take_no_memory() -> None:
         f"network.{2 * i + 1}.weight": np.broadcast_to(np.float32(0), (10**7, 1)) for i in range(3)
     }
     with pytest.raises(CifarJaxError, match=r"instead of \[10000000, 10000000\]"):
-        variables_of(tensors, *identify(tensors), Path("net.pth"))
+        variables_of(tensors, identify(tensors), Path("net.pth"))
 
 
 @pytest.mark.parametrize("wrapped", ["whole module", "torch.save", "pickle"])
