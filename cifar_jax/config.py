@@ -19,7 +19,8 @@ SplitName = Literal["train", "val", "test"]
 FitName = Literal["stretch", "crop"]
 ExportFormat = Literal["stablehlo", "onnx", "safetensors", "pth"]
 
-ALWAYS_NORMALISED = ("resnet9", "airbench")  # whose convolutions all have a batch norm
+# All their convolutions have a batch norm.
+ALWAYS_NORMALISED: tuple[ModelName, ...] = ("resnet9", "airbench")
 
 _DATA, _MODEL, _OPTIMIZER = "data", "model", "optimizer"
 _REGULARISATION, _RUN = "augmentation and regularisation", "run"
@@ -235,29 +236,14 @@ class TrainConfig(Options):
             raise _usage(f"--nesterov with --optimizer {self.optimizer}", "use --optimizer sgd")
         if self.nesterov and self.momentum == 0:
             raise _usage("--nesterov with --momentum 0", "give --momentum 0.9, for example")
-        if self.widths and self.model in ("linear", "mlp"):
-            raise _usage(
-                f"--widths with --model {self.model}, which has no convolutions", "drop --widths"
-            )
+        for name, (models, why, fix) in _HAS_NO_USE_FOR.items():
+            is_given = getattr(self, name) != getattr(TrainConfig, name)  # its default
+            if is_given and self.model in models:
+                raise _usage(f"{flag(name)} with --model {self.model}, which {why}", fix)
         if self.widths and self.model == "resnet9" and len(self.widths) != 4:
             raise _usage(
                 f"--widths with {len(self.widths)} numbers for resnet9, which has 4 stages",
                 "give four, such as --widths 64,128,256,512",
-            )
-        if self.hidden and self.model in ("linear", *ALWAYS_NORMALISED):
-            raise _usage(
-                f"--hidden with --model {self.model}, which has no hidden Dense layer",
-                "drop --hidden",
-            )
-        if self.batch_norm and self.model in ("linear", "mlp"):
-            raise _usage(
-                f"--batch-norm with --model {self.model}, which has no convolutions",
-                "give --no-batch-norm",
-            )
-        if self.patch_size > 1 and self.model in ("linear", "mlp", *ALWAYS_NORMALISED):
-            raise _usage(
-                f"--patch-size with --model {self.model}, which sees single pixels",
-                "give --patch-size 1",
             )
         if self.optimizer == "muon" and not (self.batch_norm or self.model in ALWAYS_NORMALISED):
             raise _usage(
@@ -270,15 +256,23 @@ class TrainConfig(Options):
                 "--weight-decay with --optimizer muon, which holds the norms of kernels",
                 "give --weight-decay 0",
             )
-        if self.dropout and self.model in ("linear", "airbench"):
-            other = {"linear": "mlp", "airbench": "resnet9"}[self.model]
-            raise _usage(
-                f"--dropout with --model {self.model}, which has none",
-                f"drop --dropout, or use --model {other}",
-            )
         if isinstance(self.devices, int):
             check_batch_divides(self, self.devices * (self.num_processes or 1))
         _check_processes(self)
+
+
+# Options that some models cannot have: which models, what they are like, and the cure.
+_HAS_NO_USE_FOR: dict[str, tuple[tuple[ModelName, ...], str, str]] = {
+    "widths": (("linear", "mlp"), "has no convolutions", "drop --widths"),
+    "hidden": (("linear", *ALWAYS_NORMALISED), "has no hidden Dense layer", "drop --hidden"),
+    "batch_norm": (("linear", "mlp"), "has no convolutions", "give --no-batch-norm"),
+    "patch_size": (
+        ("linear", "mlp", *ALWAYS_NORMALISED),
+        "sees single pixels",
+        "give --patch-size 1",
+    ),
+    "dropout": (("linear", "airbench"), "has none", "drop it, or use --model mlp or resnet9"),
+}
 
 
 def _check_processes(config: TrainConfig) -> None:
