@@ -121,26 +121,24 @@ class ConvNet(nn.Module):
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
         """The names of these layers in the tutorial's ``self.network = nn.Sequential(...)``."""
-        height, width, channels = image_shape
-        height, width = height // self.patch_size, width // self.patch_size
-        names: dict[str, str] = {}
-        index = 1 if self.patch_size > 1 else 0  # the PixelUnshuffle
+        layers = ["PixelUnshuffle"] if self.patch_size > 1 else []
         for i in range(len(self.widths)):
-            names[f"Conv_{i}"] = f"network.{index}"
-            if self.batch_norm:
-                index += 1
-                names[f"BatchNorm_{i}"] = f"network.{index}"
-            index += 2  # the ReLU, and on
+            normed = [f"Conv_{i}", f"BatchNorm_{i}"] if self.batch_norm else [f"Conv_{i}"]
+            layers += [*normed, "ReLU"]
             if (i + 1) % self.convs_per_pool == 0:
-                index += 1
-                height, width = height // 2, width // 2
-        index += 2 if self.global_pool else 1  # AdaptiveAvgPool2d and Flatten, or Flatten
-        for i in range(len(self.hidden) + 1):
-            names[f"Dense_{i}"] = f"network.{index}"
-            index += 3 if self.dropout else 2  # the ReLU, the Dropout, and on
-        channels = self.widths[-1] if self.widths else channels
-        flattened = None if self.global_pool else ("Dense_0", (height, width, channels))
-        return TorchLayout(names, flattened)
+                layers += ["MaxPool2d"]
+        layers += ["AdaptiveAvgPool2d", "Flatten"] if self.global_pool else ["Flatten"]
+        for i in range(len(self.hidden)):
+            layers += [f"Dense_{i}", "ReLU", "Dropout"] if self.dropout else [f"Dense_{i}", "ReLU"]
+        layers += [f"Dense_{len(self.hidden)}"]
+        # PyTorch numbers them all; those under Flax's names have parameters.
+        names = {name: f"network.{i}" for i, name in enumerate(layers) if "_" in name}
+        if self.global_pool:
+            return TorchLayout(names, None)
+        height, width, channels = image_shape
+        shrunk = self.patch_size * 2 ** (len(self.widths) // self.convs_per_pool)
+        flattened = height // shrunk, width // shrunk, [channels, *self.widths][-1]
+        return TorchLayout(names, ("Dense_0", flattened))
 
 
 class ResNet9(nn.Module):
