@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from cifar_jax import cli
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.options import Options, option
 
 DESCRIPTION = """\
@@ -49,7 +49,7 @@ def check_data(data: str, options: CheckOptions) -> None:
     from tqdm import tqdm
 
     from cifar_jax.dataset import ImageFiles
-    from cifar_jax.images import decode_file, shown
+    from cifar_jax.images import decode_file
     from cifar_jax.sources import load_splits
 
     def look(place: tuple[str, int]) -> bytes | CifarJaxError:

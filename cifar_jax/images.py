@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cifar_jax.config import FitName
 from cifar_jax.dataset import ImageFiles, ImageShape, Split
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.errors import CifarJaxError, ExitCode, first_line, shown
 
 # 64 megapixels take 200 MB decoded; a file of a few kilobytes can claim thousands of them.
 MAX_PIXELS = 64_000_000
@@ -368,8 +368,3 @@ def png_uri(pixels: NDArray[np.uint8]) -> str:
 
 def _refused(name: str, what: str, fix: str = "give a JPEG, PNG or other image") -> CifarJaxError:
     return CifarJaxError(ExitCode.DATA, shown(f"{name} {what}"), fix=fix)
-
-
-def shown(name: str | bytes | Path) -> str:
-    """A name that comes from outside, for a message: escaped where it would not print in a line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))

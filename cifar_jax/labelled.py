@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from cifar_jax.config import SplitName
 from cifar_jax.dataset import ImageFiles, Split
-from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.images import shown
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.inference import make_logits
 from cifar_jax.sources import load_splits
 from cifar_jax.trained import UNKNOWN_DATA, TrainedNetwork

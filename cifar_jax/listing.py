@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.files import new_path
-from cifar_jax.images import shown, unusable
+from cifar_jax.images import unusable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
 from cifar_jax.config import FitName
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder
 
@@ -167,8 +167,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _describe(answer: dict[str, Any], top: int) -> str:
-    from cifar_jax.images import shown
-
     ranked = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:top]
     best = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in ranked)
     return f"{shown(answer['file'])}: {best}"

@@ -26,8 +26,8 @@ from cifar_jax.dataset import (
     split_off,
     stratified_choice,
 )
-from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.images import probe_shape, shown
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.images import probe_shape
 from cifar_jax.listing import folders_and_files, list_images, reading
 from cifar_jax.lock import alone_in
 
