@@ -59,13 +59,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             Environment; the output folder cannot be written.
     """
     checkpoint = Path(options.checkpoint)
-    step_folder(checkpoint)  # soon: trained.load would say so after the imports
+    step = step_folder(checkpoint)  # soon: trained.load would say so after the imports
     from cifar_jax import trained
     from cifar_jax.labelled import load_labelled, logits_of
     from cifar_jax.plots import save_calibration, save_confusion, save_mistakes
     from cifar_jax.scores import score
 
-    step = step_folder(checkpoint)
     network = trained.load(step)
     print(f"the network of {step}")
     output = Path(options.output or workdir_of(checkpoint))

@@ -61,6 +61,40 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
     """
     check_preset(config)
     workdir = Path(workdir)
+    report = _finished(config, workdir)
+    if report is not None:
+        return report
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            "--tensorboard needs the package tensorboardX",
+            fix="pip install tensorboardX, or leave --tensorboard out: metrics.jsonl has the same",
+        )
+    with contextlib.ExitStack() as run:
+        if config.coordinator is None:
+            run.enter_context(locked(workdir))
+        # Imports as late as can be: a wrong option is answered before NumPy, JAX and TensorFlow
+        # start.
+        from cifar_jax.sources import check_source
+
+        check_source(config.data)
+        _prepare_runtime(config)
+        with signals_held():  # an exception amid JAX's import can abort the process
+            from cifar_jax.distributed import is_first, joined
+            from cifar_jax.loop import train_and_test
+
+        run.enter_context(joined(config, workdir))
+        if config.coordinator is not None and is_first():
+            run.enter_context(locked(workdir))
+        return train_and_test(config, workdir)
+
+
+def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
+    """The report of the run in ``workdir`` if it is complete; None if there is more to do.
+
+    Raises:
+        CifarJaxError: ``workdir`` cannot be used: it has another run, or parts of one.
+    """
     saved = _saved_config(workdir)
     if saved is not None:
         if not config.resume:
@@ -86,30 +120,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             f"--workdir {workdir} holds no run, and {strangers[0]}, which a run would overwrite",
             fix="give another --workdir, such as a folder that is not there yet",
         )
-
-    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            "--tensorboard needs the package tensorboardX",
-            fix="pip install tensorboardX, or leave --tensorboard out: metrics.jsonl has the same",
-        )
-    with contextlib.ExitStack() as run:
-        if config.coordinator is None:
-            run.enter_context(locked(workdir))
-        # Imports as late as can be: a wrong option is answered before NumPy, JAX and TensorFlow
-        # start.
-        from cifar_jax.sources import check_source
-
-        check_source(config.data)
-        _prepare_runtime(config)
-        with signals_held():  # an exception amid JAX's import can abort the process
-            from cifar_jax.distributed import is_first, joined
-            from cifar_jax.loop import train_and_test
-
-        run.enter_context(joined(config, workdir))
-        if config.coordinator is not None and is_first():
-            run.enter_context(locked(workdir))
-        return train_and_test(config, workdir)
+    return None
 
 
 def _prepare_runtime(config: TrainConfig) -> None:

@@ -95,12 +95,11 @@ def export_network(
             fix=f"let it end in .{format}",
         )
     check_is_new(output, "--output")
-    step_folder(checkpoint)  # soon: trained.load would say so after the imports
+    step = step_folder(checkpoint)  # soon: trained.load would say so after the imports
     _check_installed(format)
     from cifar_jax import trained
     from cifar_jax.export.formats import FORMATS, classify_here, how_to_use
 
-    step = step_folder(checkpoint)
     print(f"reading the checkpoint {step}", flush=True)
     network = trained.load(step)
     shape = "x".join(map(str, network.image_shape))
