@@ -91,7 +91,9 @@ def check_data(data: str, options: CheckOptions) -> None:
     print(f"{n_bad:,} bad file(s), {len(twice):,} image(s) that are there twice")
     if n_bad:
         raise CifarJaxError(
-            ExitCode.DATA, f"{n_bad:,} file(s) of {data} cannot be used", fix="each is named above"
+            ExitCode.DATA,
+            f"{n_bad:,} file(s) of {data} cannot be used",
+            fix="mend or remove the files named above",
         )
 
 

@@ -45,7 +45,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
     """The value of option ``name``, annotated with type ``hint``, from its text.
 
     Raises:
-        CifarJaxError: usage; the text is no value of that type.
+        CifarJaxError: usage; the text is not a value of that type.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

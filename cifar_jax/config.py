@@ -94,7 +94,7 @@ class TrainConfig(Options):
         "auto",
         "a folder of class folders (or of train/ and test/ with them), a .tar.gz of one, an "
         "official CIFAR-10 .tar.gz, 'cifar10' (tensorflow-datasets), 'shapes' (drawn here, needs "
-        "no network), or 'auto': cifar10 where it can be had, else shapes",
+        "no network), or 'auto': cifar10 if it is prepared or can be downloaded, else shapes",
         group=_DATA,
     )
     data_dir: str | None = option(
@@ -380,7 +380,7 @@ def check_preset(config: TrainConfig) -> None:
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values, without what is of one start of the run only."""
+    """The config as plain JSON values, without what concerns one start of the run only."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
@@ -395,16 +395,16 @@ def from_json(values: Any, where: str) -> TrainConfig:
         where: what an error calls the place that ``values`` are from, such as a file's path.
 
     Raises:
-        CifarJaxError: usage; a key that is no option, or a value that it cannot have.
+        CifarJaxError: usage; a key that is not an option, or a value that it cannot have.
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     if not isinstance(values, dict):
-        raise _usage(f"{where} is no table of options", "use the file that the run wrote")
+        raise _usage(f"{where} is not a table of options", "use the file that the run wrote")
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             raise _usage(
-                f"{where} has {name!r}, which is no option of this version",
+                f"{where} has {name!r}, which is not an option of this version",
                 f"did you mean {near[0]}?" if near else "use the version that wrote it",
             )
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
@@ -412,7 +412,7 @@ def from_json(values: Any, where: str) -> TrainConfig:
         return TrainConfig(**fields)
     except CifarJaxError as error:
         fix = "use the file that the run wrote"
-        raise _usage(f"{where} is no config of a run: {error.what}", fix) from error
+        raise _usage(f"{where} is not the config of a run: {error.what}", fix) from error
 
 
 def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:

@@ -55,7 +55,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         The contents of ``evaluation.json``, or of another split ``evaluation-val.json``.
 
     Raises:
-        CifarJaxError: there is no such network, or the images are not to be had.
+        CifarJaxError: there is no such network, or the images cannot be read.
             Environment; the output folder cannot be written.
     """
     checkpoint = Path(options.checkpoint)

@@ -71,7 +71,7 @@ def load_labelled(
             so may hold some that were trained on.
 
     Raises:
-        CifarJaxError: data; the source cannot be had, or has other classes or images. Or the split
+        CifarJaxError: data; the source cannot be read, or has other classes or images. Or the split
             is drawn from other images than in training.
     """
     config = network.config

@@ -163,8 +163,8 @@ def torch_running_variance(
 
     Args:
         momentum: as Flax counts it, of the old statistics.
-        start: the running variance before the first step, of which no factor is due.
-        n: values of which a batch's variance is taken, B * H * W; the same at every step.
+        start: the running variance before the first step, which has no such factor.
+        n: how many values a batch's variance is taken over, B * H * W; the same at every step.
         steps: training steps since ``start``.
     """
     kept = start * momentum**steps

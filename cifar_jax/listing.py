@@ -37,7 +37,7 @@ class Listing:
         labels: int32 ``[N]``.
         sizes: a line a file, of its path within the folder and its bytes; tells data from other
             data.
-        ignored: how many files there are that are no images by their ending, for each ending.
+        ignored: how many files have an ending that is not an image's, for each ending.
     """
 
     class_names: tuple[str, ...]

@@ -211,7 +211,7 @@ def _save(run: Run, progress: Progress) -> Path:
     best_step = best_row(progress.history)["step"] if progress.history else 0
     if is_first():
         if not (run.workdir / "config.json").exists():
-            print(f"warning: {run.workdir} was taken away; it is made anew")
+            print(f"warning: {run.workdir} was removed; creating it again")
             write_config(run.config, run.workdir)
         checkpoint.save(run.checkpoints, progress.step, state, metadata, best_step=best_step)
     wait_for_all(f"saved step {progress.step}")
@@ -220,7 +220,7 @@ def _save(run: Run, progress: Progress) -> Path:
 
 
 def _write_history(run: Run, progress: Progress) -> None:
-    """``metrics.jsonl``, anew from the history, so that no line can be torn or come twice."""
+    """Write ``metrics.jsonl`` whole from the history, so that no line is torn or comes twice."""
     if is_first():
         lines = "".join(json.dumps(row) + "\n" for row in progress.history)
         write_atomically(run.workdir / "metrics.jsonl", lines)

@@ -75,7 +75,7 @@ def parse_description(values: Mapping[str, Any]) -> Description:
     config = from_json(values["config"], where="its config")
     lists = ("class_names", "image_shape", "mean", "std")
     if wrong := [name for name in lists if not isinstance(values[name], list | tuple)]:
-        raise ValueError(f"{wrong[0]} is no list")
+        raise ValueError(f"{wrong[0]} is not a list")
     class_names = tuple(values["class_names"])
     height, width, channels = map(operator.index, values["image_shape"])
     mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))

@@ -18,9 +18,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 
 REQUIRED: Any = dataclasses.MISSING
 
-CHECKPOINT_HELP = (
-    "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>"
-)
+CHECKPOINT_HELP = "the network: a run's folder (its best step is taken), or one checkpoints/<step>"
 
 
 def option(
@@ -113,7 +111,7 @@ def describe_bounds(bounds: dict[str, float]) -> str:
 
 
 def describe_number(value: Any) -> str:
-    """Whole numbers in full; of others, what matters. What is no number, as it is."""
+    """A float in short form; anything else by ``str``."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

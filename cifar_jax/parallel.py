@@ -44,7 +44,7 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     except (RuntimeError, AssertionError) as error:  # the latter, bare, of a jax without CUDA
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
-            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, of which jax finds no device: "
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, and jax finds no such device: "
             f"{first_line(error)}",
             fix="install the extra for that device, or unset JAX_PLATFORMS to use what there is",
         ) from error

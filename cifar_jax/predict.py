@@ -26,8 +26,8 @@ Say what is on images: the probability of each class, by a trained network.
 
 IMAGE is a file of any format and mode that Pillow reads, a folder (all images below it), or - for
 an image on standard input. Each is turned as its EXIF says, brought to the network's size, and
-otherwise read as in training: without transparency, 8 bits a channel. A file that is no image is
-named and the others go on; the exit code is then 3.
+otherwise read as in training: without transparency, 8 bits a channel. A file that is not an
+image is named, and the others are answered; the exit code is then 3.
 
 examples:
   python -m cifar_jax.predict --checkpoint runs/20261122-101500-cnn frog.jpg holiday/
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CifarJaxError(
             ExitCode.DATA,
             f"{n_refused} of {len(files)} image(s) could not be read",
-            fix="each is named above",
+            fix="mend or remove the files named above",
         )
 
 

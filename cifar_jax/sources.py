@@ -97,7 +97,7 @@ def check_source(source: str) -> None:
 
 
 def is_here(source: str, data_dir: str | None) -> bool:
-    """Whether ``source`` can be had without a download, or drawing something in its stead."""
+    """Whether ``source`` can be read without a download; ``auto`` only if CIFAR-10 is prepared."""
     if source in ("auto", "cifar10"):
         return _is_prepared(_data_dir(data_dir))
     return source == "shapes" or os.path.exists(os.path.expanduser(source))
@@ -164,7 +164,7 @@ def load_dataset(
 
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
-            Usage; ``image_size`` is given, and its images are no files.
+            Usage; ``image_size`` is given, and its images are not files.
     """
     splits = load_splits(
         source,
@@ -264,7 +264,7 @@ def _shapes_notice(data_dir: Path, obstacle: str) -> str:
         f"CIFAR-10 is missing: it is not prepared in {data_dir}, and it cannot be\n"
         f"downloaded: {obstacle}.\n"
         "This run trains on 'shapes' instead, ten classes of drawn figures.\n"
-        "ITS ACCURACY SAYS NOTHING OF CIFAR-10.\n"
+        "ITS ACCURACY SAYS NOTHING ABOUT CIFAR-10.\n"
         "For CIFAR-10, with a network:   python -m cifar_jax.train --data cifar10\n"
         "or with an archive or folder:   python -m cifar_jax.train --data cifar-10-binary.tar.gz"
     )
@@ -326,7 +326,7 @@ def _archive(path: Path, data_dir: Path, image_size: int | None) -> _Contents:
     except CifarJaxError as error:
         if error.exit_code != ExitCode.DATA:
             raise
-        raise CifarJaxError(  # what was extracted is not what a person is to mend
+        raise CifarJaxError(  # a person mends the archive, not what was extracted
             ExitCode.DATA, f"{path}, extracted: {error.what}", fix=f"in the archive, {error.fix}"
         ) from error
 
@@ -435,13 +435,13 @@ def _check_same_classes(
 
 
 def _print_remarks(root: Path, class_names: tuple[str, ...], ignored: Counter[str]) -> None:
-    """Print what is no error, and may be a mistake."""
+    """Print what is not an error, but may be a mistake."""
     if ignored:
         counts = [f"{n:,} {ending or 'without ending'}" for ending, n in ignored.most_common(5)]
         if len(ignored) > len(counts):
             counts.append("...")
         print(
-            f"{shown(root)}: ignored {ignored.total():,} file(s) that are no JPEG or PNG: "
+            f"{shown(root)}: ignored {ignored.total():,} file(s) that are not JPEG or PNG: "
             f"{', '.join(counts)}"
         )
     seen: dict[str, str] = {}

@@ -169,7 +169,8 @@ def _start_or_resume(
     if trained_on["digest"] == trained.UNKNOWN_DATA:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
-            f"--resume: {saved.path} is of no training that could go on: {trained_on['name']}",
+            f"--resume: {saved.path} is a converted network, with no training to continue: "
+            f"{trained_on['name']}",
             fix=f"begin a run with it: --initial-weights {checkpoints.parent} and another "
             "--workdir",
         )
@@ -247,7 +248,7 @@ def _tidy(checkpoints: Path) -> None:
         print(f"removed {path}: a save, or a deletion, that was cut short")
     if strangers := checkpoint.strangers(checkpoints):
         names = ", ".join(path.name for path in strangers[:5])
-        print(f"warning: ignored in {checkpoints}: {names}, which are no checkpoints")
+        print(f"warning: ignored in {checkpoints}: {names}, which are not checkpoints")
 
 
 def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progress) -> None:

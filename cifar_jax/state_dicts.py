@@ -84,13 +84,13 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     if ending not in ENDINGS:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"{path} is no folder, and does not end in {', '.join(ENDINGS)}",
+            f"{path} is not a folder, and does not end in {', '.join(ENDINGS)}",
             fix="give a checkpoint's folder or such a file; rename it if it is one",
         )
     metadata: dict[str, str] = {}
     try:
         if not path.is_file():  # reading a pipe would wait for its other end
-            raise OSError("it is absent, or no plain file")
+            raise OSError("it is absent, or not a plain file")
         if ending == SAFETENSORS_ENDING:
             tensors, metadata = _read_safetensors(path)
         else:
@@ -110,7 +110,7 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     for name, array in tensors.items():
         if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
             raise _refuse(
-                f"{name} in {path} is {array.dtype}{list(array.shape)}, which no weights are",
+                f"{name} in {path} is {array.dtype}{list(array.shape)}, which weights cannot be",
                 "leave it out of the file, or convert the network before it is quantized",
             )
         with np.errstate(over="ignore"):  # float64 can be infinite as float32
@@ -205,7 +205,7 @@ def variables_of(state_dict: StateDict, network: Network, source: Path) -> Varia
         layout, expected = network.layout, _expected_shapes(network)
     except (CifarJaxError, OverflowError, ValueError) as error:  # numbers in metadata can be any
         raise _refuse(
-            f"{source} is said to hold {_describe(config)}, which cannot be: {error}",
+            f"{source} claims to hold {_describe(config)}, which is impossible: {error}",
             "use another copy, or save its tensors alone",
         ) from error
     for layer, following in itertools.pairwise(layout.names.values()):
@@ -408,7 +408,7 @@ def _own_names(tensors: StateDict) -> StateDict:
         heads = {name.split(".")[0] for name in tensors}
         rests = {name.partition(".")[2]: array for name, array in tensors.items()}
         if len(heads) > 1 or not all("." in rest for rest in rests):
-            break  # what is left are the layers, of which a linear model has one
+            break  # what is left are the layers; a linear model has one
         tensors = rests
     return {
         f"network.{n}" if n[:1].isdecimal() and f"network.{n}" not in tensors else n: array
@@ -430,7 +430,7 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     # Of types that NumPy lacks it says so in one of two of these.
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise _refuse(
-            f"{path} is damaged, or no {SAFETENSORS_ENDING} of numbers: {error!s:.200}",
+            f"{path} is damaged, or not a {SAFETENSORS_ENDING} of numbers: {error!s:.200}",
             "use another copy, or save it again as float32",
         ) from error
 

@@ -114,10 +114,10 @@ def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
             f"--workdir {workdir} has checkpoints of a run, but not its config.json",
             fix=_PUT_CONFIG_BACK,
         )
-    elif strangers := [path for path in _written_anew(config, workdir) if path.exists()]:
+    elif strangers := [path for path in _overwritten(config, workdir) if path.exists()]:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--workdir {workdir} holds no run, and {strangers[0]}, which a run would overwrite",
+            f"--workdir {workdir} has no run, but has {strangers[0]}, which a run would overwrite",
             fix="give another --workdir, such as a folder that is not there yet",
         )
     return None
@@ -136,7 +136,7 @@ def _prepare_runtime(config: TrainConfig) -> None:
     print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
 
 
-def _written_anew(config: TrainConfig, workdir: Path) -> list[Path]:
+def _overwritten(config: TrainConfig, workdir: Path) -> list[Path]:
     """What a run deletes or overwrites; where it is a run's own, its config.json is there first."""
     names = ["report.json", "metrics.jsonl", "plots/curves.png"]
     return [workdir / name for name in names + ["tensorboard"] * config.tensorboard]
@@ -158,7 +158,7 @@ def _saved_config(workdir: Path) -> TrainConfig | None:
 
 
 def _saved_report(workdir: Path) -> dict[str, Any] | None:
-    """The run's report; one that cannot be read is made anew, as one that is not there."""
+    """The run's report; None if it is missing or cannot be read, and so is to be made."""
     try:
         report = json.loads((workdir / "report.json").read_text())
     except (OSError, RecursionError, ValueError):

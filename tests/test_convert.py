@@ -370,7 +370,7 @@ def test_an_ending_of_another_format_is_no_folders_name(tmp_path: Path) -> None:
     for name in ("net.onnx", "net.npz", "net.txt"):
         error = refusal(tmp_path / "net.pth", tmp_path / name)
         assert error.exit_code == ExitCode.USAGE
-        assert "which is no format here. Fix: let it end in .pth, .pt, .safetensors" in str(error)
+        assert "is not a format here. Fix: let it end in .pth, .pt, .safetensors" in str(error)
     main([str(tmp_path / "net.pth"), str(tmp_path / "v1.2")])
     assert trained.load(tmp_path / "v1.2").config.model == "cnn"
 
@@ -628,8 +628,8 @@ def test_metadata_that_is_not_ours_is_refused_or_ignored(tmp_path: Path) -> None
     for changed, message in (
         ({"image_shape": f"[{10**9}, {10**9}, 3]"}, "at most 64,000,000 pixels"),
         ({"image_shape": "[64, 64, 3]"}, "are not those of cnn"),
-        ({"image_shape": "[2, 2, 3]"}, "which cannot be: the images are too small"),
-        ({"config": json.dumps({**config, "widths": [10**30]})}, "which cannot be"),
+        ({"image_shape": "[2, 2, 3]"}, "which is impossible: the images are too small"),
+        ({"config": json.dumps({**config, "widths": [10**30]})}, "which is impossible"),
         ({"config": json.dumps({**config, "hidden": [1] * 5000})}, "more layers than the file has"),
     ):
         write_state_dict(path, tensors, {**good, **changed})
@@ -667,7 +667,7 @@ def test_what_is_assumed_is_said_with_its_option(
     lines = capsys.readouterr().out.splitlines()
     for option in ("--image-size", "--mean", "--std", "--classes"):
         assert sum(option in line and line.startswith("assumed: ") for line in lines) == 1
-    assert "activations, padding and pooling no tensor tells" in lines[0]
+    assert "how the network pads, pools and activates" in lines[0]
     assert trained.load(tmp_path / "a").class_names[9:11] == ("class 09", "class 10")
     assert lines[-1].startswith("converted cnn-gap, 172 parameters, 12 classes, images of 32x32x3")
     options = ["--image-size", "8", "--mean=-1,0.5,0.25", "--std", "1,2,3"]

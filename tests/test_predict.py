@@ -132,4 +132,4 @@ def test_a_name_that_is_no_text_is_shown(trained_run: Path, tmp_path: Path) -> N
     command = [sys.executable, "-m", "cifar_jax.predict", "--checkpoint", trained_run, name]
     found = subprocess.run(command, capture_output=True, check=False, timeout=120)
     assert found.returncode == ExitCode.DATA
-    assert b"is no image" in found.stderr
+    assert b"is not an image" in found.stderr

@@ -549,7 +549,7 @@ def test_many_classes_are_a_picture() -> None:
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
-        (lambda run: shutil.rmtree(run), "is no folder"),
+        (lambda run: shutil.rmtree(run), "is not a folder"),
         (lambda run: (run / "config.json").unlink(), "holds no run"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json cannot be used"),
         (lambda run: (run / "config.json").write_text('{"a": 1}'), "config.json cannot be used"),
@@ -557,8 +557,8 @@ def test_many_classes_are_a_picture() -> None:
         (lambda run: (run / "report.json").write_text('{"data": 1}'), "data is missing"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1: epoch is missing"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl cannot be"),
-        (lambda run: (run / "metrics.jsonl").write_text("1,\n"), "line 1 is no JSON"),
-        (lambda run: (run / "metrics.jsonl").write_text("[" * 10**5), "line 1 is no JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("1,\n"), "line 1 is not JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("[" * 10**5), "line 1 is not JSON"),
     ],
 )
 def test_a_workdir_without_a_sound_run(

@@ -94,7 +94,7 @@ def test_what_is_no_class_or_image_does_not_count(
     assert dataset.class_names == ("bird", "cat", "frog")
     assert len(dataset.train) + len(dataset.val) == 90
     assert capsys.readouterr().out == (
-        f"{inner}: ignored 5 file(s) that are no JPEG or PNG: 3 .gif, 1 .db, 1 without ending\n"
+        f"{inner}: ignored 5 file(s) that are not JPEG or PNG: 3 .gif, 1 .db, 1 without ending\n"
     )
 
 
@@ -302,7 +302,7 @@ def spell_a_test_class_otherwise(root: Path) -> None:
         (drop_test, "has train/ only"),
         (empty_an_image, "train/cat/011.png is empty"),
         (cut_an_image, "train/cat/011.png is cut short"),
-        (replace_an_image_by_text, "train/cat/011.png is no JPEG or PNG"),
+        (replace_an_image_by_text, "train/cat/011.png is not a JPEG or PNG"),
         (resize_an_image, "train/cat/000.png is 9x9, the first is 8x8"),
     ],
 )

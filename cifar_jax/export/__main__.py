@@ -86,7 +86,7 @@ def export_network(
     Raises:
         CifarJaxError: usage; ``output`` exists, or has another ending. Checkpoint; there is none.
             Environment; packages are missing, or ``output`` cannot be written. Data; ``data``
-            cannot be had. Numerics; the file's answers are others than the checkpoint's.
+            cannot be read. Numerics; the file's answers differ from the checkpoint's.
     """
     if output.suffix != f".{format}":
         raise CifarJaxError(
@@ -117,7 +117,7 @@ def export_network(
         size = path.stat().st_size
         print(f"checking the {size:,} bytes written on {len(images):,} {their_name}", flush=True)
         difference = _largest_difference(read(network, path), images, expected)
-        if not difference <= TOLERANCE:  # a NaN is no agreement
+        if not difference <= TOLERANCE:  # so that NaN fails too
             raise CifarJaxError(
                 ExitCode.NUMERICS,
                 f"the {format} file gave probabilities up to {difference:.1g} from the "

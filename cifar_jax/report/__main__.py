@@ -49,7 +49,7 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
 
     Raises:
         CifarJaxError: usage; options that do not go together. Checkpoint; a workdir holds no run,
-            or a damaged one. Data; ``options.data`` cannot be had. Environment; the file cannot be
+            or a damaged one. Data; ``options.data`` cannot be read. Environment; the file cannot be
             written.
     """
     single = len(workdirs) == 1

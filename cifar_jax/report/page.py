@@ -133,7 +133,7 @@ class ReceptiveField:
 
 @dataclasses.dataclass
 class RunPage:
-    """All that the page of one run shows; filled bit by bit, as far as it can be had.
+    """All that the page of one run shows; filled bit by bit, as far as possible.
 
     Attributes:
         missing: what is not on the page and why, a sentence each.
@@ -176,13 +176,13 @@ class Comparison:
 def gather_run(run: StoredRun, *, data: str | None, data_dir: str | None) -> RunPage:
     """The page of ``run``, scored on the test images if it is complete, else on validation images.
 
-    What cannot be had is left out, and said on the page and on stderr.
+    What cannot be read is left out, and named on the page and on stderr.
 
     Args:
         data: a source as in ``cifar_jax.train``; None is the one that the run was trained on.
 
     Raises:
-        CifarJaxError: data; ``data`` is given and cannot be had.
+        CifarJaxError: data; ``data`` is given and cannot be read.
     """
     summary = summarize(run)
     page = RunPage(summary)
@@ -381,9 +381,9 @@ def _disagreements(summary: Summary, labelled: LabelledImages, scored: Scored) -
     if recorded == scores.correct:
         return []
     return [
-        f"Scored anew, {scores.correct:,} {scored.split} images are right; by the run's own record "
-        f"it was {recorded:,}. Another machine rounds differently; more than a few mean another "
-        "network or other images."
+        f"Scored again, {scores.correct:,} {scored.split} images are right; by the run's own "
+        f"record it was {recorded:,}. Another machine rounds differently; more than a few mean "
+        "another network or other images."
     ]
 
 

@@ -63,7 +63,7 @@ def read_run(workdir: Path) -> StoredRun:
         CifarJaxError: checkpoint; there is no run in ``workdir``, or one of the files is damaged.
     """
     if not (workdir / "config.json").is_file():
-        what = "holds no run" if workdir.is_dir() else "is no folder"
+        what = "holds no run" if workdir.is_dir() else "is not a folder"
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"{workdir} {what}",
@@ -117,7 +117,7 @@ def _unreadable(path: Path, reason: str) -> CifarJaxError:
         path,
         reason,
         f"restore it, or delete {workdir / 'report.json'} and let python -m cifar_jax.train "
-        f"--resume --workdir {workdir} write both metrics.jsonl and report.json anew",
+        f"--resume --workdir {workdir} write both metrics.jsonl and report.json again",
     )
 
 

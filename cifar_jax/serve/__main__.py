@@ -45,7 +45,7 @@ def serve(options: ServeOptions) -> None:
 
     Raises:
         CifarJaxError: checkpoint; there is no network. Environment; starlette or uvicorn is
-            missing, or the port cannot be had.
+            missing, or the port cannot be used.
     """
     step_folder(Path(options.checkpoint))  # soon: trained.load would say so after the imports
     try:
@@ -78,7 +78,7 @@ def serve(options: ServeOptions) -> None:
             headers=[("X-Content-Type-Options", "nosniff")],
             timeout_graceful_shutdown=1,
         )
-        # That it does not wait longer for an answer is no error.
+        # That it does not wait longer for an answer is not an error.
         logging.getLogger("uvicorn.error").addFilter(lambda record: "graceful" not in record.msg)
         if hosts == ["*"]:
             warning = f"warning: --host {options.host} lets in whoever reaches it, with no password"
