@@ -87,7 +87,7 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
     view = View()
     rows = []
     for layer in layers:
-        leaves = variables["params"].get(layer.name, {})
+        leaves = variables.get("params", {}).get(layer.name, {})
         view = _view_after(layer, view, leaves, image_shape)
         rows.append(
             LayerRow(
