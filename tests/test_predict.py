@@ -40,7 +40,7 @@ def test_files_folders_and_standard_input(
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     files = [*sorted(map(str, folder.iterdir())), str(bad), "-", str(single)]
     assert [line["file"] for line in lines] == files
-    assert "no image" in lines[7]["error"]
+    assert "not an image" in lines[7]["error"]
     assert "1 of 10 image(s) could not be read" in found.stderr.decode()
     assert found.stderr.decode().count("\n") == 1
 

@@ -328,7 +328,7 @@ def test_auto_offline_is_shapes_under_a_notice(tmp_path: Path) -> None:
         "CIFAR-10 is missing",
         str(tmp_path),
         "no route to host",
-        "SAYS NOTHING OF CIFAR-10",
+        "SAYS NOTHING ABOUT CIFAR-10",
         "python -m cifar_jax.train --data cifar10",
     ):
         assert said in dataset.notice
