@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from cifar_jax.blocks import Conv, Layer, global_max_pool, residual
+from cifar_jax.blocks import Conv, LayerFunction, global_max_pool, residual
 from cifar_jax.convolution import paired_conv
 from cifar_jax.dataset import ImageShape
 from cifar_jax.initializers import (
@@ -68,12 +68,12 @@ class Airbench(nn.Module):
 
         norms = (f"BatchNorm_{i}" for i in itertools.count())
         height, width = (size - WHITENING_SIDE + 1 for size in x.shape[1:3])
-        layers: list[Layer] = [Whitening(self.dtype, name=WHITENING), gelu]
+        layers: list[LayerFunction] = [Whitening(self.dtype, name=WHITENING), gelu]
         for i, features in enumerate(self.widths):
             below, right = map(_padding_before_pool, (height, width))
             layers.append(conv(features, below, right, paired=i == 0))
             layers += self.norm_gelu(next(norms), train=train, pool=True)
-            rest: list[Layer] = [conv(features), *self.norm_gelu(next(norms), train=train)]
+            rest: list[LayerFunction] = [conv(features), *self.norm_gelu(next(norms), train=train)]
             if self.deep:
                 rest += [conv(features), self.batch_norm(next(norms), train=train)]
                 rest = [residual(rest), gelu]
@@ -81,7 +81,7 @@ class Airbench(nn.Module):
             height, width = height // 2, width // 2
         return nn.Sequential([*layers, *self.classifier()])(x)
 
-    def norm_gelu(self, name: str, *, train: bool, pool: bool = False) -> list[Layer]:
+    def norm_gelu(self, name: str, *, train: bool, pool: bool = False) -> list[LayerFunction]:
         """The layers after a convolution: MaxPool 2 if wanted, batch norm, GELU.
 
         Args:
@@ -101,7 +101,7 @@ class Airbench(nn.Module):
             name=name,
         )
 
-    def classifier(self) -> list[Layer]:
+    def classifier(self) -> list[LayerFunction]:
         """The layers from the last activations to the logits."""
 
         def scale(x: jax.Array) -> jax.Array:

@@ -264,7 +264,7 @@ def extract_once(archive: Path, into: Path) -> Path:
             with alone_in(into, "extracting") as alone:
                 if not folder.is_dir():
                     _extract(members, folder, alone)
-        except OSError as error:  # of writing: what reading raises is no OSError any more
+        except OSError as error:  # of writing: what reading raises is not an OSError any more
             what = f"cannot write to --data-dir {into}: {error.strerror or error}"
             if error.errno in _NO_ROOM:
                 needed = members.unpacked_size() / 2**20

@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from cifar_jax.convolution import conv3x3
 from cifar_jax.winograd import Padding
 
-Layer = Callable[[jax.Array], jax.Array]
+LayerFunction = Callable[[jax.Array], jax.Array]
 
 
 class Conv(nn.Module):
@@ -43,7 +43,7 @@ class Conv(nn.Module):
         return y if bias is None else y + bias
 
 
-def residual(layers: list[Layer]) -> Layer:
+def residual(layers: list[LayerFunction]) -> LayerFunction:
     """``x + branch(x)``, where the branch is the ``layers`` one after the other."""
     branch = nn.Sequential(layers)
 

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from cifar_jax import cli
-from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.options import check_options, option
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.options import Options, option
 
 DESCRIPTION = """\
 Look through all images of a data set as training would read them: name every file that cannot be
@@ -22,24 +22,18 @@ examples:
   python -m cifar_jax.check_data cifar10.tar.gz
 """
 
-_GROUP = "options"
-
 
 @dataclasses.dataclass(frozen=True)
-class CheckOptions:
+class CheckOptions(Options):
     """How training would read the data."""
 
     image_size: int | None = option(
         None,
         "as in cifar_jax.train; not given, all must be of one size",
-        group=_GROUP,
         unit="pixels",
         at_least=1,
     )
-    data_dir: str | None = option(None, "as in cifar_jax.train", group=_GROUP)
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    data_dir: str | None = option(None, "as in cifar_jax.train")
 
 
 def check_data(data: str, options: CheckOptions) -> None:
@@ -55,7 +49,7 @@ def check_data(data: str, options: CheckOptions) -> None:
     from tqdm import tqdm
 
     from cifar_jax.dataset import ImageFiles
-    from cifar_jax.images import decode_file, shown
+    from cifar_jax.images import decode_file
     from cifar_jax.sources import load_splits
 
     def look(place: tuple[str, int]) -> bytes | CifarJaxError:
@@ -97,7 +91,9 @@ def check_data(data: str, options: CheckOptions) -> None:
     print(f"{n_bad:,} bad file(s), {len(twice):,} image(s) that are there twice")
     if n_bad:
         raise CifarJaxError(
-            ExitCode.DATA, f"{n_bad:,} file(s) of {data} cannot be used", fix="each is named above"
+            ExitCode.DATA,
+            f"{n_bad:,} file(s) of {data} cannot be used",
+            fix="mend or remove the files named above",
         )
 
 

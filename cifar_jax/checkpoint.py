@@ -3,7 +3,7 @@
 Saving is synchronous: a checkpoint counts as saved when it is on the disk. It is written to a
 hidden folder, which is renamed when all is there, so that a kill at any instant leaves the older
 ones in place. Orbax reads flipped bits without complaint, so a manifest with a digest of every file
-is written last: a folder without one is no checkpoint, and one whose files differ is not read.
+is written last: a folder without one is not a checkpoint, and one whose files differ is not read.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _check_files(path: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, f"its {MANIFEST} cannot be read: {first_line(error)}") from error
     if not isinstance(manifest, dict):
-        raise _damaged(path, f"its {MANIFEST} is no table of files")
+        raise _damaged(path, f"its {MANIFEST} is not a table of files")
     for name in sorted(digests.keys() | manifest.keys()):
         if digests.get(name) != manifest.get(name):
             raise _damaged(path, f"{name} is not the file that was saved")

@@ -45,7 +45,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
     """The value of option ``name``, annotated with type ``hint``, from its text.
 
     Raises:
-        CifarJaxError: usage; the text is no value of that type.
+        CifarJaxError: usage; the text is not a value of that type.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -109,11 +109,12 @@ def make_parser(config_type: type, *, prog: str, description: str) -> Parser:
     parser.add_argument("--version", action="version", version=f"cifar_jax {__version__}")
     parser.add_argument(_DEBUG, action="store_true", help="show where in the code an error arose")
     hints = typing.get_type_hints(config_type)
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for field in dataclasses.fields(config_type):
         metadata, hint = field.metadata, hints[field.name]
-        group = groups.get(metadata["group"]) or parser.add_argument_group(metadata["group"])
-        groups[metadata["group"]] = group
+        heading = metadata["group"]
+        group = groups.get(heading) or parser.add_argument_group(heading)
+        groups[heading] = group
         help_text = metadata["help"].replace("%", "%%") + _describe_default(field)
         if hint is bool:
             group.add_argument(

@@ -31,7 +31,7 @@ def use_compilation_cache() -> None:
             folder = _own_folder()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_room(folder)
-        except (OSError, RuntimeError):  # no home, or a full one: then each command compiles anew
+        except (OSError, RuntimeError):  # no home, or a full one: then each command compiles again
             return
         os.environ[_FOLDER] = str(folder)
         os.environ.setdefault(_LEAST_SECONDS, "0.3")

@@ -7,7 +7,7 @@ import difflib
 from typing import Any, Literal
 
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.options import check_options, flag, option
+from cifar_jax.options import Options, flag, option
 
 ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9", "airbench"]
 OptimizerName = Literal["sgd", "adam", "adamw", "muon"]
@@ -19,7 +19,8 @@ SplitName = Literal["train", "val", "test"]
 FitName = Literal["stretch", "crop"]
 ExportFormat = Literal["stablehlo", "onnx", "safetensors", "pth"]
 
-ALWAYS_NORMALISED = ("resnet9", "airbench")  # whose convolutions all have a batch norm
+# All their convolutions have a batch norm.
+ALWAYS_NORMALISED: tuple[ModelName, ...] = ("resnet9", "airbench")
 
 _DATA, _MODEL, _OPTIMIZER = "data", "model", "optimizer"
 _REGULARISATION, _RUN = "augmentation and regularisation", "run"
@@ -27,7 +28,7 @@ _PROCESSES = "several processes"
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """A training run. The same config, data and device count give the same bits on a CPU."""
 
     preset: PresetName = option(
@@ -94,7 +95,7 @@ class TrainConfig:
         "auto",
         "a folder of class folders (or of train/ and test/ with them), a .tar.gz of one, an "
         "official CIFAR-10 .tar.gz, 'cifar10' (tensorflow-datasets), 'shapes' (drawn here, needs "
-        "no network), or 'auto': cifar10 where it can be had, else shapes",
+        "no network), or 'auto': cifar10 if it is prepared or can be downloaded, else shapes",
         group=_DATA,
     )
     data_dir: str | None = option(
@@ -231,34 +232,19 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.nesterov and self.optimizer != "sgd":
             raise _usage(f"--nesterov with --optimizer {self.optimizer}", "use --optimizer sgd")
         if self.nesterov and self.momentum == 0:
             raise _usage("--nesterov with --momentum 0", "give --momentum 0.9, for example")
-        if self.widths and self.model in ("linear", "mlp"):
-            raise _usage(
-                f"--widths with --model {self.model}, which has no convolutions", "drop --widths"
-            )
+        for name, (models, why, fix) in _HAS_NO_USE_FOR.items():
+            is_given = getattr(self, name) != getattr(TrainConfig, name)  # its default
+            if is_given and self.model in models:
+                raise _usage(f"{flag(name)} with --model {self.model}, which {why}", fix)
         if self.widths and self.model == "resnet9" and len(self.widths) != 4:
             raise _usage(
                 f"--widths with {len(self.widths)} numbers for resnet9, which has 4 stages",
                 "give four, such as --widths 64,128,256,512",
-            )
-        if self.hidden and self.model in ("linear", *ALWAYS_NORMALISED):
-            raise _usage(
-                f"--hidden with --model {self.model}, which has no hidden Dense layer",
-                "drop --hidden",
-            )
-        if self.batch_norm and self.model in ("linear", "mlp"):
-            raise _usage(
-                f"--batch-norm with --model {self.model}, which has no convolutions",
-                "give --no-batch-norm",
-            )
-        if self.patch_size > 1 and self.model in ("linear", "mlp", *ALWAYS_NORMALISED):
-            raise _usage(
-                f"--patch-size with --model {self.model}, which sees single pixels",
-                "give --patch-size 1",
             )
         if self.optimizer == "muon" and not (self.batch_norm or self.model in ALWAYS_NORMALISED):
             raise _usage(
@@ -271,15 +257,23 @@ class TrainConfig:
                 "--weight-decay with --optimizer muon, which holds the norms of kernels",
                 "give --weight-decay 0",
             )
-        if self.dropout and self.model in ("linear", "airbench"):
-            other = {"linear": "mlp", "airbench": "resnet9"}[self.model]
-            raise _usage(
-                f"--dropout with --model {self.model}, which has none",
-                f"drop --dropout, or use --model {other}",
-            )
         if isinstance(self.devices, int):
             check_batch_divides(self, self.devices * (self.num_processes or 1))
         _check_processes(self)
+
+
+# Options that some models cannot have: which models, what they are like, and the cure.
+_HAS_NO_USE_FOR: dict[str, tuple[tuple[ModelName, ...], str, str]] = {
+    "widths": (("linear", "mlp"), "has no convolutions", "drop --widths"),
+    "hidden": (("linear", *ALWAYS_NORMALISED), "has no hidden Dense layer", "drop --hidden"),
+    "batch_norm": (("linear", "mlp"), "has no convolutions", "give --no-batch-norm"),
+    "patch_size": (
+        ("linear", "mlp", *ALWAYS_NORMALISED),
+        "sees single pixels",
+        "give --patch-size 1",
+    ),
+    "dropout": (("linear", "airbench"), "has none", "drop it, or use --model mlp or resnet9"),
+}
 
 
 def _check_processes(config: TrainConfig) -> None:
@@ -387,7 +381,7 @@ def check_preset(config: TrainConfig) -> None:
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values, without what is of one start of the run only."""
+    """The config as plain JSON values, without what concerns one start of the run only."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
@@ -402,16 +396,16 @@ def from_json(values: Any, where: str) -> TrainConfig:
         where: what an error calls the place that ``values`` are from, such as a file's path.
 
     Raises:
-        CifarJaxError: usage; a key that is no option, or a value that it cannot have.
+        CifarJaxError: usage; a key that is not an option, or a value that it cannot have.
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     if not isinstance(values, dict):
-        raise _usage(f"{where} is no table of options", "use the file that the run wrote")
+        raise _usage(f"{where} is not a table of options", "use the file that the run wrote")
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             raise _usage(
-                f"{where} has {name!r}, which is no option of this version",
+                f"{where} has {name!r}, which is not an option of this version",
                 f"did you mean {near[0]}?" if near else "use the version that wrote it",
             )
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
@@ -419,7 +413,7 @@ def from_json(values: Any, where: str) -> TrainConfig:
         return TrainConfig(**fields)
     except CifarJaxError as error:
         fix = "use the file that the run wrote"
-        raise _usage(f"{where} is no config of a run: {error.what}", fix) from error
+        raise _usage(f"{where} is not the config of a run: {error.what}", fix) from error
 
 
 def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:

@@ -11,7 +11,7 @@ from cifar_jax import cli
 from cifar_jax.config import ModelName
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import check_is_new, new_path
-from cifar_jax.options import check_options, flag, option
+from cifar_jax.options import Options, flag, option
 from cifar_jax.workdir import step_folder
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
@@ -23,7 +23,7 @@ Convert a trained network between PyTorch and JAX, exactly: float32 weights keep
 
 The formats are told by the endings: .pth and .pt are state_dicts of PyTorch (they take
 `pip install torch==2.13.0`), .safetensors the same tensors under the same names, and a folder is a
-checkpoint of this program: a --workdir of cifar_jax.train, of which the best step is taken, or one
+checkpoint of this program: a --workdir of cifar_jax.train (its best step is taken), or one
 checkpoints/<step>. A folder that is written is a workdir of the same kind.
 
 The network is found from the names and shapes of the tensors. Nothing in a file is run: a whole
@@ -46,7 +46,7 @@ _CIFAR10 = (
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertOptions:
+class ConvertOptions(Options):
     """What to know of a network whose file holds tensors alone."""
 
     model: ModelName | None = option(
@@ -75,9 +75,6 @@ class ConvertOptions:
         group=_GROUP,
     )
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
     @property
     def given(self) -> list[str]:
         fields = dataclasses.fields(self)
@@ -100,7 +97,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
             ExitCode.CHECKPOINT, f"SOURCE {source} does not exist", fix="check the path"
         )
     if source.is_dir():
-        step_folder(source)  # of which trained.load would say so seconds later
+        step_folder(source)  # trained.load would refuse it too, seconds later
     from cifar_jax import trained
     from cifar_jax.network_metadata import metadata_of
     from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict
@@ -109,7 +106,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
     if ending not in ENDINGS and ending[1:].isidentifier():  # runs/v1.2 is a folder's name
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"DESTINATION {destination} ends in {ending}, which is no format here",
+            f"DESTINATION {destination} ends in {ending}, which is not a format here",
             fix=f"let it end in {', '.join(ENDINGS)}, or give a folder's name without an ending; "
             "python -m cifar_jax.export writes .onnx",
         )
@@ -135,8 +132,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 
 def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
     from cifar_jax import trained
-    from cifar_jax.network_metadata import network_of
-    from cifar_jax.state_dicts import check_finite, read_state_dict
+    from cifar_jax.state_dicts import check_finite, network_of, read_state_dict
 
     if source.is_dir():
         network = trained.load(source)
@@ -160,10 +156,9 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     from cifar_jax.state_dicts import identify, takes_one_size, variables_of
     from cifar_jax.trained import TrainedNetwork
 
-    config, image_shape, num_classes = identify(
-        state_dict, model=options.model, image_size=options.image_size
-    )
-    variables = variables_of(state_dict, config, image_shape, num_classes, path)
+    network = identify(state_dict, model=options.model, image_size=options.image_size)
+    variables = variables_of(state_dict, network, path)
+    config, image_shape, num_classes = network
     side, _, channels = image_shape
     if channels not in (1, 3):
         raise CifarJaxError(
@@ -193,8 +188,8 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
         )
     if config.model not in ("linear", "mlp"):
         print(
-            "note: of activations, padding and pooling no tensor tells: compare what both networks "
-            "answer for an image"
+            "note: the tensors do not say how the network pads, pools and activates: compare both "
+            "networks' predictions for one image"
         )
     if not options.image_size:
         how = "by its first Linear" if takes_one_size(config) else "if not, give --image-size"
@@ -206,9 +201,9 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     if not options.classes:
         print(f"assumed: {_describe(_default_classes(num_classes))}; if not, give --classes")
     if config.model == "resnet9":
-        print("assumed: logits are 0.125 times what the classifier gives, as resnet9's here are")
+        print("assumed: the classifier's outputs are multiplied by 0.125, as resnet9's here are")
     if config.model == "airbench":
-        print("assumed: logits are what the head gives over its inputs' number, as airbench's are")
+        print("assumed: the head's outputs are divided by its number of inputs, as airbench's are")
     if config.dropout:
         print(f"assumed: dropout of {config.dropout}, which matters in training alone")
     return TrainedNetwork(

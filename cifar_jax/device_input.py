@@ -22,6 +22,7 @@ from cifar_jax import images
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.layout import Variables
 from cifar_jax.metrics import RunningSums
 from cifar_jax.parallel import (
     AXIS_NAME,
@@ -33,7 +34,7 @@ from cifar_jax.parallel import (
     replicate,
     sum_on_host,
 )
-from cifar_jax.train_step import Sums, TrainState, Variables, eval_step
+from cifar_jax.train_step import Sums, TrainState, eval_step
 
 # The rest is for the state and the activations: a guess.
 _SHARE_FOR_IMAGES = 0.9

@@ -1,8 +1,7 @@
 """Several processes as one run: they meet, agree, and leave together. ``jax.distributed`` does it.
 
-JAX ends every process when one is gone, by an abort with a trace of C++ and no word of what to do.
-So a process of several keeps the runtime's own messages in a file, and a helper that outlives it
-says the word.
+When one process is gone, JAX aborts the other processes with a C++ trace and no advice, so a helper
+process that outlives this one prints it. The runtime's own messages are kept in a file.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
     name = socket.gethostname() if config.process_id is None else config.process_id
     log = workdir / f"process-{name}.log"
     workdir.mkdir(parents=True, exist_ok=True)
-    with _last_word(workdir, log):
+    with _advice_if_aborted(workdir, log):
         _keep_runtime_messages(log)
         _meet(config)
         try:
@@ -283,8 +282,8 @@ def _keep_runtime_messages(log: Path) -> None:
 
 
 @contextlib.contextmanager
-def _last_word(workdir: Path, log: Path) -> Iterator[None]:
-    """Have it said what to do if this process is aborted inside."""
+def _advice_if_aborted(workdir: Path, log: Path) -> Iterator[None]:
+    """Have a helper process print what to do if this one is aborted inside."""
     message = (
         "cifar_jax: error: this process was ended because another one is gone, or was killed "
         f"itself (the runtime's own words are in {log}). Fix: {_how_to_go_on(workdir)}."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import os
 import signal
+from pathlib import Path
 
 
 class ExitCode(enum.IntEnum):
@@ -52,3 +54,8 @@ class Stopped(BaseException):
 def first_line(error: BaseException) -> str:
     """What to quote of an error that another library raised, which may be pages long."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def shown(name: str | bytes | Path) -> str:
+    """A name that comes from outside, for a message: escaped where it would not print in a line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))

@@ -12,7 +12,7 @@ from cifar_jax import cli
 from cifar_jax.config import SplitName
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
-from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder, workdir_of
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
@@ -33,25 +33,19 @@ examples:
 """
 
 _MISTAKES = 24
-_GROUP = "options"
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """What to score, on what."""
 
-    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
     data: str | None = option(
-        None, "images, as in cifar_jax.train [default: what it was trained on]", group=_GROUP
+        None, "images, as in cifar_jax.train [default: what it was trained on]"
     )
-    data_dir: str | None = option(None, "as in cifar_jax.train", group=_GROUP)
-    split: SplitName = option("test", "which of the images", group=_GROUP)
-    output: str | None = option(
-        None, "the folder to write to [default: the run's own]", group=_GROUP
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    data_dir: str | None = option(None, "as in cifar_jax.train")
+    split: SplitName = option("test", "which of the images")
+    output: str | None = option(None, "the folder to write to [default: the run's own]")
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -61,17 +55,16 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         The contents of ``evaluation.json``, or of another split ``evaluation-val.json``.
 
     Raises:
-        CifarJaxError: there is no such network, or the images are not to be had.
+        CifarJaxError: there is no such network, or the images cannot be read.
             Environment; the output folder cannot be written.
     """
     checkpoint = Path(options.checkpoint)
-    step_folder(checkpoint)  # soon: trained.load would say so after the imports
+    step = step_folder(checkpoint)  # soon: trained.load would say so after the imports
     from cifar_jax import trained
     from cifar_jax.labelled import load_labelled, logits_of
     from cifar_jax.plots import save_calibration, save_confusion, save_mistakes
     from cifar_jax.scores import score
 
-    step = step_folder(checkpoint)
     network = trained.load(step)
     print(f"the network of {step}")
     output = Path(options.output or workdir_of(checkpoint))

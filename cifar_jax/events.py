@@ -23,7 +23,7 @@ _TAGS = {
 def event_log(folder: Path, history: list[EpochRow]) -> Iterator[Callable[[EpochRow], None]]:
     """Give a function that adds an epoch's row, by optimizer step, to the events in ``folder``.
 
-    The folder is written anew from ``history``, so that a resumed run has no epoch twice.
+    The folder is rewritten from ``history``, so that a resumed run has no epoch twice.
     """
     from tensorboardX import SummaryWriter  # an extra
 

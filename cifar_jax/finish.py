@@ -77,5 +77,5 @@ def draw_curves(run: Run, progress: Progress) -> None:
     path = run.workdir / "plots" / "curves.png"
     try:
         save_curves(progress.history, title, path)
-    except OSError as error:  # a full disk, say, of which the run itself has more to tell
+    except OSError as error:  # a full disk, for example; the run itself says more of it
         print(f"warning: cannot draw {path}: {error.strerror}")

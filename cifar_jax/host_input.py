@@ -13,6 +13,7 @@ import numpy as np
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, Split
 from cifar_jax.input_pipeline import eval_batches, train_batches
+from cifar_jax.layout import Variables
 from cifar_jax.metrics import RunningSums
 from cifar_jax.parallel import (
     AXIS_NAME,
@@ -25,7 +26,7 @@ from cifar_jax.parallel import (
     shard,
     sum_on_host,
 )
-from cifar_jax.train_step import Sums, TrainState, Variables, eval_step
+from cifar_jax.train_step import Sums, TrainState, eval_step
 
 
 def make_advance(

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cifar_jax.config import FitName
 from cifar_jax.dataset import ImageFiles, ImageShape, Split
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.errors import CifarJaxError, ExitCode, first_line, shown
 
 # 64 megapixels take 200 MB decoded; a file of a few kilobytes can claim thousands of them.
 MAX_PIXELS = 64_000_000
@@ -54,7 +54,7 @@ def read_image(
         fit: ``stretch`` changes the proportions to fit; ``crop`` cuts the middle out.
 
     Raises:
-        CifarJaxError: data; it cannot be read, is no image, is damaged, or is too large.
+        CifarJaxError: data; it cannot be read, is not an image, is damaged, or is too large.
     """
     try:
         with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
@@ -77,7 +77,7 @@ def read_image(
             raise Image.DecompressionBombError(f"{image.height}x{image.width}")
         return _resized(_upright(image, image_shape[2]), image_shape, fit)
     except UnidentifiedImageError as error:
-        raise _refused(name, "is no image of a format that Pillow reads") from error
+        raise _refused(name, "is not an image of a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
         raise _refused(name, f"has more than {MAX_PIXELS:,} pixels: {error}") from error
     except Exception as error:  # a damaged file ends in whatever its decoder runs into
@@ -245,7 +245,7 @@ def _header(content: bytes) -> ImageShape:
         elif content.startswith(_PNG):
             shape = _png_header(content)
         else:
-            raise ValueError("is no JPEG or PNG" if content else "is empty")
+            raise ValueError("is not a JPEG or PNG" if content else "is empty")
     except (IndexError, struct.error) as error:
         raise ValueError("is cut short") from error
     height, width, _ = shape
@@ -302,7 +302,7 @@ _TURNS = {
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes ``image`` upright by its EXIF; damaged EXIF says nothing, and is no damage."""
+    """The turn that EXIF asks for, or None; damaged EXIF is ignored."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever Pillow's parsers run into
@@ -368,8 +368,3 @@ def png_uri(pixels: NDArray[np.uint8]) -> str:
 
 def _refused(name: str, what: str, fix: str = "give a JPEG, PNG or other image") -> CifarJaxError:
     return CifarJaxError(ExitCode.DATA, shown(f"{name} {what}"), fix=fix)
-
-
-def shown(name: str | bytes | Path) -> str:
-    """A name that comes from outside, for a message: escaped where it would not print in a line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from cifar_jax.config import SplitName
 from cifar_jax.dataset import ImageFiles, Split
-from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.images import shown
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.inference import make_logits
 from cifar_jax.sources import load_splits
 from cifar_jax.trained import UNKNOWN_DATA, TrainedNetwork
@@ -72,12 +71,12 @@ def load_labelled(
             so may hold some that were trained on.
 
     Raises:
-        CifarJaxError: data; the source cannot be had, or has other classes or images. Or the split
+        CifarJaxError: data; the source cannot be read, or has other classes or images. Or the split
             is drawn from other images than in training.
     """
     config = network.config
     source = data or config.data
-    found = load_splits(
+    splits = load_splits(
         source,
         data_dir=data_dir or config.data_dir,
         image_size=config.image_size,
@@ -85,27 +84,27 @@ def load_labelled(
         max_train_examples=config.max_train_examples,
         seed=config.seed,
     )
-    if set(found.class_names) != set(network.class_names):
-        given = f"--data {source}" if data else f"{found.name}, taken as no --data is given,"
+    if set(splits.class_names) != set(network.class_names):
+        given = f"--data {source}" if data else f"{splits.name}, taken as no --data is given,"
         raise CifarJaxError(
             ExitCode.DATA,
-            f"{given} has the classes {', '.join(found.class_names)}; the network was trained on "
+            f"{given} has the classes {', '.join(splits.class_names)}; the network was trained on "
             f"{', '.join(network.class_names)}",
             fix="give --data with the network's classes",
         )
-    other_data = network.data_digest not in (UNKNOWN_DATA, found.digest)
-    if other_data and split in found.drawn and not may_be_trained_on:
+    other_data = network.data_digest not in (UNKNOWN_DATA, splits.digest)
+    if other_data and split in splits.drawn and not may_be_trained_on:
         raise CifarJaxError(
             ExitCode.DATA,
-            f"the {split} images of {found.name} are drawn at random, and it has changed since the "
-            "network was trained, or is other data: some of them may have been trained on",
+            f"the {split} images of {splits.name} are drawn at random, and it has changed since "
+            "the network was trained, or is other data: some of them may have been trained on",
             fix="give the --data of training as it was, or images in a test/ folder beside train/",
         )
-    chosen = {"train": found.train, "val": found.val, "test": found.test}[split]
+    chosen = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
     if not len(chosen):
         raise CifarJaxError(
             ExitCode.DATA,
-            f"--split {split}: {found.name} has no such images",
+            f"--split {split}: {splits.name} has no such images",
             fix="give another --split",
         )
     images = chosen.images
@@ -113,28 +112,26 @@ def load_labelled(
         shape = network.image_shape
         images = dataclasses.replace(images, shape=shape, resize=True, to_grey=True)
     elif chosen.image_shape != network.image_shape:
-        found_shape, wanted = (
-            "x".join(map(str, s)) for s in (images.shape[1:], network.image_shape)
-        )
+        given, wanted = ("x".join(map(str, s)) for s in (images.shape[1:], network.image_shape))
         raise CifarJaxError(
             ExitCode.DATA,
-            f"the images of --data {source} are {found_shape}, the network's {wanted}",
+            f"the images of --data {source} are {given}, the network's {wanted}",
             fix="give a folder of image files, which are resized",
         )
-    label_of = np.array([network.class_names.index(name) for name in found.class_names], np.int32)
+    label_of = np.array([network.class_names.index(name) for name in splits.class_names], np.int32)
     in_its_order = Split(images, label_of[chosen.labels])
-    return LabelledImages(found.name, found.digest, in_its_order, found.notice)
+    return LabelledImages(splits.name, splits.digest, in_its_order, splits.notice)
 
 
 def logits_of(network: TrainedNetwork, labelled: LabelledImages) -> NDArray[np.float32]:
     """The logits ``[N, K]`` of all images, in order; with a progress bar."""
     logits = make_logits(network)
-    found = []
+    pieces = []
     with tqdm(total=len(labelled), unit="images", desc="scoring", leave=False, disable=None) as bar:
         for images in _batches(labelled.split):
-            found.append(logits(images))
+            pieces.append(logits(images))
             bar.update(len(images))
-    return np.concatenate(found)
+    return np.concatenate(pieces)
 
 
 def _batches(split: Split) -> Iterator[NDArray[np.uint8]]:

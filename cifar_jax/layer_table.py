@@ -87,28 +87,8 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
     view = View()
     rows = []
     for layer in layers:
-        if view.stride:
-            if layer.kind == "conv":
-                side = variables["params"][layer.name]["kernel"].shape[0]
-                window = (side - 1) * layer.dilation + 1
-                padding = layer.padding
-                if padding is None:  # "SAME", which pads the first edge less, or "VALID"
-                    spanned = (layer.output.shape[1] - 1) * layer.stride + window
-                    padding = max(0, spanned - layer.input.shape[1]) // 2
-                view = view.through(window, step=layer.stride, padding=padding)
-            elif layer.kind == "pool":
-                view = view.through(2, step=2, padding=0)  # of 3 pixels it leaves one out
-            elif layer.kind == "space_to_depth":
-                side = layer.input.shape[1] // layer.output.shape[1]
-                view = view.through(side, step=side, padding=0)
-            elif layer.kind in ("global_pool", "flatten"):
-                view = view.of_all(layer.input.shape[1:3], image_shape[:2])
-            elif layer.output.shape[1:-1] != layer.input.shape[1:-1]:
-                raise ValueError(
-                    f"{layer.kind} changes the size of the image in a way that layer_table does "
-                    "not know: add it there, and to _KINDS in layers.py"
-                )
-        leaves = variables["params"].get(layer.name, {})
+        leaves = variables.get("params", {}).get(layer.name, {})
+        view = _view_after(layer, view, leaves, image_shape)
         rows.append(
             LayerRow(
                 name=layer.name,
@@ -128,6 +108,36 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
             )
         )
     return rows
+
+
+def _view_after(layer: Layer, view: View, leaves: dict[str, Any], image_shape: ImageShape) -> View:
+    """What the outputs of ``layer`` see, where its inputs have the ``view``.
+
+    Raises:
+        ValueError: the layer changes the size of the image, in a way that is not known here.
+    """
+    if not view.stride:  # one position, which sees what it sees
+        return view
+    if layer.kind == "conv":
+        window = (leaves["kernel"].shape[0] - 1) * layer.dilation + 1
+        padding = layer.padding
+        if padding is None:  # "SAME", which pads the first edge less, or "VALID"
+            spanned = (layer.output.shape[1] - 1) * layer.stride + window
+            padding = max(0, spanned - layer.input.shape[1]) // 2
+        return view.through(window, step=layer.stride, padding=padding)
+    if layer.kind == "pool":
+        return view.through(2, step=2, padding=0)  # of 3 pixels it leaves one out
+    if layer.kind == "space_to_depth":
+        side = layer.input.shape[1] // layer.output.shape[1]
+        return view.through(side, step=side, padding=0)
+    if layer.kind in ("global_pool", "flatten"):
+        return view.of_all(layer.input.shape[1:3], image_shape[:2])
+    if layer.output.shape[1:-1] != layer.input.shape[1:-1]:
+        raise ValueError(
+            f"{layer.kind} changes the size of the image in a way that layer_table does not know: "
+            "add it there, and to _KINDS in layers.py"
+        )
+    return view
 
 
 def _macs(layer: Layer, leaves: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from cifar_jax.train_step import Variables
+from cifar_jax.layout import Variables
 
 ACTIVATIONS = ("relu", "gelu")
 

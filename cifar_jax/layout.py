@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_jax.dataset import ImageShape
+
 Array = NDArray[Any]
 Variables = dict[str, Any]  # {"params": {layer: {leaf: array}}, "batch_stats": the same}
-StateDict = Mapping[str, Array]
+StateDict = dict[str, Array]
 
 # Flax's name of a leaf -> its collection, and PyTorch's name.
 _LEAVES = {
@@ -46,7 +47,7 @@ class TorchLayout:
     """
 
     names: dict[str, str]
-    flattened: tuple[str, tuple[int, int, int]] | None
+    flattened: tuple[str, ImageShape] | None
     scaled_norms: bool = True
 
 
@@ -70,14 +71,14 @@ def oihw_to_hwio(weight: Array) -> Array:
     return np.ascontiguousarray(weight.transpose(2, 3, 1, 0))
 
 
-def dense_to_torch(kernel: Array, flattened: tuple[int, int, int] | None = None) -> Array:
+def dense_to_torch(kernel: Array, flattened: ImageShape | None = None) -> Array:
     """``[I, O]`` -> ``[O, I]``; inputs that are a flattened ``(H, W, C)`` go from hwc to chw."""
     if flattened:
         kernel = kernel.reshape(*flattened, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
     return np.ascontiguousarray(kernel.T)
 
 
-def dense_from_torch(weight: Array, flattened: tuple[int, int, int] | None = None) -> Array:
+def dense_from_torch(weight: Array, flattened: ImageShape | None = None) -> Array:
     """The inverse of :func:`dense_to_torch`."""
     kernel = weight.T
     if flattened:
@@ -86,9 +87,9 @@ def dense_from_torch(weight: Array, flattened: tuple[int, int, int] | None = Non
     return np.ascontiguousarray(kernel.reshape(weight.shape[::-1]))
 
 
-def to_torch(variables: Variables, layout: TorchLayout) -> dict[str, Array]:
+def to_torch(variables: Variables, layout: TorchLayout) -> StateDict:
     """Variables of a Flax network, as the ``state_dict`` of the same network in PyTorch."""
-    state_dict: dict[str, Array] = {}
+    state_dict: StateDict = {}
     for layer, torch_name in layout.names.items():
         for leaf, (collection, torch_leaf) in _LEAVES.items():
             leaves = variables.get(collection, {}).get(layer, {})
@@ -146,7 +147,7 @@ def _kernel_from_torch(layer: str, weight: Array, layout: TorchLayout) -> Array:
     return dense_from_torch(weight, _flattened_before(layer, layout))
 
 
-def _flattened_before(layer: str, layout: TorchLayout) -> tuple[int, int, int] | None:
+def _flattened_before(layer: str, layout: TorchLayout) -> ImageShape | None:
     if layout.flattened and layout.flattened[0] == layer:
         return layout.flattened[1]
     return None
@@ -162,15 +163,15 @@ def torch_running_variance(
 
     Args:
         momentum: as Flax counts it, of the old statistics.
-        start: the running variance before the first step, of which no factor is due.
-        n: values of which a batch's variance is taken, B * H * W; the same at every step.
+        start: the running variance before the first step, which has no such factor.
+        n: how many values a batch's variance is taken over, B * H * W; the same at every step.
         steps: training steps since ``start``.
     """
     kept = start * momentum**steps
     return kept + (variance - kept) * (n / (n - 1))
 
 
-def fold_bias_into_batch_norm(state_dict: StateDict, layout: TorchLayout) -> dict[str, Array]:
+def fold_bias_into_batch_norm(state_dict: StateDict, layout: TorchLayout) -> StateDict:
     """Drop the bias of convolutions that a batch norm follows, as our networks do.
 
     PyTorch's tutorials leave it in. The batch norm subtracts it again: as part of the mean of a

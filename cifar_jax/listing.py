@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.files import new_path
-from cifar_jax.images import shown, unusable
+from cifar_jax.images import unusable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -37,7 +37,7 @@ class Listing:
         labels: int32 ``[N]``.
         sizes: a line a file, of its path within the folder and its bytes; tells data from other
             data.
-        ignored: how many files there are that are no images by their ending, for each ending.
+        ignored: how many files have an ending that is not an image's, for each ending.
     """
 
     class_names: tuple[str, ...]

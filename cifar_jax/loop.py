@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cifar_jax import checkpoint
-from cifar_jax.config import TrainConfig, to_json
+from cifar_jax.config import TrainConfig
 from cifar_jax.distributed import agreed_signal, is_first, wait_for_all
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.events import event_log
@@ -32,6 +32,7 @@ from cifar_jax.metrics import (
     epochs_without_progress,
     table_row,
 )
+from cifar_jax.network_metadata import describe
 from cifar_jax.parallel import sum_on_host
 from cifar_jax.run import Progress, Run, versions, write_config
 from cifar_jax.start import start
@@ -95,57 +96,72 @@ def _stopped(run: Run, signum: int, what: str) -> Stopped:
     )
 
 
-def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
-    """Train to the end of the epoch, or to a step soon after a signal; returns the signal."""
-    config = run.config
-    save_every = config.checkpoint_every or run.steps_per_epoch
-    step, signum = progress.step, 0
-    first_step = len(progress.history) * run.steps_per_epoch
-    last_step = first_step + run.steps_per_epoch
-    in_flight: deque[tuple[int, Sums]] = deque()  # and how many steps are done with them
+class _StepsInFlight:
+    """Steps that are dispatched, whose sums the host has not read yet.
 
-    def settle(at_most: int) -> None:
-        nonlocal signum
-        while len(in_flight) > at_most:
-            done, sums = in_flight.popleft()
-            signum = signum or int(np.max(np.asarray(sums.pop("signal"))))
-            progress.sums.add(sum_on_host(sums))
+    Attributes:
+        signum: of the signal that a finished step tells of; 0 for none.
+    """
+
+    def __init__(self, run: Run, sums: RunningSums) -> None:
+        self.signum = 0
+        self._run, self._sums = run, sums
+        self._waiting: deque[tuple[int, Sums]] = deque()  # and how many steps are done with them
+
+    def add(self, step: int, sums: Sums) -> None:
+        """Put ``sums``, of steps up to ``step``, behind the others; wait for the oldest."""
+        self._waiting.append((step, sums))
+        self.settle(_STEPS_IN_FLIGHT)
+
+    def settle(self, at_most: int = 0) -> None:
+        """Wait until ``at_most`` are left; raises ``CifarJaxError`` for a loss that diverged."""
+        while len(self._waiting) > at_most:
+            step, sums = self._waiting.popleft()
+            self.signum = self.signum or int(np.max(np.asarray(sums["signal"])))
+            self._sums.add(sum_on_host(sums))
             losses = np.atleast_1d(np.asarray(sums["loss"]))
-            for at_step, loss in enumerate(losses, done - len(losses) + 1):
+            for at_step, loss in enumerate(losses, step - len(losses) + 1):
                 if not math.isfinite(loss):
                     raise _diverged(
-                        run,
+                        self._run,
                         f"the training loss is {loss} at step {at_step}, "
-                        f"learning rate {run.schedule(at_step - 1):g}",
+                        f"learning rate {self._run.schedule(at_step - 1):g}",
                     )
 
-    before, started = progress.seconds, time.perf_counter()
+
+def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
+    """Train to the end of the epoch, or to a step soon after a signal; returns the signal."""
+    save_every = run.config.checkpoint_every or run.steps_per_epoch
+    step = progress.step
+    first_step = len(progress.history) * run.steps_per_epoch
+    last_step = first_step + run.steps_per_epoch
+    in_flight = _StepsInFlight(run, progress.sums)
+    started = time.perf_counter()
     with tqdm(
         total=run.steps_per_epoch,
         initial=step - first_step,
-        desc=f"epoch {len(progress.history) + 1}/{config.epochs}",
+        desc=f"epoch {len(progress.history) + 1}/{run.config.epochs}",
         unit="steps",
         leave=False,
         # Silent where there is no terminal, and in all processes but one.
         disable=None if is_first() else True,
     ) as bar:
-        while step < last_step and not signum:
+        while step < last_step and not in_flight.signum:
             next_save = min(last_step, step + save_every - (step - first_step) % save_every)
             progress.state, sums, done = run.advance(
                 progress.state, step, next_save, stop.received or 0
             )
             step += done
-            in_flight.append((step, sums))
-            settle(_STEPS_IN_FLIGHT)
+            in_flight.add(step, sums)
             bar.update(done)
             if step == next_save < last_step:
-                settle(0)
-                progress.seconds = before + time.perf_counter() - started
+                in_flight.settle()
+                progress.seconds += time.perf_counter() - started
                 _save(run, progress)
-                before, started = progress.seconds, time.perf_counter()  # without the save
-        settle(0)
-    progress.seconds = before + time.perf_counter() - started
-    return signum or None
+                started = time.perf_counter()  # without the save
+        in_flight.settle()
+    progress.seconds += time.perf_counter() - started
+    return in_flight.signum or None
 
 
 def _validate(run: Run, progress: Progress) -> None:
@@ -185,12 +201,8 @@ def _save(run: Run, progress: Progress) -> Path:
         # The loss does not show it yet: it was computed before the update.
         raise _diverged(run, f"a parameter is not finite after step {progress.step}")
     metadata = {
-        "config": to_json(run.config),
+        **describe(run.config, run.dataset),
         "data": {"name": run.dataset.name, "digest": run.dataset.digest},
-        "class_names": run.dataset.class_names,
-        "image_shape": run.dataset.image_shape,
-        "mean": run.dataset.mean,
-        "std": run.dataset.std,
         "history": progress.history,
         "sums": dataclasses.asdict(progress.sums),
         "seconds": progress.seconds,
@@ -199,7 +211,7 @@ def _save(run: Run, progress: Progress) -> Path:
     best_step = best_row(progress.history)["step"] if progress.history else 0
     if is_first():
         if not (run.workdir / "config.json").exists():
-            print(f"warning: {run.workdir} was taken away; it is made anew")
+            print(f"warning: {run.workdir} was removed; creating it again")
             write_config(run.config, run.workdir)
         checkpoint.save(run.checkpoints, progress.step, state, metadata, best_step=best_step)
     wait_for_all(f"saved step {progress.step}")
@@ -208,7 +220,7 @@ def _save(run: Run, progress: Progress) -> Path:
 
 
 def _write_history(run: Run, progress: Progress) -> None:
-    """``metrics.jsonl``, anew from the history, so that no line can be torn or come twice."""
+    """Write ``metrics.jsonl`` whole from the history, so that no line is torn or comes twice."""
     if is_first():
         lines = "".join(json.dumps(row) + "\n" for row in progress.history)
         write_atomically(run.workdir / "metrics.jsonl", lines)

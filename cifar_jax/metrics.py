@@ -56,7 +56,7 @@ def read_history(path: Path) -> list[EpochRow]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: a line of it is no row; says which.
+        ValueError: a line of it is not a row; says which.
     """
     try:
         lines = path.read_text().splitlines()
@@ -69,7 +69,7 @@ def _parse_row(line: str, where: str) -> EpochRow:
     try:
         row: Any = json.loads(line)
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
+        raise ValueError(f"{where} is not JSON: {error}") from error
     for name, hint in typing.get_type_hints(EpochRow).items():
         if not isinstance(row, dict) or not is_of_type(row.get(name), hint):
             raise ValueError(f"{where}: {name} is missing, or of a wrong type")

@@ -11,7 +11,7 @@ import jax
 
 from cifar_jax.airbench import Airbench
 from cifar_jax.batch_norm import BatchNorm
-from cifar_jax.blocks import Conv, Layer, global_average_pool, global_max_pool, residual
+from cifar_jax.blocks import Conv, LayerFunction, global_average_pool, global_max_pool, residual
 from cifar_jax.config import ALWAYS_NORMALISED, ModelName, TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -22,8 +22,8 @@ BATCH_NORM_MOMENTUM = 0.9  # PyTorch's default, which it calls 0.1
 
 
 def conv_block(
-    features: int, *, norm: Callable[[], Layer] | None, pool: bool, dtype: Any = None
-) -> list[Layer]:
+    features: int, *, norm: Callable[[], LayerFunction] | None, pool: bool, dtype: Any = None
+) -> list[LayerFunction]:
     """Conv 3x3 padding 1, batch norm if wanted, ReLU, MaxPool 2 if wanted."""
     return [
         # A norm subtracts any bias; Adam would turn its gradient, all rounding, into steps.
@@ -87,7 +87,7 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         norm = _batch_norm(train, self.axis_name, self.dtype) if self.batch_norm else None
-        layers: list[Layer] = []
+        layers: list[LayerFunction] = []
         if self.patch_size > 1:
             layers.append(self._space_to_depth)
         for index, features in enumerate(self.widths, start=1):
@@ -121,26 +121,24 @@ class ConvNet(nn.Module):
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
         """The names of these layers in the tutorial's ``self.network = nn.Sequential(...)``."""
-        height, width, channels = image_shape
-        height, width = height // self.patch_size, width // self.patch_size
-        names: dict[str, str] = {}
-        index = 1 if self.patch_size > 1 else 0  # the PixelUnshuffle
+        layers = ["PixelUnshuffle"] if self.patch_size > 1 else []
         for i in range(len(self.widths)):
-            names[f"Conv_{i}"] = f"network.{index}"
-            if self.batch_norm:
-                index += 1
-                names[f"BatchNorm_{i}"] = f"network.{index}"
-            index += 2  # the ReLU, and on
+            normed = [f"Conv_{i}", f"BatchNorm_{i}"] if self.batch_norm else [f"Conv_{i}"]
+            layers += [*normed, "ReLU"]
             if (i + 1) % self.convs_per_pool == 0:
-                index += 1
-                height, width = height // 2, width // 2
-        index += 2 if self.global_pool else 1  # AdaptiveAvgPool2d and Flatten, or Flatten
-        for i in range(len(self.hidden) + 1):
-            names[f"Dense_{i}"] = f"network.{index}"
-            index += 3 if self.dropout else 2  # the ReLU, the Dropout, and on
-        channels = self.widths[-1] if self.widths else channels
-        flattened = None if self.global_pool else ("Dense_0", (height, width, channels))
-        return TorchLayout(names, flattened)
+                layers += ["MaxPool2d"]
+        layers += ["AdaptiveAvgPool2d", "Flatten"] if self.global_pool else ["Flatten"]
+        for i in range(len(self.hidden)):
+            layers += [f"Dense_{i}", "ReLU", "Dropout"] if self.dropout else [f"Dense_{i}", "ReLU"]
+        layers += [f"Dense_{len(self.hidden)}"]
+        # PyTorch numbers them all; those under Flax's names have parameters.
+        names = {name: f"network.{i}" for i, name in enumerate(layers) if "_" in name}
+        if self.global_pool:
+            return TorchLayout(names, None)
+        height, width, channels = image_shape
+        shrunk = self.patch_size * 2 ** (len(self.widths) // self.convs_per_pool)
+        flattened = height // shrunk, width // shrunk, [channels, *self.widths][-1]
+        return TorchLayout(names, ("Dense_0", flattened))
 
 
 class ResNet9(nn.Module):
@@ -163,7 +161,7 @@ class ResNet9(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         norm = _batch_norm(train, self.axis_name, self.dtype)
 
-        def block(features: int, pool: bool = False) -> list[Layer]:
+        def block(features: int, pool: bool = False) -> list[LayerFunction]:
             return conv_block(features, norm=norm, pool=pool, dtype=self.dtype)
 
         def scale(x: jax.Array) -> jax.Array:
@@ -222,7 +220,7 @@ MODELS: dict[ModelName, Callable[..., Model]] = {
 
 
 def create_model(
-    config: TrainConfig, num_classes: int, axis_name: str | None, dtype: Any = None
+    config: TrainConfig, num_classes: int, axis_name: str | None = None, dtype: Any = None
 ) -> Model:
     """The network that ``config`` names, with its options; ``dtype`` is that of activations.
 

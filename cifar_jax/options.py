@@ -1,7 +1,7 @@
 """Options as the fields of a frozen dataclass: one definition of name, type, default, bounds, help.
 
-A class declares its fields by :func:`option` and calls :func:`check_options` when it is made, so
-that a value from Python or from a file is held to the same as one from the command line.
+A class derives from :class:`Options` and declares its fields by :func:`option`. A value from Python
+or from a file is held to the same as one from the command line.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 
 REQUIRED: Any = dataclasses.MISSING
 
-CHECKPOINT_HELP = (
-    "the network: a run's folder, of which the best step is taken, or one checkpoints/<step>"
-)
+CHECKPOINT_HELP = "the network: a run's folder (its best step is taken), or one checkpoints/<step>"
 
 
 def option(
     default: Any,
     help: str,
     *,
-    group: str,
+    group: str | None = None,
     unit: str | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -40,9 +38,9 @@ def option(
         default: the value when the option is not given; ``None`` and 0 often mean "off";
             ``REQUIRED`` demands it, and such fields come first.
         help: one sentence for ``--help``.
-        group: the heading in ``--help``.
+        group: the heading in ``--help``; None puts it among the options of every command.
         unit: what a number counts, e.g. ``"images"``.
-        at_least, above, at_most, below: the bounds that :func:`check_options` holds numbers to.
+        at_least, above, at_most, below: the bounds that :class:`Options` holds numbers to.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     return dataclasses.field(
@@ -75,8 +73,19 @@ _BOUND_HOLDS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def check_options(options: Any) -> None:
-    """Raise ``CifarJaxError`` (usage) for the first field of another type, or out of bounds."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options that are checked when they are made.
+
+    Raises:
+        CifarJaxError: usage; for the first field of another type, or out of bounds.
+    """
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def _check(options: Options) -> None:
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -102,7 +111,7 @@ def describe_bounds(bounds: dict[str, float]) -> str:
 
 
 def describe_number(value: Any) -> str:
-    """Whole numbers in full; of others, what matters. What is no number, as it is."""
+    """A float in short form; anything else by ``str``."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

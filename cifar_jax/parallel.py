@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from cifar_jax.dataset import ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.layout import Variables
 from cifar_jax.metrics import RunningSums
 from cifar_jax.stop_signals import signals_held
-from cifar_jax.train_step import Sums, TrainState, Variables
+from cifar_jax.train_step import Sums, TrainState
 
 AXIS_NAME = "batch"
 
@@ -50,7 +51,7 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     except (RuntimeError, AssertionError) as error:  # the latter, bare, of a jax without CUDA
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
-            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, of which jax finds no device: "
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, and jax finds no such device: "
             f"{first_line(error)}",
             fix="install the extra for that device, or unset JAX_PLATFORMS to use what there is",
         ) from error

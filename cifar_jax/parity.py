@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cifar_jax import layout, torch_reference
 from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import ImageShape
 from cifar_jax.layout import Array, Variables
 from cifar_jax.models import Model
 from cifar_jax.optim import make_optimizer, make_schedule
@@ -43,9 +44,7 @@ class Pair:
         image_shape: ``(H, W, C)``.
     """
 
-    def __init__(
-        self, model: Model, variables: Variables, image_shape: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, model: Model, variables: Variables, image_shape: ImageShape) -> None:
         self.model, self.variables = model, variables
         self.layout = model.torch_layout(image_shape)
         self.twin = torch_reference.make_twin(model, image_shape)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
 from cifar_jax.config import FitName
-from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
@@ -26,39 +26,33 @@ Say what is on images: the probability of each class, by a trained network.
 
 IMAGE is a file of any format and mode that Pillow reads, a folder (all images below it), or - for
 an image on standard input. Each is turned as its EXIF says, brought to the network's size, and
-otherwise read as in training: without transparency, 8 bits a channel. A file that is no image is
-named and the others go on; the exit code is then 3.
+otherwise read as in training: without transparency, 8 bits a channel. A file that is not an
+image is named, and the others are answered; the exit code is then 3.
 
 examples:
   python -m cifar_jax.predict --checkpoint runs/20261122-101500-cnn frog.jpg holiday/
   python -m cifar_jax.predict --checkpoint runs/20261122-101500-cnn --json - < frog.jpg
 """
 
-_GROUP = "options"
 BATCH_SIZE = 32  # images that are decoded before the first is answered
 _STDIN = "-"
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(Options):
     """Which network, and how to show its answers."""
 
-    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
-    top: int = option(3, "show this many classes", group=_GROUP, at_least=1)
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
+    top: int = option(3, "show this many classes", at_least=1)
     json: bool = option(
         False,
         "one JSON object a line: file, class, probability, probabilities; or file, error",
-        group=_GROUP,
     )
     fit: FitName = option(
         "stretch",
         "how an image of other proportions is brought to the network's: stretched, as in training, "
         "or its middle cut out",
-        group=_GROUP,
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def predict(
@@ -168,13 +162,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CifarJaxError(
             ExitCode.DATA,
             f"{n_refused} of {len(files)} image(s) could not be read",
-            fix="each is named above",
+            fix="mend or remove the files named above",
         )
 
 
 def _describe(answer: dict[str, Any], top: int) -> str:
-    from cifar_jax.images import shown
-
     ranked = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[:top]
     best = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in ranked)
     return f"{shown(answer['file'])}: {best}"

@@ -26,8 +26,8 @@ from cifar_jax.dataset import (
     split_off,
     stratified_choice,
 )
-from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.images import probe_shape, shown
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.images import probe_shape
 from cifar_jax.listing import folders_and_files, list_images, reading
 from cifar_jax.lock import alone_in
 
@@ -52,20 +52,19 @@ _SPLIT_FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """What a source itself holds; ``val`` is None where it has no such split."""
+    """What a source itself holds; a split that it does not have is None."""
 
     name: str
     digest: str
     class_names: tuple[str, ...]
     train: Split
-    test: Split
+    test: Split | None
     val: Split | None = None
-    drawn: frozenset[SplitName] = frozenset()
     notice: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Source(_Contents):
+class Source:
     """A source in three splits, before files are decoded; most attributes are ``Dataset``'s.
 
     Attributes:
@@ -73,7 +72,14 @@ class Source(_Contents):
             another order, the draw is another.
     """
 
+    name: str
+    digest: str
+    class_names: tuple[str, ...]
+    train: Split
     val: Split
+    test: Split
+    drawn: frozenset[SplitName]
+    notice: str | None
 
 
 def check_source(source: str) -> None:
@@ -91,7 +97,7 @@ def check_source(source: str) -> None:
 
 
 def is_here(source: str, data_dir: str | None) -> bool:
-    """Whether ``source`` can be had without a download, or drawing something in its stead."""
+    """Whether ``source`` can be read without a download; ``auto`` only if CIFAR-10 is prepared."""
     if source in ("auto", "cifar10"):
         return _is_prepared(_data_dir(data_dir))
     return source == "shapes" or os.path.exists(os.path.expanduser(source))
@@ -113,16 +119,29 @@ def load_splits(
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
     """
-    found = _load(source, _data_dir(data_dir), image_size, val_fraction, seed)
+    contents = _load(source, _data_dir(data_dir), image_size)
+    train, val, test = contents.train, contents.val, contents.test
+    drawn: set[SplitName] = set()
+    if test is None:
+        train, test = split_off(train, val_fraction, np.random.default_rng([seed, 1]))
+        drawn |= {"train", "test"}
     rng = np.random.default_rng(seed)
-    train, val, drawn = found.train, found.val, set(found.drawn)
     if val is None:
         train, val = split_off(train, val_fraction, rng)
         drawn |= {"train", "val"}
     if max_train_examples is not None and max_train_examples < len(train):
         train = train.take(stratified_choice(train.labels, max_train_examples, rng))
         drawn.add("train")
-    return Source(**{**vars(found), "train": train, "val": val, "drawn": frozenset(drawn)})
+    return Source(
+        contents.name,
+        contents.digest,
+        contents.class_names,
+        train,
+        val,
+        test,
+        frozenset(drawn),
+        contents.notice,
+    )
 
 
 def load_dataset(
@@ -145,9 +164,9 @@ def load_dataset(
 
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
-            Usage; ``image_size`` is given, and its images are no files.
+            Usage; ``image_size`` is given, and its images are not files.
     """
-    found = load_splits(
+    splits = load_splits(
         source,
         data_dir=data_dir,
         image_size=image_size,
@@ -155,21 +174,8 @@ def load_dataset(
         max_train_examples=max_train_examples,
         seed=seed,
     )
-    train, val = found.train, found.val
-    if image_size is not None and not isinstance(train.images, ImageFiles):
-        height, width, _ = train.image_shape
-        raise CifarJaxError(
-            ExitCode.USAGE,
-            f"--image-size {image_size} with --data {source}, whose images are {height}x{width}",
-            fix="leave it out: only files of images are resized",
-        )
-    if not len(train):
-        raise CifarJaxError(
-            ExitCode.DATA,
-            f"--data {source} leaves no image to train on beside {len(val)} for validation",
-            fix="give more images, or a smaller --val-fraction",
-        )
-
+    _check_trainable(source, splits, image_size)
+    train, val = splits.train, splits.val
     sample = train
     if isinstance(train.images, ImageFiles):
         if decode is None:
@@ -187,16 +193,32 @@ def load_dataset(
             sample = decode(train.take(stratified_choice(train.labels, count, rng)))
     mean, std = channel_statistics(sample.pixels)
     return Dataset(
-        found.name,
-        found.digest,
-        found.class_names,
+        splits.name,
+        splits.digest,
+        splits.class_names,
         train,
         val,
-        found.test,
+        splits.test,
         mean,
         std,
-        found.notice,
+        splits.notice,
     )
+
+
+def _check_trainable(source: str, splits: Source, image_size: int | None) -> None:
+    if image_size is not None and not isinstance(splits.train.images, ImageFiles):
+        height, width, _ = splits.train.image_shape
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--image-size {image_size} with --data {source}, whose images are {height}x{width}",
+            fix="leave it out: only files of images are resized",
+        )
+    if not len(splits.train):
+        raise CifarJaxError(
+            ExitCode.DATA,
+            f"--data {source} leaves no image to train on beside {len(splits.val)} for validation",
+            fix="give more images, or a smaller --val-fraction",
+        )
 
 
 def _data_dir(data_dir: str | None) -> Path:
@@ -204,9 +226,7 @@ def _data_dir(data_dir: str | None) -> Path:
     return Path(os.path.expanduser(data_dir or default))
 
 
-def _load(
-    source: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> _Contents:
+def _load(source: str, data_dir: Path, image_size: int | None) -> _Contents:
     if source == "shapes":
         return _shapes()
     if source == "cifar10":
@@ -226,8 +246,8 @@ def _load(
     check_source(source)
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        return _folder(path, shown(path.resolve().name), data_dir, image_size, val_fraction, seed)
-    return _archive(path, data_dir, image_size, val_fraction, seed)
+        return _folder(path, shown(path.resolve().name), data_dir, image_size)
+    return _archive(path, data_dir, image_size)
 
 
 # ------------------------------------------------------------------------ shapes, and CIFAR-10
@@ -244,7 +264,7 @@ def _shapes_notice(data_dir: Path, obstacle: str) -> str:
         f"CIFAR-10 is missing: it is not prepared in {data_dir}, and it cannot be\n"
         f"downloaded: {obstacle}.\n"
         "This run trains on 'shapes' instead, ten classes of drawn figures.\n"
-        "ITS ACCURACY SAYS NOTHING OF CIFAR-10.\n"
+        "ITS ACCURACY SAYS NOTHING ABOUT CIFAR-10.\n"
         "For CIFAR-10, with a network:   python -m cifar_jax.train --data cifar10\n"
         "or with an archive or folder:   python -m cifar_jax.train --data cifar-10-binary.tar.gz"
     )
@@ -296,19 +316,17 @@ def _cifar10(data_dir: Path) -> _Contents:
 # ------------------------------------------------------------------------------------ archives
 
 
-def _archive(
-    path: Path, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> _Contents:
+def _archive(path: Path, data_dir: Path, image_size: int | None) -> _Contents:
     if root := cifar10_archive.root_of(path):
         train, test, class_names = cifar10_archive.read(path, root)
         return _Contents(shown(path.name), array_digest(train, test), class_names, train, test)
     folder = archive.extract_once(path, data_dir / "extracted")
     try:
-        return _folder(folder, shown(path.name), data_dir, image_size, val_fraction, seed)
+        return _folder(folder, shown(path.name), data_dir, image_size)
     except CifarJaxError as error:
         if error.exit_code != ExitCode.DATA:
             raise
-        raise CifarJaxError(  # what was extracted is not what a person is to mend
+        raise CifarJaxError(  # a person mends the archive, not what was extracted
             ExitCode.DATA, f"{path}, extracted: {error.what}", fix=f"in the archive, {error.fix}"
         ) from error
 
@@ -316,13 +334,11 @@ def _archive(
 # ------------------------------------------------------------------------------- image folders
 
 
-def _folder(
-    root: Path, name: str, data_dir: Path, image_size: int | None, val_fraction: float, seed: int
-) -> _Contents:
+def _folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> _Contents:
     """A folder in the layout of torchvision's ImageFolder, with splits or flat.
 
     ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
-    validation split. A flat folder gives a stratified ``val_fraction`` for the test.
+    validation split. All of a flat folder is ``train``.
     """
     with reading(root):
         root = _unwrap(root)
@@ -333,7 +349,7 @@ def _folder(
             f"{shown(root)} has {' and '.join(f'{split}/' for split in present)} only",
             fix="put class folders into train/ and test/, or class folders alone into the root",
         )
-    roots = {split: root / split for split in present} or {"all": root}
+    roots = {split: root / split for split in present} or {"train": root}
     kept_in = data_dir / "listings"
     listings = {split: list_images(folder, kept_in) for split, folder in roots.items()}
     first, *others = listings
@@ -348,16 +364,12 @@ def _folder(
         split: Split(ImageFiles(listing.paths, shape, image_size is not None), listing.labels)
         for split, listing in listings.items()
     }
-    drawn: frozenset[SplitName] = frozenset()
-    if "all" in splits:
-        train, test = split_off(splits["all"], val_fraction, np.random.default_rng([seed, 1]))
-        val, drawn = None, frozenset({"train", "test"})
-    else:
-        train, test = splits["train"], splits.get("test") or splits["val"]
-        val = splits["val"] if len(splits) == 3 else None
+    val, test = splits.get("val"), splits.get("test")
+    if test is None:
+        val, test = None, val
     sizes = b"".join(listings[split].sizes for split in sorted(listings))
     digest = hashlib.sha256(sizes).hexdigest()
-    return _Contents(name, digest, class_names, train, test, val, drawn)
+    return _Contents(name, digest, class_names, splits["train"], test, val)
 
 
 def _split_folders(root: Path) -> list[str]:
@@ -423,13 +435,13 @@ def _check_same_classes(
 
 
 def _print_remarks(root: Path, class_names: tuple[str, ...], ignored: Counter[str]) -> None:
-    """Print what is no error, and may be a mistake."""
+    """Print what is not an error, but may be a mistake."""
     if ignored:
         counts = [f"{n:,} {ending or 'without ending'}" for ending, n in ignored.most_common(5)]
         if len(ignored) > len(counts):
             counts.append("...")
         print(
-            f"{shown(root)}: ignored {ignored.total():,} file(s) that are no JPEG or PNG: "
+            f"{shown(root)}: ignored {ignored.total():,} file(s) that are not JPEG or PNG: "
             f"{', '.join(counts)}"
         )
     seen: dict[str, str] = {}

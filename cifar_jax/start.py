@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import checkpoint, trained
-from cifar_jax.augment import check_augmentation, make_augmentation
+from cifar_jax.augment import check_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.distributed import check_agreement, is_first, wait_for_all
@@ -33,8 +32,8 @@ from cifar_jax.train_step import (
     Sums,
     TrainState,
     create_train_state,
+    make_train_step,
     normalize,
-    train_step,
 )
 from cifar_jax.workdir import checkpoints_of
 
@@ -84,27 +83,16 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
 
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        augment=make_augmentation(config, dataset.mean),
-        mean=dataset.mean,
-        std=dataset.std,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
-        accumulate=config.accumulate,
-        axis_name=AXIS_NAME,
-    )
+    step = make_train_step(config, model, tx, dataset.mean, dataset.std, AXIS_NAME)
     if config.input == "device":
-        from cifar_jax import device_input as images
+        from cifar_jax import device_input as image_input
     else:
-        from cifar_jax import host_input as images  # type: ignore[no-redef]
-    advance = images.make_advance(
+        from cifar_jax import host_input as image_input  # type: ignore[no-redef]
+    advance = image_input.make_advance(
         _with_signal(step), state, dataset.train, config, devices, progress.step
     )
-    scored_model = create_model(config, len(dataset.class_names), None)
-    evaluate = images.make_evaluate(
+    scored_model = create_model(config, len(dataset.class_names))
+    evaluate = image_input.make_evaluate(
         scored_model,
         dataset,
         state.variables,
@@ -186,7 +174,8 @@ def _start_or_resume(
     if trained_on["digest"] == trained.UNKNOWN_DATA:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
-            f"--resume: {saved.path} is of no training that could go on: {trained_on['name']}",
+            f"--resume: {saved.path} is a converted network, with no training to continue: "
+            f"{trained_on['name']}",
             fix=f"begin a run with it: --initial-weights {checkpoints.parent} and another "
             "--workdir",
         )
@@ -265,7 +254,7 @@ def _tidy(checkpoints: Path) -> None:
         print(f"removed {path}: a save, or a deletion, that was cut short")
     if strangers := checkpoint.strangers(checkpoints):
         names = ", ".join(path.name for path in strangers[:5])
-        print(f"warning: ignored in {checkpoints}: {names}, which are no checkpoints")
+        print(f"warning: ignored in {checkpoints}: {names}, which are not checkpoints")
 
 
 def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progress) -> None:

@@ -9,6 +9,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.initializers import WHITENING_SIDE
 from cifar_jax.layout import (
-    Array,
     StateDict,
     TorchLayout,
     Variables,
@@ -30,7 +30,9 @@ from cifar_jax.layout import (
     from_torch,
     to_torch,
 )
-from cifar_jax.models import create_model
+from cifar_jax.models import Model, create_model
+from cifar_jax.network_metadata import Description, parse_description, refusing
+from cifar_jax.trained import TrainedNetwork
 
 Shape = tuple[int, ...]
 
@@ -50,6 +52,22 @@ _LONGEST_NAME = 200
 _LARGEST_HEADER = 2**20  # bytes, of a .safetensors: names, shapes and metadata
 
 
+class Network(NamedTuple):
+    """A network of the zoo, without its weights."""
+
+    config: TrainConfig
+    image_shape: ImageShape
+    num_classes: int
+
+    @property
+    def model(self) -> Model:
+        return create_model(self.config, self.num_classes)
+
+    @property
+    def layout(self) -> TorchLayout:
+        return self.model.torch_layout(self.image_shape)
+
+
 def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     """The tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file as float32, and its metadata.
 
@@ -66,13 +84,13 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     if ending not in ENDINGS:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"{path} is no folder, and does not end in {', '.join(ENDINGS)}",
+            f"{path} is not a folder, and does not end in {', '.join(ENDINGS)}",
             fix="give a checkpoint's folder or such a file; rename it if it is one",
         )
     metadata: dict[str, str] = {}
     try:
         if not path.is_file():  # reading a pipe would wait for its other end
-            raise OSError("it is absent, or no plain file")
+            raise OSError("it is absent, or not a plain file")
         if ending == SAFETENSORS_ENDING:
             tensors, metadata = _read_safetensors(path)
         else:
@@ -92,7 +110,7 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     for name, array in tensors.items():
         if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
             raise _refuse(
-                f"{name} in {path} is {array.dtype}{list(array.shape)}, which no weights are",
+                f"{name} in {path} is {array.dtype}{list(array.shape)}, which weights cannot be",
                 "leave it out of the file, or convert the network before it is quantized",
             )
         with np.errstate(over="ignore"):  # float64 can be infinite as float32
@@ -128,7 +146,7 @@ def write_state_dict(path: Path, state_dict: StateDict, metadata: dict[str, str]
 
 def identify(
     state_dict: StateDict, *, model: ModelName | None = None, image_size: int | None = None
-) -> tuple[TrainConfig, ImageShape, int]:
+) -> Network:
     """The network that ``state_dict`` comes closest to by the names of its layers.
 
     Where no names fit, it is one whose tensors have the same shapes, if there is one.
@@ -140,43 +158,36 @@ def identify(
         model: the only one to consider; None for all.
         image_size: the side of the images, for networks that take any.
 
-    Returns:
-        The config, the image shape ``(H, W, C)``, and the number of classes.
-
     Raises:
         CifarJaxError: usage; ``image_size`` leaves nothing after the network's poolings.
     """
     layers = {name.rpartition(".")[0] for name in state_dict}
     names: tuple[ModelName, ...] = (model,) if model else typing.get_args(ModelName)
-    candidates = [found for name in names for found in _candidates(name, state_dict, image_size)]
+    candidates = [
+        network for name in names for network in _candidates(name, state_dict, image_size)
+    ]
 
-    def distance(candidate: tuple[TrainConfig, ImageShape, int]) -> int:
-        return len(layers.symmetric_difference(_layout(*candidate).names.values()))
+    def distance(network: Network) -> int:
+        return len(layers.symmetric_difference(network.layout.names.values()))
 
-    found = min(candidates, key=distance)
-    if distance(found):
+    nearest = min(candidates, key=distance)
+    if distance(nearest):
         shapes = Counter(array.shape for array in state_dict.values())
-        found = next((c for c in candidates if _has_shapes(c, shapes)), found)
-    config, image_shape, num_classes = found
-    halvings = _halvings(config)
-    smallest = 2**halvings + (WHITENING_SIDE - 1 if config.model == "airbench" else 0)
-    if image_shape[0] < smallest:
+        nearest = next((c for c in candidates if _has_shapes(c, shapes)), nearest)
+    side, model = nearest.image_shape[0], nearest.config.model
+    halvings = _halvings(nearest.config)
+    smallest = 2**halvings + (WHITENING_SIDE - 1 if model == "airbench" else 0)
+    if side < smallest:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--image-size {image_shape[0]} is too small for {config.model}, which halves the "
-            f"image {halvings} times",
+            f"--image-size {side} is too small for {model}, which halves the image {halvings} "
+            "times",
             fix=f"give {smallest} or more",
         )
-    return config, image_shape, num_classes
+    return nearest
 
 
-def variables_of(
-    state_dict: StateDict,
-    config: TrainConfig,
-    image_shape: ImageShape,
-    num_classes: int,
-    source: Path,
-) -> Variables:
+def variables_of(state_dict: StateDict, network: Network, source: Path) -> Variables:
     """The variables in Flax's layout, of tensors that are exactly those of the network.
 
     A bias of a convolution before a batch norm, which our networks do without, is folded into it.
@@ -187,14 +198,14 @@ def variables_of(
     Raises:
         CifarJaxError: checkpoint; tensors are missing, extra or of another shape.
     """
+    config = network.config
     try:
         if len(config.widths) + len(config.hidden) > len(state_dict):
             raise ValueError("it has more layers than the file has tensors")
-        layout = _layout(config, image_shape, num_classes)
-        expected = _expected_shapes(config, image_shape, num_classes)
+        layout, expected = network.layout, _expected_shapes(network)
     except (CifarJaxError, OverflowError, ValueError) as error:  # numbers in metadata can be any
         raise _refuse(
-            f"{source} is said to hold {_describe(config)}, which cannot be: {error}",
+            f"{source} claims to hold {_describe(config)}, which is impossible: {error}",
             "use another copy, or save its tensors alone",
         ) from error
     for layer, following in itertools.pairwise(layout.names.values()):
@@ -220,6 +231,26 @@ def variables_of(
     return from_torch(fold_bias_into_batch_norm(state_dict, layout), layout)
 
 
+def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> TrainedNetwork:
+    """The network in the file ``path``, which says itself what it is; the file may be anyone's.
+
+    Args:
+        metadata: of :func:`cifar_jax.network_metadata.metadata_of`, and whatever else there is.
+
+    Raises:
+        CifarJaxError: checkpoint; the metadata describes no network, or one of other tensors.
+    """
+    with refusing(
+        f"the metadata of {path} describes no network of this program",
+        fix="use the file as cifar_jax.convert wrote it, or save its tensors alone",
+    ):
+        known = {name: json.loads(metadata[name]) for name in Description._fields}
+        description = parse_description(known)
+    config, class_names, image_shape, *_ = description
+    network = Network(config, image_shape, len(class_names))
+    return TrainedNetwork(*description, variables_of(state_dict, network, path))
+
+
 def _check_unscaled(
     state_dict: StateDict, layout: TorchLayout, config: TrainConfig, source: Path
 ) -> None:
@@ -234,13 +265,13 @@ def _check_unscaled(
 
 def _candidates(
     name: ModelName, state_dict: StateDict, image_size: int | None
-) -> Iterator[tuple[TrainConfig, ImageShape, int]]:
+) -> Iterator[Network]:
     """The networks called ``name`` with the widths of ``state_dict`` and each choice of options."""
     ordered = [state_dict[n] for n in sorted(state_dict, key=_network_order)]
     kernels = [array.shape for array in ordered if array.ndim == 4]  # [O, I, H, W]
     weights = [array.shape for array in ordered if array.ndim == 2]  # [O, I]
     num_classes = weights[-1][0] if weights else 10
-    own = create_model(TrainConfig(model=name), num_classes, None)
+    own = create_model(TrainConfig(model=name), num_classes)
     widths: Shape = ()
     hidden: Shape = ()
     if own.widths:
@@ -267,7 +298,8 @@ def _candidates(
         except CifarJaxError:
             continue  # an option that this model does not have
         weight = weights[0] if weights else None
-        yield config, _image_shape(config, kernel, weight, image_size), num_classes
+        image_shape = _image_shape(config, kernel, weight, image_size)
+        yield Network(config, image_shape, num_classes)
 
 
 def _image_shape(
@@ -275,7 +307,7 @@ def _image_shape(
 ) -> ImageShape:
     """The images that fit the first convolution's kernel and the first Dense layer's weight."""
     inputs = weight[1] if weight else 0
-    model = create_model(config, 1, None)
+    model = create_model(config, 1)
     if not model.widths:
         if image_size:
             return image_size, image_size, max(inputs // image_size**2, 1)
@@ -300,33 +332,26 @@ def _halvings(config: TrainConfig) -> int:
     """How many times the side of the image is halved, on the way in too."""
     if config.model == "resnet9":
         return 3
-    model = create_model(config, 1, None)
+    model = create_model(config, 1)
     if isinstance(model, Airbench):
         return len(model.widths)
     return len(model.widths) // model.convs_per_pool + math.ceil(math.log2(config.patch_size))
 
 
-def _layout(config: TrainConfig, image_shape: ImageShape, num_classes: int) -> TorchLayout:
-    return create_model(config, num_classes, None).torch_layout(image_shape)
-
-
-def _expected_shapes(
-    config: TrainConfig, image_shape: ImageShape, num_classes: int
-) -> dict[str, Shape]:
+def _expected_shapes(network: Network) -> dict[str, Shape]:
     """The shape of each tensor in PyTorch, by name, in the order of the network."""
-    model = create_model(config, num_classes, None)
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    images = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+    shapes = jax.eval_shape(network.model.init, jax.random.key(0), images)
     # Arrays of numbers without bytes: shapes that contradict each other can multiply to terabytes.
     variables = jax.tree.map(lambda leaf: np.empty(leaf.shape, "V0"), dict(shapes))
-    tensors = to_torch(variables, model.torch_layout(image_shape))
+    tensors = to_torch(variables, network.layout)
     return {n: a.shape for n, a in tensors.items() if not n.endswith("num_batches_tracked")}
 
 
-def _has_shapes(candidate: tuple[TrainConfig, ImageShape, int], shapes: Counter[Shape]) -> bool:
+def _has_shapes(network: Network, shapes: Counter[Shape]) -> bool:
     """Whether that network's tensors have these shapes, whatever their names."""
     try:
-        return Counter(_expected_shapes(*candidate).values()) == shapes
+        return Counter(_expected_shapes(network).values()) == shapes
     except CifarJaxError:  # such images are too small for it
         return False
 
@@ -377,13 +402,13 @@ def _network_order(name: str) -> list[str]:
     return [part.zfill(9) if part.isdecimal() else part for part in name.split(".")]
 
 
-def _own_names(tensors: dict[str, Array]) -> dict[str, Array]:
+def _own_names(tensors: StateDict) -> StateDict:
     """Without what all names begin with; then ``network.`` before the numbers of a sequence."""
     while True:
         heads = {name.split(".")[0] for name in tensors}
         rests = {name.partition(".")[2]: array for name, array in tensors.items()}
         if len(heads) > 1 or not all("." in rest for rest in rests):
-            break  # what is left are the layers, of which a linear model has one
+            break  # what is left are the layers; a linear model has one
         tensors = rests
     return {
         f"network.{n}" if n[:1].isdecimal() and f"network.{n}" not in tensors else n: array
@@ -391,7 +416,7 @@ def _own_names(tensors: dict[str, Array]) -> dict[str, Array]:
     }
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     with path.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = opened.read(min(size, _LARGEST_HEADER))
@@ -405,7 +430,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     # Of types that NumPy lacks it says so in one of two of these.
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise _refuse(
-            f"{path} is damaged, or no {SAFETENSORS_ENDING} of numbers: {error!s:.200}",
+            f"{path} is damaged, or not a {SAFETENSORS_ENDING} of numbers: {error!s:.200}",
             "use another copy, or save it again as float32",
         ) from error
 
@@ -416,7 +441,7 @@ def _check_unique(pairs: list[tuple[str, object]]) -> None:
         raise ValueError(f"a name comes twice among {', '.join(names):.100}")
 
 
-def _read_pth(path: Path) -> dict[str, Array]:
+def _read_pth(path: Path) -> StateDict:
     try:
         from cifar_jax.torch_reference import read_pth
     except ImportError as error:
@@ -424,7 +449,7 @@ def _read_pth(path: Path) -> dict[str, Array]:
     return read_pth(path)
 
 
-def _write_pth(path: Path, state_dict: dict[str, Array]) -> None:
+def _write_pth(path: Path, state_dict: StateDict) -> None:
     try:
         from cifar_jax.torch_reference import write_pth
     except ImportError as error:

@@ -9,12 +9,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import compile_lowered
-from cifar_jax.train_step import initial_train_state, train_step
+from cifar_jax.train_step import initial_train_state, make_train_step
 
 _LARGEST_BATCH = 2**24
 
@@ -54,16 +53,7 @@ def step_memory(
         "image": jax.ShapeDtypeStruct((batch_size, *image_shape), np.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), np.int32),
     }
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        augment=make_augmentation(config, mean),
-        mean=mean,
-        std=std,
-        seed=0,
-        accumulate=config.accumulate,
-    )
+    step = make_train_step(config, model, tx, mean, std)
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     analysis = compile_lowered(lowered, jax.default_backend()).memory_analysis()
     assert analysis is not None, "this backend does not tell what it allocates"

@@ -10,7 +10,7 @@ from typing import Any
 
 from cifar_jax import cli
 from cifar_jax.config import ModelName, OptimizerName, TrainConfig
-from cifar_jax.options import check_options, option, option_of
+from cifar_jax.options import Options, option, option_of
 
 DESCRIPTION = """\
 Show a network layer by layer: output shapes, parameters and how their number comes about, the
@@ -26,7 +26,7 @@ _NETWORK, _TRAINING, _OUTPUT = "network", "training", "output"
 
 
 @dataclasses.dataclass(frozen=True)
-class SummaryOptions:
+class SummaryOptions(Options):
     """Which network, and how it is trained."""
 
     model: ModelName = option_of(TrainConfig, "model", group=_NETWORK)
@@ -56,7 +56,7 @@ class SummaryOptions:
     json: bool = option(False, "one JSON object instead of the table", group=_OUTPUT)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         self.config  # noqa: B018  (which checks the combination)
 
     @property
@@ -88,7 +88,7 @@ def summarize(options: SummaryOptions) -> dict[str, Any]:
     from cifar_jax.step_memory import largest_batch, step_memory
 
     image_shape = (options.image_size, options.image_size, options.channels)
-    model = create_model(options.config, options.classes, None)
+    model = create_model(options.config, options.classes)
     rows = layer_table(model, image_shape, options.batch_size)
     _note(f"compiling a training step with {options.batch_size} images ...")
     memory = step_memory(options.config, model, image_shape, options.batch_size)

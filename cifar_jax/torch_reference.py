@@ -33,9 +33,8 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.initializers import WHITENING_SIDE
+from cifar_jax.layout import StateDict
 from cifar_jax.models import Model, ResNet9
-
-StateDict = dict[str, NDArray[Any]]
 
 
 class Network(nn.Module):

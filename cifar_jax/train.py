@@ -60,32 +60,9 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
     """
     check_preset(config)
     workdir = Path(workdir)
-    saved = _saved_config(workdir)
-    if saved is not None:
-        if not config.resume:
-            raise CifarJaxError(
-                ExitCode.USAGE,
-                f"--workdir {workdir} holds another run",
-                fix="add --resume to go on with it, or give another --workdir",
-            )
-        check_resumable(config, saved)
-        report = _saved_report(workdir)
-        if report is not None and config.epochs == saved.epochs:
-            print(f"already complete: {report['steps']} steps; see {workdir / 'report.json'}")
-            return report
-    elif saved_steps(checkpoints_of(workdir)):
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
-            f"--workdir {workdir} has checkpoints of a run, but not its config.json",
-            fix=_PUT_CONFIG_BACK,
-        )
-    elif strangers := [path for path in _written_anew(config, workdir) if path.exists()]:
-        raise CifarJaxError(
-            ExitCode.USAGE,
-            f"--workdir {workdir} holds no run, and {strangers[0]}, which a run would overwrite",
-            fix="give another --workdir, such as a folder that is not there yet",
-        )
-
+    report = _finished(config, workdir)
+    if report is not None:
+        return report
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
@@ -111,6 +88,40 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
         return train_and_test(config, workdir)
 
 
+def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
+    """The report of the run in ``workdir`` if it is complete; None if there is more to do.
+
+    Raises:
+        CifarJaxError: ``workdir`` cannot be used: it has another run, or parts of one.
+    """
+    saved = _saved_config(workdir)
+    if saved is not None:
+        if not config.resume:
+            raise CifarJaxError(
+                ExitCode.USAGE,
+                f"--workdir {workdir} holds another run",
+                fix="add --resume to go on with it, or give another --workdir",
+            )
+        check_resumable(config, saved)
+        report = _saved_report(workdir)
+        if report is not None and config.epochs == saved.epochs:
+            print(f"already complete: {report['steps']} steps; see {workdir / 'report.json'}")
+            return report
+    elif saved_steps(checkpoints_of(workdir)):
+        raise CifarJaxError(
+            ExitCode.CHECKPOINT,
+            f"--workdir {workdir} has checkpoints of a run, but not its config.json",
+            fix=_PUT_CONFIG_BACK,
+        )
+    elif strangers := [path for path in _overwritten(config, workdir) if path.exists()]:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--workdir {workdir} has no run, but has {strangers[0]}, which a run would overwrite",
+            fix="give another --workdir, such as a folder that is not there yet",
+        )
+    return None
+
+
 def _prepare_runtime(config: TrainConfig) -> None:
     """What must be set before JAX and TensorFlow start."""
     keep_freed_memory()
@@ -118,7 +129,7 @@ def _prepare_runtime(config: TrainConfig) -> None:
     print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
 
 
-def _written_anew(config: TrainConfig, workdir: Path) -> list[Path]:
+def _overwritten(config: TrainConfig, workdir: Path) -> list[Path]:
     """What a run deletes or overwrites; where it is a run's own, its config.json is there first."""
     names = ["report.json", "metrics.jsonl", "plots/curves.png"]
     return [workdir / name for name in names + ["tensorboard"] * config.tensorboard]
@@ -140,7 +151,7 @@ def _saved_config(workdir: Path) -> TrainConfig | None:
 
 
 def _saved_report(workdir: Path) -> dict[str, Any] | None:
-    """The run's report; one that cannot be read is made anew, as one that is not there."""
+    """The run's report; None if it is missing or cannot be read, and so is to be made."""
     try:
         report = json.loads((workdir / "report.json").read_text())
     except (OSError, RecursionError, ValueError):

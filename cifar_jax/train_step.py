@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,12 +13,13 @@ import optax
 from flax import struct
 from jax import lax
 
-from cifar_jax.augment import Augmentation
+from cifar_jax.augment import Augmentation, make_augmentation
+from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
+from cifar_jax.layout import Variables
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
-Variables = dict[str, Any]
 
 
 class TrainState(struct.PyTreeNode):
@@ -151,6 +154,29 @@ def train_step(
         opt_state=opt_state,
     )
     return next_state, sums
+
+
+def make_train_step(
+    config: TrainConfig,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """:func:`train_step` with all but the state and the batch bound, as ``config`` has it."""
+    return functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        augment=make_augmentation(config, mean),
+        mean=mean,
+        std=std,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        accumulate=config.accumulate,
+        axis_name=axis_name,
+    )
 
 
 def augment_batch(

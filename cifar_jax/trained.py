@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import operator
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
 from cifar_jax import checkpoint
-from cifar_jax.config import TrainConfig, from_json, to_json
+from cifar_jax.config import TrainConfig, to_json
 from cifar_jax.dataset import ImageShape
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line
-from cifar_jax.images import MAX_PIXELS
 from cifar_jax.layout import StateDict, Variables, to_torch
 from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
+from cifar_jax.network_metadata import Description, describe, parse_description, refusing
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.train_step import TrainState, initial_train_state
 from cifar_jax.workdir import checkpoints_of, step_folder
@@ -51,7 +46,7 @@ class TrainedNetwork:
 
     @property
     def model(self) -> nn.Module:
-        return create_model(self.config, len(self.class_names), None)
+        return create_model(self.config, len(self.class_names))
 
     @property
     def n_params(self) -> int:
@@ -70,66 +65,25 @@ def load(path: Path) -> TrainedNetwork:
     """
     step = step_folder(path)
     metadata = checkpoint.restore_metadata(step)
-    try:
-        network = parse_description(metadata)
+    with refusing(
+        f"the checkpoint {step} holds no network of this program",
+        fix="use the version of cifar_jax that wrote it",
+    ):
+        description = parse_description(metadata)
         digest = str(metadata["data"]["digest"])
         # The shapes to read are those of the network, whatever amount of memory a file may claim.
-        like = _shapes(network.config, len(network.class_names), network.image_shape)
-    except (*DESCRIBES_NONE, CifarJaxError) as error:
-        reason = f"{type(error).__name__} {first_line(error)}"
-        if isinstance(error, CifarJaxError):
-            reason = error.what
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
-            f"the checkpoint {step} holds no network of this program: {reason}",
-            fix="use the version of cifar_jax that wrote it",
-        ) from error
+        like = _shapes(description)
     state = checkpoint.restore(step, like).state
-    return dataclasses.replace(network, variables=dict(state.variables), data_digest=digest)
+    return TrainedNetwork(*description, dict(state.variables), digest)
 
 
-# What :func:`parse_description` raises, besides the ``CifarJaxError`` of a config.
-DESCRIBES_NONE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
-
-
-def parse_description(values: Mapping[str, Any]) -> TrainedNetwork:
-    """The network, still without variables, that a file describes; the file may be anyone's.
-
-    Args:
-        values: ``config``, ``class_names``, ``image_shape``, ``mean`` and ``std``, as from JSON.
-
-    Raises:
-        CifarJaxError: usage; the config is none.
-        One of ``DESCRIBES_NONE``: another value is missing, or cannot be.
-    """
-    config = from_json(values["config"], where="its config")
-    lists = ("class_names", "image_shape", "mean", "std")
-    if wrong := [name for name in lists if not isinstance(values[name], list | tuple)]:
-        raise ValueError(f"{wrong[0]} is no list")
-    class_names = tuple(values["class_names"])
-    height, width, channels = map(operator.index, values["image_shape"])
-    mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
-    if channels not in (1, 3) or height < 1 or width < 1 or height * width > MAX_PIXELS:
-        raise ValueError(
-            f"images of {height}x{width}x{channels}: of 1 or 3 channels and at most "
-            f"{MAX_PIXELS:,} pixels is what networks here take"
-        )
-    if not len(mean) == len(std) == channels:
-        raise ValueError(f"mean {mean} and std {std} are not of {channels} channel(s)")
-    if min(std) <= 0 or not all(map(math.isfinite, mean + std)):
-        raise ValueError("std must be above 0, mean and std finite")
-    if not class_names or len(set(class_names)) < len(class_names):
-        raise ValueError("class names must be there, and distinct")
-    "".join(class_names).encode()  # they are text, and not half of a surrogate pair
-    return TrainedNetwork(config, class_names, (height, width, channels), mean, std, {})
-
-
-def _shapes(config: TrainConfig, num_classes: int, image_shape: ImageShape) -> TrainState:
+def _shapes(description: Description) -> TrainState:
     """The training state of such a network, of shapes instead of arrays."""
-    model = create_model(config, num_classes, None)
+    config = description.config
+    model = create_model(config, len(description.class_names))
     tx = make_optimizer(config, make_schedule(config, 1))
     shapes: TrainState = jax.eval_shape(
-        lambda: initial_train_state(model, tx, image_shape, config.seed)
+        lambda: initial_train_state(model, tx, description.image_shape, config.seed)
     )
     return shapes
 
@@ -152,12 +106,8 @@ def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:
         opt_state=make_optimizer(network.config, make_schedule(network.config, 1)).init(params),
     )
     metadata = {
-        "config": to_json(network.config),
+        **describe(network.config, network),
         "data": {"name": f"unknown data ({source})", "digest": UNKNOWN_DATA},
-        "class_names": network.class_names,
-        "image_shape": network.image_shape,
-        "mean": network.mean,
-        "std": network.std,
         "history": [],
         "sums": dataclasses.asdict(RunningSums()),
         "seconds": 0.0,

@@ -7,7 +7,7 @@ from pathlib import Path
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.metrics import best_row, read_history
 
-MANIFEST = "manifest.json"  # written last: a step's folder without one is no checkpoint
+MANIFEST = "manifest.json"  # written last: a step's folder without one is not a checkpoint
 
 
 def checkpoints_of(workdir: Path) -> Path:

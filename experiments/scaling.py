@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import importlib.metadata
 import json
 import os
@@ -29,7 +28,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cifar_jax import cli
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.files import write_atomically
@@ -43,7 +41,7 @@ from cifar_jax.parallel import (
     select_devices,
 )
 from cifar_jax.step_memory import step_memory
-from cifar_jax.train_step import create_train_state, train_step
+from cifar_jax.train_step import create_train_state, make_train_step
 
 SHAPE: ImageShape = (32, 32, 3)
 BATCH = 512
@@ -97,20 +95,11 @@ def make_step(
     accumulate: int = 1, dtype: Any = None, axis_name: str | None = None
 ) -> tuple[Callable[..., Any], Any]:
     """The step of the default network, and its first state."""
-    config = TrainConfig(schedule="constant")
+    config = TrainConfig(schedule="constant", accumulate=accumulate)
     model = create_model(config, 10, axis_name, dtype)
     tx = make_optimizer(config, make_schedule(config, 1000))
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        augment=make_augmentation(config, (0.5, 0.5, 0.5)),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        seed=0,
-        accumulate=accumulate,
-        axis_name=axis_name,
-    )
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    step = make_train_step(config, model, tx, mean, std, axis_name)
     return step, jax.device_get(create_train_state(model, tx, SHAPE, 0))
 
 
@@ -172,7 +161,7 @@ def measure_devices() -> list[dict[str, Any]]:
 def measure_micro_batches() -> list[dict[str, Any]]:
     """One device, one batch, in K micro-batches: time and memory."""
     print(f"in {MICRO_BATCHES} micro-batches ...", flush=True)
-    model = create_model(TrainConfig(), 10, None)
+    model = create_model(TrainConfig(), 10)
     programs = {k: make_program(BATCH, 1, accumulate=k) for k in MICRO_BATCHES}
     times = milliseconds(programs)
     return [

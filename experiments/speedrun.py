@@ -107,6 +107,18 @@ def main() -> None:
     }
     if arguments.beside:  # which shares the card, of which JAX would take three quarters
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    _measure(recipe, train, test, classes, found, arguments)
+
+
+def _measure(
+    recipe: Recipe,
+    train: Split,
+    test: Split,
+    classes: int,
+    found: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> None:
+    """Compile, run, and write what comes of it; JAX starts here."""
     import jax
 
     from airbench.measure import (

@@ -37,11 +37,11 @@ from cifar_jax import archive, cifar10_archive, listing, sources
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.listing import list_images
-from cifar_jax.network_metadata import network_of
 from cifar_jax.sources import load_dataset
 from cifar_jax.state_dicts import (
     check_finite,
     identify,
+    network_of,
     read_state_dict,
     variables_of,
     write_state_dict,
@@ -926,8 +926,7 @@ def read_weights(path: Path) -> None:
     tensors, metadata = read_state_dict(path)
     check_finite(tensors, path)
     if {name: array.shape for name, array in tensors.items()} != WEIGHTS:
-        config, image_shape, classes = identify(tensors)
-        variables_of(tensors, config, image_shape, classes, path)
+        variables_of(tensors, identify(tensors), path)
     if "config" in metadata:
         network_of(path, tensors, metadata)
 

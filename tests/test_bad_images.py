@@ -204,7 +204,7 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
         Path(os.fsdecode(path)).write_bytes(b"no image")
         ours, theirs = by_both(path)
         assert ours == theirs
-        assert f"{shown} is no JPEG or PNG" in ours
+        assert f"{shown} is not a JPEG or PNG" in ours
         assert ours.isprintable()
 
 
@@ -260,7 +260,7 @@ PNG = encode(RGB, "PNG")
 AT_PIXELS, AT_TABLE = PNG.index(b"IDAT") + 20, JPEG.index(b"\xff\xc4") + 5
 DAMAGED_PNG = PNG[:AT_PIXELS] + bytes(9) + PNG[AT_PIXELS + 9 :]
 DAMAGED_JPEG = JPEG[:AT_TABLE] + b"\xff" * 9 + JPEG[AT_TABLE + 9 :]
-NO_KIND = "is no JPEG or PNG. Fix: put the right file there, or delete it; cifar_jax.check_data "
+NO_KIND = "is not a JPEG or PNG. Fix: put the right file there, or delete it; cifar_jax.check_data "
 BAD = {
     "half.png": (PNG[: len(PNG) // 2], "is cut short"),
     "half.jpg": (JPEG[: len(JPEG) // 2], "is cut short"),

@@ -24,7 +24,7 @@ def test_good_data_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -
     (data / "train" / "cat" / "notes.txt").touch()
     main([str(data)])
     assert capsys.readouterr().out.splitlines() == [
-        f"{data}: ignored 1 file(s) that are no JPEG or PNG: 1 .txt",
+        f"{data}: ignored 1 file(s) that are not JPEG or PNG: 1 .txt",
         "class                    train       val      test",
         "bird                        27         3         7",
         "cat                         27         3         7",

@@ -132,6 +132,20 @@ def test_python_is_held_to_the_same_as_the_command_line(
     assert caught.value.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(TrainConfig, CheckOptions, ConvertOptions, EvaluateOptions, ExportOptions),
+        *(PredictOptions, ReportOptions, ServeOptions, SummaryOptions),
+    ],
+)
+def test_help_has_each_heading_once(options: type) -> None:
+    text = make_parser(options, prog="x", description="").format_help()
+    headings = [line for line in text.splitlines() if re.fullmatch(r"\S.*:", line)]
+    assert len(set(headings)) == len(headings)
+    assert "options:" in headings
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     rate = np.logspace(-3, -1, 3)[1]
     assert from_json(to_json(TrainConfig(learning_rate=rate)), where="").learning_rate == rate

@@ -126,7 +126,7 @@ def refusal(
 @pytest.mark.parametrize("name", ZOO)
 def test_every_network_goes_there_and_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     config, image_shape = ZOO[name], (16, 16, 3)
-    twin = make_twin(create_model(config, 7, None), image_shape)
+    twin = make_twin(create_model(config, 7), image_shape)
     tensors = random_state_dict(twin)
     torch.save(tensors, tmp_path / "net.pth")
     options = ConvertOptions(image_size=image_shape[0])
@@ -151,7 +151,7 @@ def test_every_network_goes_there_and_back_bit_for_bit(name: str, tmp_path: Path
 
 
 def test_a_scale_that_airbench_has_none_of_is_refused(tmp_path: Path) -> None:
-    twin = make_twin(create_model(ZOO["airbench"], 10, None), (32, 32, 3))
+    twin = make_twin(create_model(ZOO["airbench"], 10), (32, 32, 3))
     tensors = random_state_dict(twin)
     tensors["layers.2.norm1.weight"][1] = 1.5
     torch.save(tensors, tmp_path / "net.pth")
@@ -162,7 +162,7 @@ def test_a_scale_that_airbench_has_none_of_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_a_network_of_usual_images_needs_no_option(name: str) -> None:
     config = ZOO[name]
-    twin = make_twin(create_model(config, 10, None), (32, 32, 3))
+    twin = make_twin(create_model(config, 10), (32, 32, 3))
     # Files keep no order of layers: here 'network.10' comes before 'network.2'.
     tensors = {n: t.numpy() for n, t in sorted(twin.state_dict().items()) if "num" not in n}
     assert identify(tensors) == (config, (32, 32, 3), 10)
@@ -358,7 +358,7 @@ def test_a_network_that_is_none_of_ours_is_refused_as_such(tmp_path: Path) -> No
 
 
 def test_a_network_for_other_images_is_refused(tmp_path: Path) -> None:
-    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 3, None), (8, 8, 4))
+    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 3), (8, 8, 4))
     torch.save(twin.state_dict(), tmp_path / "net.pth")
     error = refusal(tmp_path / "net.pth", tmp_path / "run")
     assert error.exit_code == ExitCode.CHECKPOINT
@@ -370,7 +370,7 @@ def test_an_ending_of_another_format_is_no_folders_name(tmp_path: Path) -> None:
     for name in ("net.onnx", "net.npz", "net.txt"):
         error = refusal(tmp_path / "net.pth", tmp_path / name)
         assert error.exit_code == ExitCode.USAGE
-        assert "which is no format here. Fix: let it end in .pth, .pt, .safetensors" in str(error)
+        assert "is not a format here. Fix: let it end in .pth, .pt, .safetensors" in str(error)
     main([str(tmp_path / "net.pth"), str(tmp_path / "v1.2")])
     assert trained.load(tmp_path / "v1.2").config.model == "cnn"
 
@@ -379,7 +379,7 @@ def test_a_bias_before_a_batch_norm_must_fit_too() -> None:
     tensors = {n: t.numpy() for n, t in tutorial_state_dict(norm=True).items() if "num" not in n}
     tensors["network.0.bias"] = np.zeros(1, np.float32)  # which would be broadcast
     with pytest.raises(CifarJaxError, match=r"network\.0\.bias \[1\] instead of \[4\]"):
-        variables_of(tensors, *identify(tensors), Path("net.pth"))
+        variables_of(tensors, identify(tensors), Path("net.pth"))
 
 
 def test_shapes_that_contradict_each_other_take_no_memory() -> None:
@@ -387,7 +387,7 @@ def test_shapes_that_contradict_each_other_take_no_memory() -> None:
         f"network.{2 * i + 1}.weight": np.broadcast_to(np.float32(0), (10**7, 1)) for i in range(3)
     }
     with pytest.raises(CifarJaxError, match=r"instead of \[10000000, 10000000\]"):
-        variables_of(tensors, *identify(tensors), Path("net.pth"))
+        variables_of(tensors, identify(tensors), Path("net.pth"))
 
 
 @pytest.mark.parametrize("wrapped", ["whole module", "torch.save", "pickle"])
@@ -576,8 +576,8 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
         ("net.onnx", ExitCode.USAGE, "does not end in .pth, .pt, .safetensors"),
         ("folder.pth", ExitCode.CHECKPOINT, "is neither a run's workdir nor a checkpoint"),
         ("absent.pth", ExitCode.CHECKPOINT, "does not exist"),
-        ("pipe.pth", ExitCode.CHECKPOINT, "no plain file"),
-        ("pipe.safetensors", ExitCode.CHECKPOINT, "no plain file"),
+        ("pipe.pth", ExitCode.CHECKPOINT, "not a plain file"),
+        ("pipe.safetensors", ExitCode.CHECKPOINT, "not a plain file"),
     ):
         error = refusal(tmp_path / name, tmp_path / "run")
         assert error.exit_code == code
@@ -628,8 +628,8 @@ def test_metadata_that_is_not_ours_is_refused_or_ignored(tmp_path: Path) -> None
     for changed, message in (
         ({"image_shape": f"[{10**9}, {10**9}, 3]"}, "at most 64,000,000 pixels"),
         ({"image_shape": "[64, 64, 3]"}, "are not those of cnn"),
-        ({"image_shape": "[2, 2, 3]"}, "which cannot be: the images are too small"),
-        ({"config": json.dumps({**config, "widths": [10**30]})}, "which cannot be"),
+        ({"image_shape": "[2, 2, 3]"}, "which is impossible: the images are too small"),
+        ({"config": json.dumps({**config, "widths": [10**30]})}, "which is impossible"),
         ({"config": json.dumps({**config, "hidden": [1] * 5000})}, "more layers than the file has"),
     ):
         write_state_dict(path, tensors, {**good, **changed})
@@ -661,13 +661,13 @@ def test_options_that_contradict_the_network_are_refused(tmp_path: Path) -> None
 def test_what_is_assumed_is_said_with_its_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 12, None), (8, 8, 3))
+    twin = make_twin(create_model(TrainConfig(model="cnn-gap", widths=(4,)), 12), (8, 8, 3))
     torch.save(twin.state_dict(), tmp_path / "net.pth")
     main([str(tmp_path / "net.pth"), str(tmp_path / "a")])
     lines = capsys.readouterr().out.splitlines()
     for option in ("--image-size", "--mean", "--std", "--classes"):
         assert sum(option in line and line.startswith("assumed: ") for line in lines) == 1
-    assert "activations, padding and pooling no tensor tells" in lines[0]
+    assert "how the network pads, pools and activates" in lines[0]
     assert trained.load(tmp_path / "a").class_names[9:11] == ("class 09", "class 10")
     assert lines[-1].startswith("converted cnn-gap, 172 parameters, 12 classes, images of 32x32x3")
     options = ["--image-size", "8", "--mean=-1,0.5,0.25", "--std", "1,2,3"]

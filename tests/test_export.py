@@ -64,7 +64,7 @@ def images_of(name: str) -> np.ndarray:
 def make_network(name: str) -> TrainedNetwork:
     """Random numbers for all its variables, so that no symmetry hides a mistake."""
     config, image_shape = ZOO[name]
-    model = create_model(config, len(CLASSES), None)
+    model = create_model(config, len(CLASSES))
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *image_shape), "f4"))
     rng = np.random.default_rng(0)
     variables = {"batch_stats": {}} | jax.tree.map_with_path(

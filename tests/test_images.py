@@ -88,7 +88,7 @@ def test_what_is_no_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "whole.png").write_bytes(whole)
     broken = {
         "empty.png": (b"", "is empty"),
-        "text.png": (b"no image at all", "is no image"),
+        "text.png": (b"no image at all", "is not an image"),
         "cut.png": (whole[:-300], "is cut short"),
         "flipped.png": (whole[:-20] + bytes(1) + whole[-19:], "is damaged: the checksum"),
         "cut.gif": (encoded("GIF")[:-300], "is damaged: "),

@@ -44,7 +44,7 @@ def rows_by_name(rows: list[LayerRow]) -> dict[str, LayerRow]:
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_parameters_and_shapes_are_those_of_the_network(name: str, size: int) -> None:
-    model = create_model(CONFIGS[name], 10, None)
+    model = create_model(CONFIGS[name], 10)
     rows = layer_table(model, (size, size, 3), batch_size=2)
     images = np.zeros((2, size, size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -72,9 +72,7 @@ def test_parameters_and_shapes_are_those_of_the_network(name: str, size: int) ->
 
 
 def test_the_tutorials_network_by_hand() -> None:
-    rows = rows_by_name(
-        layer_table(create_model(TrainConfig(model="cnn"), 10, None), (32, 32, 3), 1)
-    )
+    rows = rows_by_name(layer_table(create_model(TrainConfig(model="cnn"), 10), (32, 32, 3), 1))
     assert dataclasses.astuple(rows["Conv_0"])[3:6] == (448, "3*3*3*16 + 16", 32 * 32 * 16 * 27)
     assert rows["Conv_1"].macs == 16 * 16 * 32 * 3 * 3 * 16
     assert rows["Dense_0"].params == 1024 * 512 + 512
@@ -85,7 +83,7 @@ def test_the_tutorials_network_by_hand() -> None:
 
 
 def test_a_pool_of_three_pixels_sees_two() -> None:
-    model = create_model(TrainConfig(model="cnn", widths=(4, 4, 4, 4)), 10, None)
+    model = create_model(TrainConfig(model="cnn", widths=(4, 4, 4, 4)), 10)
     pool = rows_by_name(layer_table(model, (24, 24, 3), 1))["pool_3"]  # 24, 12, 6, 3, 1
     assert (pool.receptive_field, pool.stride) == (46, 16)
 
@@ -129,7 +127,7 @@ def test_a_layer_that_changes_the_size_in_its_own_way_is_named() -> None:
 @pytest.mark.parametrize(("name", "size"), [pair for pair in SIZES if pair[0] in NARROW])
 def test_what_an_output_sees_is_where_its_gradient_is(name: str, size: int) -> None:
     """For the first, a middle and the last output of each layer, on a real gradient."""
-    model = create_model(NARROW[name], 10, None)
+    model = create_model(NARROW[name], 10)
     # All positive, so that no ReLU is in the way; several, so that each pixel wins some maximum.
     images = np.random.default_rng(0).random((16, size, size, 3), np.float32)
     drawn = random_variables(NARROW[name], (size, size, 3))
@@ -160,7 +158,7 @@ def test_what_an_output_sees_is_where_its_gradient_is(name: str, size: int) -> N
 
 @pytest.mark.parametrize("name", NARROW)
 def test_every_layer_is_traced_and_the_last_gives_the_logits(name: str) -> None:
-    model = create_model(NARROW[name], 10, None)
+    model = create_model(NARROW[name], 10)
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     variables = random_variables(NARROW[name], (16, 16, 3))
     layers = jax.jit(lambda v, x: trace_layers(model, v, x))(variables, images)

@@ -63,7 +63,7 @@ def random_variables(
     config: TrainConfig, image_shape: tuple[int, int, int], dtype: Any = np.float32
 ) -> layout.Variables:
     """Weights of the size of initial ones, and no bias, scale or statistic at its trivial value."""
-    model = create_model(config, 10, None)
+    model = create_model(config, 10)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def test_round_trips_are_exact(
 ) -> None:
     """Through a PyTorch module too, whose ``state_dict`` has what ours has, and nothing else."""
     variables = random_variables(config, image_shape, dtype)
-    model = create_model(config, 10, None)
+    model = create_model(config, 10)
     torch_layout = model.torch_layout(image_shape)
     state_dict = layout.to_torch(variables, torch_layout)
     assert all(array.flags.c_contiguous for array in state_dict.values())
@@ -169,7 +169,7 @@ def test_round_trips_are_exact(
 
 
 def test_the_tutorials_names() -> None:
-    names = create_model(TrainConfig(), 10, None).torch_layout((32, 32, 3)).names
+    names = create_model(TrainConfig(), 10).torch_layout((32, 32, 3)).names
     assert names == {
         "Conv_0": "network.0",  # Conv2d, ReLU, MaxPool2d
         "Conv_1": "network.3",
@@ -182,7 +182,7 @@ def test_the_tutorials_names() -> None:
 
 def test_a_state_dict_without_a_layer_is_refused() -> None:
     config, image_shape = CASES["cnn batch norm"]
-    torch_layout = create_model(config, 10, None).torch_layout(image_shape)
+    torch_layout = create_model(config, 10).torch_layout(image_shape)
     state_dict = layout.to_torch(random_variables(config, image_shape), torch_layout)
     without = {name: a for name, a in state_dict.items() if not name.startswith("network.4.")}
     with pytest.raises(KeyError, match=r"network\.4"):
@@ -211,7 +211,7 @@ def test_running_variance_is_that_of_pytorchs_batch_norm() -> None:
 def test_a_bias_before_a_batch_norm_can_be_folded_into_it(case: str) -> None:
     """From the tutorials' module, with its bias, to ours: the same logits in evaluation."""
     config, image_shape = CASES[case]
-    model = create_model(config, 10, None)
+    model = create_model(config, 10)
     torch_layout = model.torch_layout(image_shape)
     variables = random_variables(config, image_shape, np.float64)
     rng = np.random.default_rng(1)
@@ -238,7 +238,7 @@ def test_folding_leaves_other_biases_alone() -> None:
     config, image_shape = CASES["cnn batch norm"]
     plain = dataclasses.replace(config, batch_norm=False)
     for c in (config, plain):
-        torch_layout = create_model(c, 10, None).torch_layout(image_shape)
+        torch_layout = create_model(c, 10).torch_layout(image_shape)
         state_dict = layout.to_torch(random_variables(c, image_shape), torch_layout)
         assert_same_trees(layout.fold_bias_into_batch_norm(state_dict, torch_layout), state_dict)
 

@@ -55,7 +55,7 @@ COUNTS = {
 def shapes_of(
     config: TrainConfig, image_shape: tuple[int, int, int], classes: int = 10
 ) -> typing.Any:
-    model = create_model(config, classes, None)
+    model = create_model(config, classes)
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     logits = jax.eval_shape(model.apply, variables, images)
@@ -101,7 +101,7 @@ def test_widths_and_hidden_replace_the_models_own() -> None:
 
 
 def test_batch_norm_normalises_in_training_and_remembers_for_evaluation() -> None:
-    model = create_model(TrainConfig(batch_norm=True, widths=(4,), hidden=()), 10, None)
+    model = create_model(TrainConfig(batch_norm=True, widths=(4,), hidden=()), 10)
     x = np.random.default_rng(0).normal(5, 3, (64, 8, 8, 3)).astype(np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     _, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -115,7 +115,7 @@ def test_batch_norm_normalises_in_training_and_remembers_for_evaluation() -> Non
 
 
 def test_dropout_acts_in_training_only() -> None:
-    model = create_model(TrainConfig(model="mlp", hidden=(8,), dropout=0.5), 10, None)
+    model = create_model(TrainConfig(model="mlp", hidden=(8,), dropout=0.5), 10)
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
 
@@ -129,7 +129,7 @@ def test_dropout_acts_in_training_only() -> None:
 @pytest.mark.parametrize("name", ["cnn", "linear", "cnn-wide"])
 def test_another_image_size_is_explained(name: typing.Any) -> None:
     variables = shapes_of(TrainConfig(model=name), (16, 16, 3))
-    model = create_model(TrainConfig(model=name), 10, None)
+    model = create_model(TrainConfig(model=name), 10)
     images = jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32)
     with pytest.raises(CifarJaxError, match=r"takes one image size.*Fix: .*cnn-gap"):
         jax.eval_shape(model.apply, variables, images)
@@ -138,7 +138,7 @@ def test_another_image_size_is_explained(name: typing.Any) -> None:
 @pytest.mark.parametrize("name", ["cnn-gap", "resnet9", "airbench"])
 def test_some_networks_take_any_image_size(name: typing.Any) -> None:
     variables = shapes_of(TrainConfig(model=name), (16, 16, 3))
-    model = create_model(TrainConfig(model=name), 10, None)
+    model = create_model(TrainConfig(model=name), 10)
     images = jax.ShapeDtypeStruct((1, 24, 20, 3), jnp.float32)
     assert jax.eval_shape(model.apply, variables, images).shape == (1, 10)
 

@@ -34,7 +34,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_nchw_program_is_the_same_network(name: str, train: bool) -> None:
     config = CONFIGS[name]
-    model = create_model(config, 10, None)
+    model = create_model(config, 10)
     variables = random_variables(config, SHAPE, "float32")
     images = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
     expected, updated = jax.jit(

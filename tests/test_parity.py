@@ -89,7 +89,7 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def make_pair(config: TrainConfig, image_shape: tuple[int, int, int], dtype: str) -> Pair:
     variables = random_variables(config, image_shape, dtype)
-    return Pair(create_model(config, 10, None), variables, image_shape)
+    return Pair(create_model(config, 10), variables, image_shape)
 
 
 def make_batch(

@@ -42,7 +42,7 @@ def test_files_folders_and_standard_input(
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     files = [*sorted(map(str, folder.iterdir())), str(bad), "-", str(single)]
     assert [line["file"] for line in lines] == files
-    assert "no image" in lines[7]["error"]
+    assert "not an image" in lines[7]["error"]
     assert "1 of 10 image(s) could not be read" in found.stderr.decode()
     assert found.stderr.decode().count("\n") == 1
 
@@ -152,4 +152,4 @@ def test_a_name_that_is_no_text_is_shown(trained_run: Path, tmp_path: Path) -> N
     command = [sys.executable, "-m", "cifar_jax.predict", "--checkpoint", trained_run, name]
     found = subprocess.run(command, capture_output=True, check=False, timeout=120)
     assert found.returncode == ExitCode.DATA
-    assert b"is no image" in found.stderr
+    assert b"is not an image" in found.stderr

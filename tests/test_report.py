@@ -83,7 +83,7 @@ def untrained(
     workdir: Path, config: TrainConfig, classes: tuple[str, ...], shape: tuple[int, int, int]
 ) -> TrainedNetwork:
     """A network with random weights, as the workdir of a run without any epoch."""
-    model = create_model(config, len(classes), None)
+    model = create_model(config, len(classes))
     variables = jax.device_get(model.init(jax.random.key(0), np.zeros((1, *shape), np.float32)))
     channels = shape[2]
     network = TrainedNetwork(
@@ -468,7 +468,7 @@ def test_feature_maps_are_the_layers_outputs(trained_run: Path) -> None:
 
 def test_receptive_fields_are_what_a_unit_depends_on() -> None:
     config = TrainConfig(model="cnn", widths=(2, 2, 2), hidden=())
-    model = create_model(config, 2, None)
+    model = create_model(config, 2)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 1)))
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     without_bias = jax.tree_util.tree_map_with_path(
@@ -549,7 +549,7 @@ def test_many_classes_are_a_picture() -> None:
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
-        (lambda run: shutil.rmtree(run), "is no folder"),
+        (lambda run: shutil.rmtree(run), "is not a folder"),
         (lambda run: (run / "config.json").unlink(), "holds no run"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json cannot be used"),
         (lambda run: (run / "config.json").write_text('{"a": 1}'), "config.json cannot be used"),
@@ -557,8 +557,8 @@ def test_many_classes_are_a_picture() -> None:
         (lambda run: (run / "report.json").write_text('{"data": 1}'), "data is missing"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1: epoch is missing"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl cannot be"),
-        (lambda run: (run / "metrics.jsonl").write_text("1,\n"), "line 1 is no JSON"),
-        (lambda run: (run / "metrics.jsonl").write_text("[" * 10**5), "line 1 is no JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("1,\n"), "line 1 is not JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("[" * 10**5), "line 1 is not JSON"),
     ],
 )
 def test_a_workdir_without_a_sound_run(

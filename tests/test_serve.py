@@ -205,8 +205,8 @@ def test_others_are_answered_while_an_image_is_decoded(url: str) -> None:
 
 def test_what_is_no_image_is_refused(url: str) -> None:
     for body, kind, status, message in (
-        (b"a plain text", "text/plain", 415, "the body is no image"),
-        (b"a plain text", "application/octet-stream", 422, "n.txt is no image of a format"),
+        (b"a plain text", "text/plain", 415, "the body is not an image"),
+        (b"a plain text", "application/octet-stream", 422, "n.txt is not an image of a format"),
         (b"", "image/jpeg", 422, "n.txt is empty"),
         (noise_file()[:600], "image/jpeg", 422, "n.txt is cut short"),
     ):
@@ -426,7 +426,7 @@ def test_images_come_by_drop_paste_and_keyboard(browser: Any, url: str) -> None:
             page.locator(f'#seen[src="{answer["network_input"]}"]').wait_for()
             assert shown(page) == expected(answer)
         page.evaluate(paste, page.evaluate_handle(transfer, ""))
-        assert "What was pasted is no file." in page.locator("#error").inner_text()
+        assert "What was pasted is not a file." in page.locator("#error").inner_text()
 
         page.locator("#samples button").first.wait_for()
         page.keyboard.press("Tab")
@@ -446,7 +446,7 @@ def test_the_page_says_what_is_wrong(browser: Any, url: str, tmp_path: Path) -> 
     sent = []
     with opened(browser, url) as page:
         page.on("request", lambda request: sent.append(request.method))
-        for name, message in (("notes.txt", "is no image"), ("huge.png", "has over 10 MiB.")):
+        for name, message in (("notes.txt", "is not an image"), ("huge.png", "has over 10 MiB.")):
             page.locator("input[type=file]").set_input_files(tmp_path / "image.jpg")
             shown(page)
             assert page.locator("#error").is_hidden()

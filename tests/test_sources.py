@@ -94,7 +94,7 @@ def test_what_is_no_class_or_image_does_not_count(
     assert dataset.class_names == ("bird", "cat", "frog")
     assert len(dataset.train) + len(dataset.val) == 90
     assert capsys.readouterr().out == (
-        f"{inner}: ignored 5 file(s) that are no JPEG or PNG: 3 .gif, 1 .db, 1 without ending\n"
+        f"{inner}: ignored 5 file(s) that are not JPEG or PNG: 3 .gif, 1 .db, 1 without ending\n"
     )
 
 
@@ -302,7 +302,7 @@ def spell_a_test_class_otherwise(root: Path) -> None:
         (drop_test, "has train/ only"),
         (empty_an_image, "train/cat/011.png is empty"),
         (cut_an_image, "train/cat/011.png is cut short"),
-        (replace_an_image_by_text, "train/cat/011.png is no JPEG or PNG"),
+        (replace_an_image_by_text, "train/cat/011.png is not a JPEG or PNG"),
         (resize_an_image, "train/cat/000.png is 9x9, the first is 8x8"),
     ],
 )
@@ -328,7 +328,7 @@ def test_auto_offline_is_shapes_under_a_notice(tmp_path: Path) -> None:
         "CIFAR-10 is missing",
         str(tmp_path),
         "no route to host",
-        "SAYS NOTHING OF CIFAR-10",
+        "SAYS NOTHING ABOUT CIFAR-10",
         "python -m cifar_jax.train --data cifar10",
     ):
         assert said in dataset.notice

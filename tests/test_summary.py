@@ -49,7 +49,7 @@ def test_the_table_shows_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_memory_counts_parameters_and_optimizer() -> None:
     config = TrainConfig(widths=(4, 8), hidden=(16,), batch_norm=True)
-    model = create_model(config, 10, None)
+    model = create_model(config, 10)
     memory = step_memory(config, model, SHAPE, 16)
     variables = jax.jit(model.init)(jax.random.key(0), jax.numpy.zeros((1, *SHAPE)))
     adam = optax.adam(1e-3).init(variables["params"])
@@ -66,7 +66,7 @@ def test_memory_counts_parameters_and_optimizer() -> None:
 
 def test_the_largest_batch_fits_and_twice_as_many_do_not() -> None:
     config = TrainConfig(widths=(4,), hidden=(8,))
-    model = create_model(config, 10, None)
+    model = create_model(config, 10)
     known = step_memory(config, model, SHAPE, 16)
     limit = 1e6
     found = largest_batch(config, model, SHAPE, limit, known)

@@ -357,7 +357,7 @@ def test_a_workdir_that_is_taken_away_is_made_anew(
     workdir = tmp_path / "run"
     with at_step(8, lambda: shutil.rmtree(workdir)):
         report = train_and_evaluate(config, workdir)
-    assert "was taken away; it is made anew" in capsys.readouterr().out
+    assert "was removed; creating it again" in capsys.readouterr().out
     assert report["params_sha256"] == reference[0]["params_sha256"]
     assert len(read_rows(workdir)) == 3
     again = train_and_evaluate(dataclasses.replace(config, resume=True), workdir)
@@ -399,7 +399,7 @@ def test_what_does_not_belong_among_the_checkpoints_is_named(
     report = train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path / "run")
     assert report["params_sha256"] == reference[0]["params_sha256"]
     out = capsys.readouterr().out
-    assert f"warning: ignored in {checkpoints}: 99, which are no checkpoints" in out
+    assert f"warning: ignored in {checkpoints}: 99, which are not checkpoints" in out
     assert f"removed {checkpoints / '.unfinished-16'}: a save" in out
     assert (checkpoints / "99").exists()
     assert not (checkpoints / ".unfinished-16").exists()
@@ -447,7 +447,7 @@ def test_files_of_something_else_are_not_overwritten(
     (tmp_path / name).write_text("years of work")
     config = dataclasses.replace(config, tensorboard=True)
     for resume in (False, True):
-        with pytest.raises(CifarJaxError, match=r"holds no run, and .* Fix: give another") as error:
+        with pytest.raises(CifarJaxError, match=r"no run, but has .* Fix: give another") as error:
             train_and_evaluate(dataclasses.replace(config, resume=resume), tmp_path)
         assert error.value.exit_code == ExitCode.USAGE
         assert str(tmp_path / name).startswith(str(error.value).split("and ")[1].split(",")[0])

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, Split
 from cifar_jax.host_input import make_evaluate
@@ -33,8 +32,8 @@ from cifar_jax.train_step import (
     classification_sums,
     create_train_state,
     eval_step,
+    make_train_step,
     normalize,
-    train_step,
 )
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -56,25 +55,13 @@ def make_batches(n: int, batch_size: int, seed: int = 0) -> list[dict[str, np.nd
 def make_step(config: TrainConfig, axis_name: str | None) -> tuple[Any, TrainState]:
     model = create_model(config, 10, axis_name)
     tx = make_optimizer(config, make_schedule(config, 100))
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        augment=make_augmentation(config, MEAN),
-        mean=MEAN,
-        std=STD,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
-        accumulate=config.accumulate,
-        axis_name=axis_name,
-    )
-    return step, initial_state(config)
+    return make_train_step(config, model, tx, MEAN, STD, axis_name), initial_state(config)
 
 
 @functools.cache  # it takes as long to compile as a step
 def initial_state(config: TrainConfig) -> TrainState:
     tx = make_optimizer(config, make_schedule(config, 100))
-    model = create_model(config, 10, None)
+    model = create_model(config, 10)
     return jax.device_get(create_train_state(model, tx, SHAPE, config.seed))
 
 
@@ -246,7 +233,7 @@ def test_unsynchronised_statistics_are_averaged_over_the_devices() -> None:
 
 def test_bfloat16_is_for_activations_alone() -> None:
     config = dataclasses.replace(SMALL, batch_norm=True, dropout=0.5)
-    model = create_model(config, 10, None, dtype=jnp.bfloat16)
+    model = create_model(config, 10, dtype=jnp.bfloat16)
     tx = make_optimizer(config, make_schedule(config, 100))
     state = create_train_state(model, tx, SHAPE, 0)
     (batch,) = make_batches(1, 16)
@@ -307,7 +294,7 @@ def evaluated() -> tuple[Dataset, Any, RunningSums]:
     (data,) = make_batches(1, 103)
     split = Split(data["image"], data["label"])
     dataset = Dataset("random", "", tuple("abcdefghij"), split, split, split, MEAN, STD)
-    model = create_model(SMALL, 10, None)
+    model = create_model(SMALL, 10)
     variables = initial_state(SMALL).variables
     x = normalize(split.pixels, MEAN, STD)
     logits = np.asarray(jax.jit(model.apply)(variables, x), np.float64)
@@ -344,7 +331,7 @@ def test_scores_are_of_float32_on_a_gpu_too() -> None:
 
 
 def test_the_mask_hides_whatever_is_under_it() -> None:
-    model = create_model(SMALL, 10, None)
+    model = create_model(SMALL, 10)
     state = initial_state(SMALL)
     (batch,) = make_batches(1, 8)
     step = jax.jit(functools.partial(eval_step, model=model, mean=MEAN, std=STD))

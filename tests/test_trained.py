@@ -121,7 +121,7 @@ def test_a_run_may_begin_with_the_weights_of_another_network(tmp_path: Path, mod
         data=str(data), model=model, widths=(4, 8), epochs=2, batch_size=9, schedule="constant"
     )
     config = dataclasses.replace(config, optimizer="sgd", learning_rate=1e-12, momentum=0)
-    net = create_model(config, 3, None)
+    net = create_model(config, 3)
     drawn = jax.jit(net.init)(jax.random.key(7), np.zeros((1, 16, 16, 3), np.float32))
     variables = {"params": drawn["params"], "batch_stats": drawn.get("batch_stats", {})}
     names, mean, std = ("bird", "cat", "frog"), (0.25, 0.5, 0.0), (0.5, 2.0, 1.0)

@@ -12,7 +12,7 @@ from cifar_jax import cli
 from cifar_jax.config import ExportFormat
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import check_is_new, new_path
-from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder, workdir_of
 
 if TYPE_CHECKING:  # slow to import: a wrong option is answered before
@@ -44,32 +44,25 @@ TOLERANCE = 1e-5
 _BATCH_SIZES = (1, 7, 128)
 _MAX_IMAGES = 1000
 
-_GROUP = "what to export"
-
 
 @dataclasses.dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Options):
     """Which network to export, as what, and the images to check it on."""
 
-    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
-    format: ExportFormat = option(REQUIRED, "the kind of file", group=_GROUP)
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
+    format: ExportFormat = option(REQUIRED, "the kind of file")
     output: str | None = option(
         None,
         "the new file [default the workdir's name, here, with the format's ending]",
-        group=_GROUP,
     )
     data: str | None = option(
         None,
         "whose test images to check on, as in cifar_jax.train [default the data of training where "
         "it is on this machine, else images that are drawn]",
-        group=_GROUP,
     )
     data_dir: str | None = option(
-        None, "where it is prepared or extracted [default that of training]", group=_GROUP
+        None, "where it is prepared or extracted [default that of training]"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def export_network(
@@ -93,7 +86,7 @@ def export_network(
     Raises:
         CifarJaxError: usage; ``output`` exists, or has another ending. Checkpoint; there is none.
             Environment; packages are missing, or ``output`` cannot be written. Data; ``data``
-            cannot be had. Numerics; the file's answers are others than the checkpoint's.
+            cannot be read. Numerics; the file's answers differ from the checkpoint's.
     """
     if output.suffix != f".{format}":
         raise CifarJaxError(
@@ -102,12 +95,11 @@ def export_network(
             fix=f"let it end in .{format}",
         )
     check_is_new(output, "--output")
-    step_folder(checkpoint)  # soon: trained.load would say so after the imports
+    step = step_folder(checkpoint)  # soon: trained.load would say so after the imports
     _check_installed(format)
     from cifar_jax import trained
     from cifar_jax.export.formats import FORMATS, classify_here, how_to_use
 
-    step = step_folder(checkpoint)
     print(f"reading the checkpoint {step}", flush=True)
     network = trained.load(step)
     shape = "x".join(map(str, network.image_shape))
@@ -125,7 +117,7 @@ def export_network(
         size = path.stat().st_size
         print(f"checking the {size:,} bytes written on {len(images):,} {their_name}", flush=True)
         difference = _largest_difference(read(network, path), images, expected)
-        if not difference <= TOLERANCE:  # a NaN is no agreement
+        if not difference <= TOLERANCE:  # so that NaN fails too
             raise CifarJaxError(
                 ExitCode.NUMERICS,
                 f"the {format} file gave probabilities up to {difference:.1g} from the "

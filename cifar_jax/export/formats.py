@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from cifar_jax.config import ExportFormat
 from cifar_jax.inference import make_logits, softmax
 from cifar_jax.layout import StateDict, nhwc_to_nchw
-from cifar_jax.network_metadata import metadata_of, network_of
-from cifar_jax.state_dicts import read_state_dict, write_state_dict
+from cifar_jax.network_metadata import metadata_of
+from cifar_jax.state_dicts import network_of, read_state_dict, write_state_dict
 from cifar_jax.train_step import exact_logits
 from cifar_jax.trained import TrainedNetwork
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
-from cifar_jax.options import check_options, flag, option
+from cifar_jax.options import Options, flag, option
 from cifar_jax.report.run import read_run
 
 DESCRIPTION = """\
@@ -25,26 +25,20 @@ examples:
   python -m cifar_jax.report runs/* --output comparison.html
 """
 
-_GROUP = "options"
-
 
 @dataclasses.dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Options):
     """Where the page goes, and where the images are that it shows."""
 
     output: str | None = option(
         None,
         "the file to write [default: report.html in the run's folder; comparison.html here for "
         "several runs]",
-        group=_GROUP,
     )
     data: str | None = option(
-        None, "images, as in cifar_jax.train [default: what the run was trained on]", group=_GROUP
+        None, "images, as in cifar_jax.train [default: what the run was trained on]"
     )
-    data_dir: str | None = option(None, "as in cifar_jax.train", group=_GROUP)
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    data_dir: str | None = option(None, "as in cifar_jax.train")
 
 
 def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
@@ -55,7 +49,7 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
 
     Raises:
         CifarJaxError: usage; options that do not go together. Checkpoint; a workdir holds no run,
-            or a damaged one. Data; ``options.data`` cannot be had. Environment; the file cannot be
+            or a damaged one. Data; ``options.data`` cannot be read. Environment; the file cannot be
             written.
     """
     single = len(workdirs) == 1

@@ -20,7 +20,7 @@ from cifar_jax.labelled import LabelledImages, load_labelled, logits_of
 from cifar_jax.layer_table import layer_table
 from cifar_jax.layers import ACTIVATIONS, Layer, trace_layers
 from cifar_jax.parallel import compile_lowered
-from cifar_jax.report.run import Run
+from cifar_jax.report.run import StoredRun
 from cifar_jax.scores import Scores, score, wilson_interval
 from cifar_jax.train_step import normalize
 from cifar_jax.trained import TrainedNetwork
@@ -43,7 +43,7 @@ class Summary:
         seconds: of training and validation, all epochs.
     """
 
-    run: Run
+    run: StoredRun
     data: str | None
     digest: str | None
     n_params: int | None
@@ -133,7 +133,7 @@ class ReceptiveField:
 
 @dataclasses.dataclass
 class RunPage:
-    """All that the page of one run shows; filled bit by bit, as far as it can be had.
+    """All that the page of one run shows; filled bit by bit, as far as possible.
 
     Attributes:
         missing: what is not on the page and why, a sentence each.
@@ -173,16 +173,16 @@ class Comparison:
         return len(digests) == 1 and None not in digests
 
 
-def gather_run(run: Run, *, data: str | None, data_dir: str | None) -> RunPage:
+def gather_run(run: StoredRun, *, data: str | None, data_dir: str | None) -> RunPage:
     """The page of ``run``, scored on the test images if it is complete, else on validation images.
 
-    What cannot be had is left out, and said on the page and on stderr.
+    What cannot be read is left out, and named on the page and on stderr.
 
     Args:
         data: a source as in ``cifar_jax.train``; None is the one that the run was trained on.
 
     Raises:
-        CifarJaxError: data; ``data`` is given and cannot be had.
+        CifarJaxError: data; ``data`` is given and cannot be read.
     """
     summary = summarize(run)
     page = RunPage(summary)
@@ -227,7 +227,7 @@ def _on_pixels(kernels: NDArray[np.float32], side: int) -> NDArray[np.float32]:
     return squares.transpose(0, 1, 4, 2, 5, 3).reshape(n, height * side, width * side, -1)
 
 
-def gather_comparison(runs: Sequence[Run]) -> Comparison:
+def gather_comparison(runs: Sequence[StoredRun]) -> Comparison:
     """``runs`` side by side, in the order given."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
@@ -241,7 +241,7 @@ def gather_comparison(runs: Sequence[Run]) -> Comparison:
     return Comparison([summarize(run) for run in runs], names, differing)
 
 
-def summarize(run: Run) -> Summary:
+def summarize(run: StoredRun) -> Summary:
     """``run`` in numbers: from ``report.json``, else from its history and newest checkpoint."""
     if run.report is not None:
         report = run.report
@@ -306,7 +306,7 @@ def _miss(page: RunPage, what: str) -> None:
     print(f"warning: the page lacks: {what}", file=sys.stderr)
 
 
-def _newest(run: Run) -> tuple[dict[str, Any], int | None]:
+def _newest(run: StoredRun) -> tuple[dict[str, Any], int | None]:
     """The metadata of the newest checkpoint, and the parameters' number; without one, {}, None."""
     folder = checkpoints_of(run.workdir)
     steps = saved_steps(folder)
@@ -326,7 +326,7 @@ def _texts(values: Any) -> dict[str, str]:
     return {name: value for name, value in items if isinstance(value, str)}
 
 
-def _load(run: Run) -> TrainedNetwork:
+def _load(run: StoredRun) -> TrainedNetwork:
     """The network that the report is about; of a run without one, the best so far."""
     if run.report is None:
         return trained.load(run.workdir)
@@ -381,9 +381,9 @@ def _disagreements(summary: Summary, labelled: LabelledImages, scored: Scored) -
     if recorded == scores.correct:
         return []
     return [
-        f"Scored anew, {scores.correct:,} {scored.split} images are right; by the run's own record "
-        f"it was {recorded:,}. Another machine rounds differently; more than a few mean another "
-        "network or other images."
+        f"Scored again, {scores.correct:,} {scored.split} images are right; by the run's own "
+        f"record it was {recorded:,}. Another machine rounds differently; more than a few mean "
+        "another network or other images."
     ]
 
 

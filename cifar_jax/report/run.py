@@ -25,7 +25,7 @@ _REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class StoredRun:
     """A run, as far as it has come.
 
     Attributes:
@@ -56,20 +56,20 @@ class Run:
         return next((r for r in self.history if r["step"] == self.report["best_step"]), None)
 
 
-def read_run(workdir: Path) -> Run:
+def read_run(workdir: Path) -> StoredRun:
     """Read ``config.json``, ``metrics.jsonl`` and ``report.json``; the last two may be missing.
 
     Raises:
         CifarJaxError: checkpoint; there is no run in ``workdir``, or one of the files is damaged.
     """
     if not (workdir / "config.json").is_file():
-        what = "holds no run" if workdir.is_dir() else "is no folder"
+        what = "holds no run" if workdir.is_dir() else "is not a folder"
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
             f"{workdir} {what}",
             fix="give a --workdir of cifar_jax.train, with config.json in it",
         )
-    return Run(
+    return StoredRun(
         workdir,
         _config(workdir / "config.json"),
         _history(workdir / "metrics.jsonl"),
@@ -117,7 +117,7 @@ def _unreadable(path: Path, reason: str) -> CifarJaxError:
         path,
         reason,
         f"restore it, or delete {workdir / 'report.json'} and let python -m cifar_jax.train "
-        f"--resume --workdir {workdir} write both metrics.jsonl and report.json anew",
+        f"--resume --workdir {workdir} write both metrics.jsonl and report.json again",
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, check_options, option
+from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder
 
 DESCRIPTION = """\
@@ -27,25 +27,17 @@ examples:
       'http://127.0.0.1:8000/predict?file=cat.jpg'
 """
 
-_GROUP = "what to serve, and where"
-
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions:
+class ServeOptions(Options):
     """Which network to serve, and where."""
 
-    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP, group=_GROUP)
+    checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
     host: str = option(
         "127.0.0.1",
         "address to listen on; any but 127.0.0.1 and ::1 lets other machines in",
-        group=_GROUP,
     )
-    port: int = option(
-        8000, "port to listen on; 0 takes a free one", group=_GROUP, at_least=0, at_most=65535
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    port: int = option(8000, "port to listen on; 0 takes a free one", at_least=0, at_most=65535)
 
 
 def serve(options: ServeOptions) -> None:
@@ -53,7 +45,7 @@ def serve(options: ServeOptions) -> None:
 
     Raises:
         CifarJaxError: checkpoint; there is no network. Environment; starlette or uvicorn is
-            missing, or the port cannot be had.
+            missing, or the port cannot be used.
     """
     step_folder(Path(options.checkpoint))  # soon: trained.load would say so after the imports
     try:
@@ -86,7 +78,7 @@ def serve(options: ServeOptions) -> None:
             headers=[("X-Content-Type-Options", "nosniff")],
             timeout_graceful_shutdown=1,
         )
-        # That it does not wait longer for an answer is no error.
+        # That it does not wait longer for an answer is not an error.
         logging.getLogger("uvicorn.error").addFilter(lambda record: "graceful" not in record.msg)
         if hosts == ["*"]:
             warning = f"warning: --host {options.host} lets in whoever reaches it, with no password"

@@ -78,7 +78,7 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
         kind = request.headers.get("content-type", "").lower()
         # Also what keeps other sites' pages out: without asking first, none can send these types.
         if not kind.startswith(("image/", "application/octet-stream")):
-            return refuse(415, "the body is no image. Fix: give Content-Type: image/jpeg, say.")
+            return refuse(415, "the body is not an image. Fix: give Content-Type: image/jpeg, say.")
         try:
             content = await _body(request)
         except ClientDisconnect:
@@ -108,7 +108,7 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
 
 
 def _answer_when_cancelled(app: ASGIApp) -> ASGIApp:
-    """At the server's end, what is still under way is cancelled: that is no error to report."""
+    """At the server's end, what is still under way is cancelled: that is not an error to report."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -231,7 +231,7 @@ def find_samples(network: TrainedNetwork) -> list[dict[str, str]]:
             labelled = load_labelled(network, "test", data=None, data_dir=None)
             labels, first = np.unique(labelled.split.labels, return_index=True)
             images = labelled.pixels(first[:_MAX_SAMPLES])
-        except CifarJaxError:  # it is no more as it was
+        except CifarJaxError:  # it has changed since
             return []
         files = [labelled.file_name(index) for index in first]
     return [

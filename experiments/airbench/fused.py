@@ -9,7 +9,7 @@ from jax import lax
 
 from airbench.kernels import norm_gelu
 from cifar_jax.airbench import Airbench
-from cifar_jax.blocks import Layer
+from cifar_jax.blocks import LayerFunction
 from cifar_jax.pooling import whole_windows
 
 
@@ -19,12 +19,12 @@ class FusedAirbench(Airbench):
     They take the statistics of batch norm over one device: ``axis_name`` has no effect on them.
     """
 
-    def norm_gelu(self, name: str, *, train: bool, pool: bool = False) -> list[Layer]:
+    def norm_gelu(self, name: str, *, train: bool, pool: bool = False) -> list[LayerFunction]:
         if not train:
             return super().norm_gelu(name, train=train, pool=pool)
         return [NormGelu(pool, self.batch_norm_epsilon, self.batch_norm_momentum, name=name)]
 
-    def classifier(self) -> list[Layer]:
+    def classifier(self) -> list[LayerFunction]:
         # XLA for a GPU might compute the last activations again, and round them otherwise, for the
         # gradient of the global maximum. That looks for the activation that equals the maximum:
         # finding none, it would divide by 0. XLA for a CPU fuses across this barrier.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
@@ -16,7 +15,6 @@ import jax
 import numpy as np
 
 from cifar_jax.allocator import keep_freed_memory
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
 from cifar_jax.input_pipeline import decode, train_batches
@@ -24,7 +22,7 @@ from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import AXIS_NAME, compile_step, shard
 from cifar_jax.sources import load_dataset
-from cifar_jax.train_step import create_train_state, train_step
+from cifar_jax.train_step import create_train_state, make_train_step
 
 _BATCH_SIZE = 128
 
@@ -86,16 +84,7 @@ class _Steps:
         tx = make_optimizer(config, make_schedule(config, 1000))
         self._state: Any = create_train_state(model, tx, dataset.image_shape, seed=0)
         self._devices = jax.devices()[:1]
-        step = functools.partial(
-            train_step,
-            model=model,
-            tx=tx,
-            augment=make_augmentation(config, dataset.mean),
-            mean=dataset.mean,
-            std=dataset.std,
-            seed=0,
-            axis_name=AXIS_NAME,
-        )
+        step = make_train_step(config, model, tx, dataset.mean, dataset.std, AXIS_NAME)
         batch = next(_in_memory(_decoded(dataset.train.take(np.arange(_BATCH_SIZE))), 0))
         self._compiled = compile_step(
             step, self._state, shard(batch, self._devices), self._devices, donate_state=True

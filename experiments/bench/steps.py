@@ -14,14 +14,13 @@ import numpy as np
 
 import paired_timing
 from cifar_jax.allocator import keep_freed_memory
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.inference import make_logits
 from cifar_jax.layer_table import layer_table
 from cifar_jax.models import ResNet9, create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import AXIS_NAME, compile_step, shard
-from cifar_jax.train_step import create_train_state, train_step
+from cifar_jax.train_step import create_train_state, make_train_step
 from cifar_jax.trained import TrainedNetwork
 from layouts.timings import make_torch_programs, timing_batch
 
@@ -115,7 +114,7 @@ def _flops(model: ModelName) -> dict[str, float]:
     that of its input, which the first layer does not need. A program that does with fewer, as this
     project's convolutions do, can be above the ceiling.
     """
-    network = create_model(TrainConfig(model=model), len(_CLASSES), None)
+    network = create_model(TrainConfig(model=model), len(_CLASSES))
     macs = [row.macs for row in layer_table(network, _IMAGE_SHAPE, BATCH_SIZE)]
     first = next(n for n in macs if n)
     return {
@@ -151,16 +150,7 @@ def _make_own(spec: dict[str, Any]) -> Any:
     images, labels = uint8_batch(spec["batch_size"])
     devices = jax.devices()[:1]
     batch = shard({"image": images, "label": labels}, devices)
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        augment=make_augmentation(config, _MEAN),
-        mean=_MEAN,
-        std=_STD,
-        seed=0,
-        axis_name=AXIS_NAME,
-    )
+    step = make_train_step(config, model, tx, _MEAN, _STD, AXIS_NAME)
     compiled = compile_step(step, state, batch, devices, donate_state=True)
     logits = make_logits(network)
 
@@ -203,7 +193,7 @@ def _keras_network(name: ModelName) -> Any:
     """The network of that name in Keras's own layers."""
     from keras import Input, Model, layers
 
-    model = create_model(TrainConfig(model=name), len(_CLASSES), None)
+    model = create_model(TrainConfig(model=name), len(_CLASSES))
     norm = isinstance(model, ResNet9)
 
     def block(x: Any, features: int, pool: bool = False) -> Any:

@@ -93,7 +93,7 @@ def main() -> None:
             right = [(network(x).argmax(1) == y).float() for x, y in scored]
         return float(torch.cat(right).mean())
 
-    model = create_model(TrainConfig(model=arguments.model), len(dataset.class_names), None)
+    model = create_model(TrainConfig(model=arguments.model), len(dataset.class_names))
     network = torch_reference.make_twin(model, dataset.image_shape)
     network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters())  # at 1e-3

@@ -105,7 +105,7 @@ def _widths(config: TrainConfig) -> str:
 def _pair(config: TrainConfig, size: int, dtype: Any) -> tuple[parity.Pair, Any, Any]:
     """The two networks, and 200 batches of shapes: images ``[200, B, H, W, C]``."""
     shape = (size, size, 3)
-    model = create_model(config, CLASSES, None)
+    model = create_model(config, CLASSES)
     images, labels = _drawn()
     order = np.random.default_rng(0).permutation(len(labels))  # they are drawn class by class
     cut, margin = max(shapes.SIZE - size, 0) // 2, max(size - shapes.SIZE, 0) // 2

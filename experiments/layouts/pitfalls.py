@@ -117,7 +117,7 @@ def _imshow() -> dict[str, Any]:
 
 
 def _initialisers(training: dict[str, Any]) -> dict[str, Any]:
-    model = create_model(TrainConfig(model="cnn"), CLASSES, None)
+    model = create_model(TrainConfig(model="cnn"), CLASSES)
     shape = (32, 32, 3)
     ours = initial_variables(model, shape)["params"]
     weights = torch_reference.initial_state_dict(model, shape, seed=0)

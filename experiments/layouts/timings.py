@@ -74,7 +74,7 @@ def jax_step(spec: dict[str, Any], pass_: str) -> tuple[Callable[..., Any], Any,
     everything but the network: loss, gradient, Adam.
     """
     image_shape = (32, 32, 3)
-    model = create_model(TrainConfig(model=spec["model"]), CLASSES, None)
+    model = create_model(TrainConfig(model=spec["model"]), CLASSES)
     variables = initial_variables(model, image_shape)
     images, labels = timing_batch(spec["batch_size"])
     if spec["layout"] == "NHWC":
@@ -164,7 +164,7 @@ def make_torch_programs(spec: dict[str, Any]) -> Programs:
 
     torch.set_num_threads(os.cpu_count() or 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = create_model(TrainConfig(model=spec["model"]), CLASSES, None)
+    model = create_model(TrainConfig(model=spec["model"]), CLASSES)
     memory = torch.channels_last if spec["layout"] == "channels_last" else torch.contiguous_format
     twin = torch_reference.make_twin(model, (32, 32, 3)).to(device, memory_format=memory)
     images, labels = timing_batch(spec["batch_size"])

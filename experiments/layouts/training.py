@@ -55,7 +55,7 @@ def train_in_both(source: str, data_dir: str | None, *, quick: bool) -> dict[str
 
 
 def _train_in_both(config: TrainConfig, dataset: Dataset, begun_by: str) -> dict[str, Any]:
-    model = create_model(config, len(dataset.class_names), None)
+    model = create_model(config, len(dataset.class_names))
     pair = parity.Pair(model, initial_variables(model, dataset.image_shape), dataset.image_shape)
     if begun_by == "torch":
         weights = torch_reference.initial_state_dict(model, dataset.image_shape, seed=0)
