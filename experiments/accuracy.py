@@ -10,10 +10,7 @@ study goes on where it was. The default network on CIFAR-10 takes five minutes a
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,7 +18,7 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
-from machine import processor
+from machine import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,9 +62,8 @@ def main() -> None:
         "mean": statistics.mean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "val_accuracies": [report["val_accuracy"] for report in reports],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+        **environment(),
         "versions": first["versions"],
-        "date": datetime.date.today().isoformat(),
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     for seed, accuracy in enumerate(accuracies):

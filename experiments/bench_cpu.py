@@ -22,22 +22,20 @@ pipeline_ratio                 seconds of an epoch from memory / the same by tf.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import first_step
 from bench import steps, whole
 from bench.figure import draw
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
-from cifar_jax.sources import NAMES, check_source
-from machine import processor
+from cifar_jax.sources import check_source
+from machine import environment
 
 
 def main() -> None:
@@ -54,16 +52,13 @@ def main() -> None:
     source = arguments.data or "shapes"
     check_source(source)
     quick = arguments.quick
-    data = ["--data", source if source in NAMES else str(Path(source).resolve())]
-    if arguments.data_dir:
-        data += ["--data-dir", str(Path(arguments.data_dir).resolve())]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    data = first_step.data_options(source, arguments.data_dir)
     if quick:
         data += ["--max-train-examples", "1280"]
     found: dict[str, Any] = {
         "quick": quick,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {processor()}",
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        **environment(*_PACKAGES),
         "data": Path(source).name,
     }
     for title, measure in (

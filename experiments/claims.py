@@ -13,12 +13,9 @@ networks are kept under runs/claims, so that claims share them; delete that fold
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import inspect
 import json
 import os
-import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +31,7 @@ from claims import CLAIMS
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Values, from_json, to_json
 from claims.code import code_of
 from claims.study import Study
-from machine import processor
+from machine import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 VERDICTS = (HOLDS, CAVEAT, FAILS)
@@ -116,12 +113,7 @@ def measure(claim: Claim, study: Study) -> dict[str, Any]:
         "value": measured.values,
         "n": measured.n,
         "seconds": round(seconds, 1),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
+        **environment(*PACKAGES),
         "data_name": study.dataset.name,
         "command": f"python experiments/claims.py --only {claim.question}{options}",
         "figure": measured.figure and f"{study.figures.name}/{measured.figure}",

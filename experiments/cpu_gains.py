@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import paired_timing
 from bench import steps
 from cifar_jax import cli, convolution, models, parallel, winograd
 from cifar_jax.files import write_atomically
+from machine import environment
 
 # Rounds, and the steps in each, by network.
 _TURNS = {"cnn": (9, 50), "cnn-wide": (7, 3), "resnet9": (5, 1)}
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--models", nargs="+", choices=_TURNS, default=list(_TURNS))
     arguments = parser.parse_args()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
         rounds, n = _TURNS[model]
@@ -70,7 +71,7 @@ def main() -> None:
                 f"{row['peak_memory_mb']} MB, without {_name(row['without'])}",
                 flush=True,
             )
-        found = {"machine": f"{os.cpu_count()} cores", "programs": rows}
+        found = {**environment("jax", "jaxlib", "flax"), "programs": rows}
         write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
 
 

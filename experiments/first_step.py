@@ -1,4 +1,4 @@
-"""What ``cifar_jax.train`` takes as a process: to its first step, to its end, and of memory."""
+"""``cifar_jax.train`` as a process: its data, its memory, the time to its first step and end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.sources import NAMES
+
+
+def data_options(source: str, data_dir: str | None) -> list[str]:
+    """``--data`` and ``--data-dir`` for a command that runs in another folder."""
+    options = ["--data", source if source in NAMES else str(Path(source).resolve())]
+    return [*options, "--data-dir", str(Path(data_dir).resolve())] if data_dir else options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,7 @@ a complete one is measured anew.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +39,9 @@ from layouts.models import compare_models, compare_optimizers
 from layouts.pitfalls import measure_pitfalls
 from layouts.timings import time_all
 from layouts.training import train_in_both
-from machine import processor
+from machine import environment
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
 
 def main() -> None:
@@ -84,7 +82,12 @@ class Study:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
-        self.results: dict[str, Any] = {**settings, **environment(), "complete": False}
+        self.results: dict[str, Any] = {
+            **settings,
+            **environment(*_PACKAGES),
+            "backend": jax.default_backend(),
+            "complete": False,
+        }
         if path.exists():
             found = self._read()
             if not found["complete"] and settings.items() <= found.items():
@@ -115,19 +118,6 @@ class Study:
 
     def _write(self) -> None:
         write_atomically(self._path, json.dumps(self.results, indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
-        "backend": jax.default_backend(),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ memory that XLA counts for it. Writes a JSON and, beside it, a picture and a pag
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -44,6 +41,7 @@ from cifar_jax.parallel import (
 )
 from cifar_jax.step_memory import step_memory
 from cifar_jax.train_step import create_train_state, train_step
+from machine import environment
 
 SHAPE: ImageShape = (32, 32, 3)
 BATCH = 512
@@ -76,7 +74,10 @@ def main() -> None:
     exchanged = exchanged_bytes()
     devices = measure_devices()
     found = {
-        "environment": environment(),
+        "environment": {
+            **environment("jax", "jaxlib", "flax"),
+            "devices": f"{jax.local_device_count()} {jax.devices()[0].device_kind}",
+        },
         "network": "cnn",
         "devices": devices,
         "exchanged_bytes": exchanged,
@@ -247,17 +248,9 @@ def predict(exchanged: int) -> list[dict[str, Any]]:
     return rows
 
 
-def environment() -> dict[str, Any]:
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores",
-        "devices": f"{jax.local_device_count()} {jax.devices()[0].device_kind}",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-    }
-
-
 def draw(found: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure.suptitle(found["environment"]["machine"])
     measured, predicted = figure.subplots(1, 2)
     for kept, marker in (("batch", "o-"), ("share", "s--")):
         rows = [row for row in found["devices"] if row["kept"] == kept]
@@ -268,7 +261,7 @@ def draw(found: dict[str, Any]) -> Figure:
             label=f"{kept} kept",
         )
     measured.set(
-        title=f"measured: {found['environment']['devices']}, {found['environment']['machine']}",
+        title=f"measured: {found['environment']['devices']}",
         xlabel="devices",
         ylabel="images a second",
     )

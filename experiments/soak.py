@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import hashlib
 import json
-import os
-import platform
 import random
 import resource
 import signal
@@ -33,6 +30,7 @@ from cifar_jax import __version__, cli, shapes
 from cifar_jax.errors import ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.images import png
+from machine import environment
 from processes import losses, start
 
 RELATIVE = 1e-5
@@ -77,9 +75,8 @@ def main() -> None:
                 "done": dict(sorted(done.items())),
                 "largest_relative_difference_of_a_loss": largest_difference,
                 "surprises": surprises,
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                **environment("jax", "jaxlib"),
                 "version": __version__,
-                "date": f"{datetime.date.today()}",
             }
             write_atomically(options.output, json.dumps(result, indent=1) + "\n")
             print(f"{result['minutes']:5.1f} min: {dict(done)}", *surprises[-1:], flush=True)

@@ -11,10 +11,8 @@ second; then starts on the largest once more, whose listing is kept by then.
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,6 +24,7 @@ from PIL import Image
 import first_step
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
+from machine import environment
 
 CLASSES, SIDE, PICTURES = 10, 64, 200
 
@@ -50,8 +49,7 @@ def main() -> None:
         rows.append({"images": count, "folder_mb": size >> 20, **train(folder, "again", stop=True)})
         print(f"  with the listing kept: {rows[-1]}", flush=True)
     found = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores",
+        **environment("jax", "jaxlib", "numpy"),
         "image": f"{SIDE}x{SIDE} JPEG",
         "rows": rows,
     }

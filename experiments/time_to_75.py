@@ -14,7 +14,6 @@ that does nothing else. Each run is kept as it ends, and not repeated.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -25,11 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import first_step
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
-from cifar_jax.sources import NAMES, check_source
-from machine import processor
+from cifar_jax.sources import check_source
+from machine import environment
 
 _TARGET = 0.75
 _MOST_EPOCHS = 10
@@ -45,13 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
     source = arguments.data
     check_source(source)
-    data = ["--data", source if source in NAMES else str(Path(source).resolve())]
-    if arguments.data_dir:
-        data += ["--data-dir", str(Path(arguments.data_dir).resolve())]
-    about = {
-        "machine": f"{os.cpu_count()} cores, {processor()}",
-        "data": Path(source).name,
-    }
+    data = first_step.data_options(source, arguments.data_dir)
+    about = {**environment("jax", "jaxlib", "torch"), "data": Path(source).name}
     runs = _earlier_runs(arguments.output, about)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     planned = [("cifar_jax, fast", seed) for seed in range(arguments.seeds)]
@@ -65,7 +60,6 @@ def main() -> None:
         runs.append({"program": program, "seed": seed, **measure(program, seed, data)})
         print(f"  {runs[-1]}", flush=True)
         found = {
-            "date": datetime.date.today().isoformat(),
             **about,
             "rule": " ".join((__doc__ or "").split("\n\n")[2].split()),
             "runs": runs,
@@ -76,13 +70,18 @@ def main() -> None:
         print(row)
 
 
-def _earlier_runs(output: Path, about: dict[str, str]) -> list[dict[str, Any]]:
+def _earlier_runs(output: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs in ``output``, which must be of the same machine and data; none if there is none."""
     if not output.exists():
         return []
     try:
         found = json.loads(output.read_text())
-        differs = next((name for name in about if found[name] != about[name]), None)
+        same = {
+            # The second form, without the architecture, was stored until 2026-11-28.
+            "machine": (about["machine"], about["machine"].partition(", ")[2]),
+            "data": (about["data"],),
+        }
+        differs = next((name for name, forms in same.items() if found[name] not in forms), None)
         runs: list[dict[str, Any]] = found["runs"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CifarJaxError(

@@ -66,7 +66,8 @@ def measure(quick: bool) -> dict[str, Any]:
             gflops = work[row["pass"]] / row["step_ms_median"] / 1e6
             rows.append({**row, "gflops": gflops})
             print(
-                f"  {model:9s} {row['pass']:8s} {_name(row):28s} {row['step_ms_median']:7.1f} ms "
+                f"  {model:9s} {row['pass']:8s} {program_name(row):28s} "
+                f"{row['step_ms_median']:7.1f} ms "
                 f"({row['step_ms_min']:.1f} to {row['step_ms_max']:.1f})",
                 flush=True,
             )
@@ -87,7 +88,7 @@ def _pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "workload": f"{row['model']} {row['pass']}, {row['batch_size']} images",
             "ours_ms": ours[row["model"], row["pass"]]["step_ms_median"],
-            "peer": _name(row),
+            "peer": program_name(row),
             "peer_ms": row["step_ms_median"],
             "ratio": row["step_ms_median"] / ours[row["model"], row["pass"]]["step_ms_median"],
         }
@@ -96,7 +97,8 @@ def _pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _name(row: dict[str, Any]) -> str:
+def program_name(row: dict[str, Any]) -> str:
+    """What a reader calls the program of a row."""
     if row["framework"] == "torch":
         return f"PyTorch {row['layout']}, {row['mode']}"
     return {"cifar_jax": "cifar_jax", "keras": "Keras 3 on JAX"}[row["framework"]]
