@@ -14,14 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import EXPERIMENTS
 
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError
 from claims import CLAIMS, code
 from claims.claim import CAVEAT, FAILS, HOLDS, from_json, to_json
 from claims.study import some_of
-
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 BY_QUESTION = {claim.question: claim for claim in CLAIMS}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import EXPERIMENTS
 
 import bench_cpu
 import cpu_gains
@@ -17,7 +18,6 @@ import machine
 import time_to_75
 from cifar_jax.errors import CifarJaxError, ExitCode
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SCRIPTS = sorted(path for path in EXPERIMENTS.glob("*.py") if "cli.run(main)" in path.read_text())
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import EXPERIMENTS
 from test_layout import random_variables
 
 import paired_timing
@@ -21,7 +22,6 @@ from layouts.figure import draw
 from layouts.hlo import count_moves
 from layouts.pitfalls import measure_pitfalls
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SHAPE = (16, 16, 3)
 CONFIGS = {
     "cnn": TrainConfig(model="cnn", widths=(4, 8), hidden=(16,)),
