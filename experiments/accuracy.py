@@ -2,10 +2,10 @@
 
     python experiments/accuracy.py --seeds 3 --data cifar10.tar.gz --output accuracy.json
 
-Trains once a seed with `python -m cifar_jax.train` and any of its options, scores each run's best
-epoch by validation on the test set, once, and writes accuracies, mean and spread, with data,
-versions and machine, to --output. Runs that are done already are not repeated, so that a stopped
-study goes on where it was. The default network on CIFAR-10 takes five minutes a seed on two cores.
+Trains once per seed with `python -m cifar_jax.train` and any of its options. The epoch of each run
+that is best by validation is scored once on the test set. Writes accuracies, mean and spread, with
+data, versions and machine, to --output. Finished runs are not repeated: a study that was stopped
+continues where it was. The default network on CIFAR-10 takes five minutes a seed on two cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser = cli.Parser(
         description=__doc__.split("\n\n")[0], epilog="All other options go to cifar_jax.train."
     )
-    parser.add_argument("--seeds", type=int, default=3, help="train with seeds 0 .. N-1")
+    parser.add_argument("--seeds", type=int, default=3, help="train with the seeds 0 .. N-1")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument(
         "--workdirs", type=Path, default=ROOT / "runs" / "accuracy", help="where the runs are kept"
@@ -47,7 +47,7 @@ def main() -> None:
         reports.append(json.loads((workdir / "report.json").read_text()))
 
     config = json.loads((workdir / "config.json").read_text())
-    for where in ("data", "data_dir", "seed"):  # not where things were, and the seeds are 0 .. n-1
+    for where in ("data", "data_dir", "seed"):  # where things were; the seeds are 0 .. n-1
         del config[where]
     accuracies = [report["test_accuracy"] for report in reports]
     first = reports[0]

@@ -26,7 +26,8 @@ class Run:
     """What a run took.
 
     Attributes:
-        to_first_step, seconds: from the command; to its end.
+        to_first_step: seconds from the command to its first step.
+        seconds: from the command to its end.
         peak_mb: the process's largest resident size.
     """
 
@@ -41,18 +42,18 @@ def train(
     """What ``cifar_jax.train`` took with ``options``.
 
     Args:
-        stop: end it by SIGTERM as soon as it comes to its first step.
-        environment: variables to add to this process's.
+        stop: end it by SIGTERM as soon as it reaches its first step.
+        environment: variables added to those of this process.
 
     Raises:
-        CifarJaxError: environment; training ended otherwise.
+        CifarJaxError: environment; training failed.
     """
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "cifar_jax.train", *options],
         env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL if stop else None,  # that it was stopped
+        stderr=subprocess.DEVNULL if stop else None,  # it would say that it was stopped
         text=True,
     )
     assert process.stdout is not None

@@ -6,16 +6,16 @@ r"""NHWC against NCHW, JAX against PyTorch: what is the same, what is faster, wh
 
 Needs the test extra, which brings torch. Writes one JSON and, beside it, one figure:
 
-models     how far each network of the zoo is from its PyTorch twin with the same weights:
+models     how far each network is from its PyTorch twin with the same weights:
            activations, logits, gradients and 200 steps of training, relative to the largest value
 optimizers the same 200 steps with SGD, Nesterov, Adam and AdamW
-timings    JAX in NHWC and NCHW, PyTorch contiguous and channels_last, in turn, a process each
+timings    JAX in NHWC and NCHW, PyTorch contiguous and channels_last: in turn, a process each
 hlo        what XLA made of each layout: transposes, copies, FLOPs, bytes
 training   the same run in both frameworks, image for image
 pitfalls   what goes wrong when layouts are mixed up, in numbers
 
-A section is written as soon as it is measured; a study that was stopped goes on where it was, and
-a complete one is measured anew.
+Each section is written as soon as it is measured. A study that was stopped continues where it was;
+a complete one is measured again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     arguments = parser.parse_args()
     source = arguments.data or ("shapes" if arguments.quick else "auto")
-    check_source(source)  # before minutes of work, as the folder
+    check_source(source)  # like the folder: before minutes of work
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.output, {"quick": arguments.quick, "data": Path(source).name})
     study.measure("models", lambda: compare_models(arguments.quick))
@@ -75,9 +75,9 @@ def main() -> None:
 
 
 class Study:
-    """Results that are on the disk as soon as there are any.
+    """Results that are on the disk as soon as they are measured.
 
-    A file that is not ``complete`` is gone on with, if it was begun with the same settings.
+    A file that is not ``complete`` is continued if it was begun with the same settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class Study:
         except (OSError, ValueError, TypeError) as error:
             raise CifarJaxError(
                 ExitCode.USAGE,
-                f"--output {self._path} is there already, and no result of this study: {error}",
+                f"--output {self._path} exists, and holds no result of this study: {error}",
                 fix="give another --output",
             ) from error
 

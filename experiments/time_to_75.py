@@ -4,11 +4,11 @@ r"""How long does it take, from the command, to 75 % on CIFAR-10's test images?
         --output experiments/results/time_to_75.json
 
 The rule, fixed beforehand on validation images: `--preset fast` always trains its three epochs;
-PyTorch, with the material's recipe (Adam at a constant 1e-3, no augmentation, files through a
-DataLoader), stops after the first epoch that validates at 75 % or more, at the latest after ten.
-The test set is scored once, at the end. Seconds are of the whole command: start, reading, compiling
+PyTorch, with the tutorial's recipe (Adam at a constant 1e-3, no augmentation, files through a
+DataLoader), stops after the first epoch that validates at 75 % or more, or else after ten. The test
+set is scored once, at the end. Seconds are those of the whole command: start, reading, compiling
 (nothing is compiled beforehand), training, validation and test. Needs the test extra, and a machine
-that does nothing else. Each run is kept as it ends, and not repeated.
+that does nothing else. Each run is stored as it ends, and not repeated.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10, as for cifar_jax.train")
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
-    parser.add_argument("--seeds", type=int, default=5, help="of the preset, 0 .. N-1")
-    parser.add_argument("--torch-seeds", type=int, default=1, help="of PyTorch's")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="train the preset with the seeds 0 .. N-1"
+    )
+    parser.add_argument("--torch-seeds", type=int, default=1, help="the same for PyTorch")
     arguments = parser.parse_args()
     source = arguments.data
     check_source(source)
@@ -71,7 +73,7 @@ def main() -> None:
 
 
 def _earlier_runs(output: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs in ``output``, which must be of the same machine and data; none if there is none."""
+    """The runs stored in ``output``, which must be of the same machine and data; none at first."""
     if not output.exists():
         return []
     try:

@@ -45,8 +45,8 @@ _PRODUCTS = [
     {"framework": "product", "library": library, "batch_size": 1} for library in ("jax", "torch")
 ]
 
-# Rounds, and the steps in each, by network. So many that a turn takes some 0.2 seconds or more, as
-# after a pause the first steps are slow: what is asleep is woken up.
+# Rounds, and the steps in each, by network. A turn takes 0.2 seconds or more, as the first steps
+# after a pause are slow: threads must wake up.
 _TURNS: dict[ModelName, tuple[int, int]] = {"cnn": (11, 50), "cnn-wide": (11, 3), "resnet9": (7, 1)}
 _QUICK_TURNS: dict[ModelName, tuple[int, int]] = {"cnn": (3, 5), "cnn-wide": (3, 1)}
 
@@ -113,9 +113,9 @@ def _time(specs: list[dict[str, Any]], rounds: int, steps: int) -> list[paired_t
 def _flops(model: ModelName) -> dict[str, float]:
     """Floating-point operations of a batch, by the textbook: two a multiply-accumulate.
 
-    A training step computes each layer three times over: its output, the gradient of its kernel and
-    that of its input, which the first layer does not need. A program that does with fewer, as this
-    project's convolutions do, can be above the ceiling.
+    A training step computes three things of each layer: its output, the gradient of its kernel and
+    that of its input, which the first layer does not need. A program that needs fewer operations,
+    as this project's convolutions do, can exceed the ceiling.
     """
     network = create_model(TrainConfig(model=model), len(_CLASSES), None)
     macs = [row.macs for row in layer_table(network, _IMAGE_SHAPE, BATCH_SIZE)]
@@ -140,7 +140,8 @@ def make_programs(spec: dict[str, Any]) -> Any:
 def _make_own(spec: dict[str, Any]) -> Any:
     """The step of ``cifar_jax.train`` and the answers of ``cifar_jax.predict``, of uint8 images.
 
-    Unlike the others they normalise the images, and ``forward`` brings its answers to the host.
+    Unlike the other programs they normalise the images, and ``forward`` fetches the answers to the
+    host.
     """
     keep_freed_memory()  # as every command does
     config = TrainConfig(
@@ -181,7 +182,7 @@ def _make_own(spec: dict[str, Any]) -> Any:
 
 def _make_keras(spec: dict[str, Any]) -> Any:
     os.environ["KERAS_BACKEND"] = "jax"
-    import keras  # in its own process only; tensorflow brings it
+    import keras  # in its own process only; TensorFlow installs it
 
     network = _keras_network(spec["model"])
     network.compile(
@@ -247,7 +248,7 @@ def _make_product(spec: dict[str, Any]) -> Any:
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            jax.block_until_ready(product())  # torch's is when it returns
+            jax.block_until_ready(product())  # torch returns when it is done
 
     return {"product": run}, dict
 
