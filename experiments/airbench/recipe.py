@@ -46,7 +46,7 @@ class Recipe:
 
 
 # Named by the accuracy, in percent on the original images, of the author's recipe with these
-# widths, layers, epochs and augmentation. For 95 and 96 the author's differs in all else (SGD with
+# widths, layers, epochs and augmentation. For 95 and 96 the author's differs otherwise (SGD with
 # a warm-up on batches of 1,024, a lookahead; for 96 also slower averages of batch norm), and ours
 # has not been run on a GPU yet.
 RECIPES = {
