@@ -117,7 +117,10 @@ WORKER = """
 """
 
 
-def test_programs_are_timed_in_turn_and_described(tmp_path: Path) -> None:
+def test_programs_are_timed_in_turn_and_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paired_timing.time, "sleep", lambda _: None)  # here, not in the workers
     command = _write_worker(tmp_path)
     specs = [{"ms": ms, "batch_size": 8} for ms in (1, 20)]
     timings = paired_timing.time_in_turn(command, specs, rounds=3, steps=2, cwd=EXPERIMENTS)
