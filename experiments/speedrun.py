@@ -112,7 +112,7 @@ def main() -> None:
         "n_test": len(test),
         "data_digest": array_digest(train, test),
     }
-    if arguments.beside:  # which shares the card, of which JAX would take three quarters
+    if arguments.beside:  # on the same card, of which JAX would take three quarters
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     import jax
 

@@ -37,7 +37,7 @@ def main() -> None:
         nargs="+",
         default=[30_000, 300_000],
         metavar="N",
-        help="of each folder [%(default)s]",
+        help="in each folder [30000 300000]",
     )
     parser.add_argument(
         "--folder", type=Path, help="where the images are made, and deleted [a temporary folder]"
