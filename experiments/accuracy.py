@@ -2,18 +2,15 @@
 
     python experiments/accuracy.py --seeds 3 --data cifar10.tar.gz --output accuracy.json
 
-Trains once a seed with `python -m cifar_jax.train` and any of its options, scores each run's best
-epoch by validation on the test set, once, and writes accuracies, mean and spread, with data,
-versions and machine, to --output. Runs that are done already are not repeated, so that a stopped
-study goes on where it was. The default network on CIFAR-10 takes five minutes a seed on two cores.
+Trains once per seed with `python -m cifar_jax.train` and any of its options. The epoch of each run
+that is best by validation is scored once on the test set. Writes accuracies, mean and spread, with
+data, versions and machine, to --output. Finished runs are not repeated: a study that was stopped
+continues where it was. The default network on CIFAR-10 takes five minutes a seed on two cores.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,7 +18,7 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
-from machine import processor
+from machine import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +27,7 @@ def main() -> None:
     parser = cli.Parser(
         description=__doc__.split("\n\n")[0], epilog="All other options go to cifar_jax.train."
     )
-    parser.add_argument("--seeds", type=int, default=3, help="train with seeds 0 .. N-1")
+    parser.add_argument("--seeds", type=int, default=3, help="train with the seeds 0 .. N-1")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument(
         "--workdirs", type=Path, default=ROOT / "runs" / "accuracy", help="where the runs are kept"
@@ -50,7 +47,7 @@ def main() -> None:
         reports.append(json.loads((workdir / "report.json").read_text()))
 
     config = json.loads((workdir / "config.json").read_text())
-    for where in ("data", "data_dir", "seed"):  # not where things were, and the seeds are 0 .. n-1
+    for where in ("data", "data_dir", "seed"):  # where things were; the seeds are 0 .. n-1
         del config[where]
     accuracies = [report["test_accuracy"] for report in reports]
     first = reports[0]
@@ -65,9 +62,8 @@ def main() -> None:
         "mean": statistics.mean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "val_accuracies": [report["val_accuracy"] for report in reports],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+        **environment(),
         "versions": first["versions"],
-        "date": datetime.date.today().isoformat(),
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     for seed, accuracy in enumerate(accuracies):

@@ -1,29 +1,26 @@
-r"""How fast is this on a CPU, beside PyTorch and Keras, and beside what the machine can do?
+r"""How fast is this on a CPU, compared with PyTorch and Keras, and with what the machine can do?
 
     python experiments/bench_cpu.py --quick --output bench.json           # under three minutes
     python experiments/bench_cpu.py --data cifar10.tar.gz \
         --output experiments/results/bench_cpu.json                       # about twenty minutes
 
-Needs the test extra, which brings torch, and a machine that does nothing else. What is compared
-runs in turn, round after round, each program in a process of its own. Writes one JSON and, beside
-it, a figure:
+Needs the test extra, which brings torch, and a machine that does nothing else. The programs take
+turns, round after round, each in a process of its own. Writes one JSON and, beside it, a figure:
 
 programs   a training step and an inference of 128 images, by network and program: median and
            spread, GFLOP/s, the share of the ceiling, peak memory
-pairs      ours and each other one: ratio over 1 means that ours is ahead
+pairs      ours and each other program: a ratio over 1 means that ours is faster
 ceiling_gflops                 the best of XLA and torch in a product of two float32 matrices
 first_step_seconds_cold, _warm from the command to the first step: with nothing compiled, and with
-                               what an earlier run has compiled
-epochs     two epochs from files as users of each run them, and the whole commands
-pipeline_ratio                 seconds of an epoch from memory / the same by tf.data; and the same
-                               for files that are decoded again in each epoch
+                               what an earlier run compiled
+epochs     two epochs from files as users of each program run them, and the whole commands
+pipeline_ratio                 seconds of an epoch from memory / of the same epoch by tf.data; and
+                               again for files that are decoded in each epoch
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -32,12 +29,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import first_step
 from bench import steps, whole
 from bench.figure import draw
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
-from cifar_jax.sources import NAMES, check_source
-from machine import processor
+from cifar_jax.sources import check_source
+from machine import environment
 
 
 def main() -> None:
@@ -55,16 +53,13 @@ def main() -> None:
     source = arguments.data or "shapes"
     check_source(source)
     quick = arguments.quick
-    data = ["--data", source if source in NAMES else str(Path(source).resolve())]
-    if arguments.data_dir:
-        data += ["--data-dir", str(Path(arguments.data_dir).resolve())]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    data = first_step.data_options(source, arguments.data_dir)
     if quick:
         data += ["--max-train-examples", "1280"]
     found: dict[str, Any] = {
         "quick": quick,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {processor()}",
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        **environment(*_PACKAGES),
         "data": Path(source).name,
     }
     for title, measure in (

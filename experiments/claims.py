@@ -1,24 +1,21 @@
 r"""Every claim of the tutorial as an experiment: what does it say, what is found, does it hold?
 
     python experiments/claims.py --quick --output quick.json       # minutes, on built-in data
-    python experiments/claims.py --only 5 11                       # these two, measured anew
+    python experiments/claims.py --only 5 11                       # measures these two again
     python experiments/claims.py --data cifar10.tar.gz             # all: about three hours
 
 Needs the test extra, which brings torch. Writes a JSON, a table (experiments/README.md, or beside
-another --output) and the figures. Each result is kept as it comes: what is measured already, for
-this code and data, is not measured again unless --only names it; it is only judged again. Trained
-networks are kept under runs/claims, so that claims share them; delete that folder to train anew.
+another --output) and the figures. Each result is saved as soon as it is measured. What was measured
+with this code and data is not measured again unless --only names it, but it is judged again.
+Trained networks are kept under runs/claims for all claims; delete that folder to train them again.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import inspect
 import json
 import os
-import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +31,7 @@ from claims import CLAIMS
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Values, from_json, to_json
 from claims.code import code_of
 from claims.study import Study
-from machine import processor
+from machine import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 VERDICTS = (HOLDS, CAVEAT, FAILS)
@@ -44,13 +41,15 @@ DEFAULT_OUTPUT = ROOT / "experiments" / "results" / "claims.json"
 
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these questions, anew")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="measure these again")
     parser.add_argument(
         "--data", help="as in cifar_jax.train [default shapes if --quick, else auto]"
     )
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     parser.add_argument(
-        "--quick", action="store_true", help="that all runs, on little data: the verdicts are void"
+        "--quick",
+        action="store_true",
+        help="does all of it run? on little data: ignore the verdicts",
     )
     parser.add_argument(
         "--output", type=Path, default=DEFAULT_OUTPUT, help="the JSON to write [%(default)s]"
@@ -60,13 +59,13 @@ def main() -> None:
     if arguments.quick and output == DEFAULT_OUTPUT:
         raise CifarJaxError(
             ExitCode.USAGE,
-            "--quick would overwrite the measured results with void ones",
+            "--quick would overwrite the measured results with meaningless ones",
             fix="give another --output",
         )
     chosen = choose(arguments.only)
     source = arguments.data or ("shapes" if arguments.quick else "auto")
     check_source(source)
-    if arguments.quick:  # compiling is most of what it does, and its few steps may be slow
+    if arguments.quick:  # most of its time is compiling; its few steps may be slow
         jax.config.update("jax_disable_most_optimizations", True)
     output.parent.mkdir(parents=True, exist_ok=True)
     results = read_results(output)
@@ -97,7 +96,7 @@ def choose(only: list[int] | None) -> list[Claim]:
     if missing:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--only {missing[0]}: there is no claim of that question",
+            f"--only {missing[0]}: no claim has that number",
             fix=f"give questions from {min(claims)} to {max(claims)}",
         )
     return [claims[question] for question in sorted(only or claims)]
@@ -116,12 +115,7 @@ def measure(claim: Claim, study: Study) -> dict[str, Any]:
         "value": measured.values,
         "n": measured.n,
         "seconds": round(seconds, 1),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
+        **environment(*PACKAGES),
         "data_name": study.dataset.name,
         "command": f"python experiments/claims.py --only {claim.question}{options}",
         "figure": measured.figure and f"{study.figures.name}/{measured.figure}",
@@ -167,7 +161,7 @@ def write(output: Path, results: dict[int, dict[str, Any]]) -> None:
 
 
 def table_path(output: Path) -> Path:
-    """Where the table goes: to experiments/README.md with the committed results, else beside."""
+    """Where the table goes: experiments/README.md for the committed results, else beside them."""
     return (
         ROOT / "experiments" / "README.md"
         if output == DEFAULT_OUTPUT
@@ -176,7 +170,7 @@ def table_path(output: Path) -> Path:
 
 
 def table(rows: list[dict[str, Any]], output: Path) -> str:
-    """All rows as Markdown; above them where and when they were measured, each by its own row."""
+    """All rows as Markdown, below a summary of where and when they were measured."""
     folder = table_path(output).parent
     plural = ("hold", "hold with a caveat", "do not hold here")
     counts = {
@@ -187,7 +181,7 @@ def table(rows: list[dict[str, Any]], output: Path) -> str:
     lines = [
         "# What the tutorial claims, measured",
         "",
-        "Written by `python experiments/claims.py`; the command in a row measures it anew. "
+        "Written by `python experiments/claims.py`; the command in a row measures it again. "
         f"{len(rows)} claims: " + ", ".join(f"{n} {words}" for words, n in counts.items()) + ".",
         "",
         f"{of_all(row['data_name'] for row in rows)}; {of_all(row['machine'] for row in rows)}; "

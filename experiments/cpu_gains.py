@@ -1,9 +1,10 @@
-"""What does each thing that is done for speed on a CPU give? A step with all, and without each.
+"""What does each CPU optimisation gain? A step with all of them, and without each.
 
     python experiments/cpu_gains.py --output experiments/results/cpu_gains.json   # some ten minutes
 
-In turn, round after round, each in a process of its own: the training step of ``cifar_jax.train``
-and the answers of ``cifar_jax.predict`` for 128 images, in milliseconds. Needs 24 GB of memory.
+Times the training step of ``cifar_jax.train`` and the answers of ``cifar_jax.predict``, for 128
+images, in milliseconds. The programs take turns, round after round, each in a process of its own.
+Needs 24 GB of memory.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import paired_timing
 from bench import steps
 from cifar_jax import cli, convolution, models, parallel, winograd
 from cifar_jax.files import write_atomically
+from machine import environment
 
 # Rounds, and the steps in each, by network.
 _TURNS = {"cnn": (9, 50), "cnn-wide": (7, 3), "resnet9": (5, 1)}
 
-
-# What is replaced to do without a part.
+# What is replaced, and by what, to do without each part.
 _PARTS: dict[str, tuple[Any, str, Any]] = {
     "half the multiplications (winograd.py)": (winograd, "pays", lambda *_: False),
     "four pixels at once in the first layer (convolution.py)": (convolution, "_MAX_IN_CHANNELS", 0),
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=_TURNS, default=list(_TURNS))
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are timed
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
         rounds, n = _TURNS[model]
@@ -71,7 +73,7 @@ def main() -> None:
                 f"{row['peak_memory_mb']} MB, without {_name(row['without'])}",
                 flush=True,
             )
-        found = {"machine": f"{os.cpu_count()} cores", "programs": rows}
+        found = {**environment("jax", "jaxlib", "flax"), "programs": rows}
         write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
 
 

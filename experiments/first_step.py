@@ -1,4 +1,4 @@
-"""What ``cifar_jax.train`` takes as a process: to its first step, to its end, and of memory."""
+"""``cifar_jax.train`` as a process: its data, its memory, the time to its first step and end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.sources import NAMES
+
+
+def data_options(source: str, data_dir: str | None) -> list[str]:
+    """``--data`` and ``--data-dir`` for a command that runs in another folder."""
+    options = ["--data", source if source in NAMES else str(Path(source).resolve())]
+    return [*options, "--data-dir", str(Path(data_dir).resolve())] if data_dir else options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +26,8 @@ class Run:
     """What a run took.
 
     Attributes:
-        to_first_step, seconds: from the command; to its end.
+        to_first_step: seconds from the command to its first step.
+        seconds: from the command to its end.
         peak_mb: the process's largest resident size.
     """
 
@@ -33,18 +42,18 @@ def train(
     """What ``cifar_jax.train`` took with ``options``.
 
     Args:
-        stop: end it by SIGTERM as soon as it comes to its first step.
-        environment: variables to add to this process's.
+        stop: end it by SIGTERM as soon as it reaches its first step.
+        environment: variables added to those of this process.
 
     Raises:
-        CifarJaxError: environment; training ended otherwise.
+        CifarJaxError: environment; training failed.
     """
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "cifar_jax.train", *options],
         env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL if stop else None,  # that it was stopped
+        stderr=subprocess.DEVNULL if stop else None,  # it would say that it was stopped
         text=True,
     )
     assert process.stdout is not None

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All that wants a GPU and no TensorFlow, in one call of some minutes; not run on one yet.
+# All experiments for a GPU that need no TensorFlow, in one call of some minutes. Not yet run.
 #
 #     bash experiments/gpu.sh cifar10.tar.gz results/
 #
-# Accuracy of the default run in float32 and bfloat16 (3 seeds each), whether --deterministic gives
-# the same bits twice, the step on one and more devices, and the layouts' times.
+# The accuracy of the default run in float32 and bfloat16 (3 seeds each), whether --deterministic
+# gives the same bits twice, the step's time by number of devices, and that of each layout.
 set -uo pipefail
 data=$(realpath "$1")
 mkdir -p "$2"

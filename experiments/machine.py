@@ -1,13 +1,32 @@
-"""The machine that numbers are measured on."""
+"""When, on what and with what numbers are measured."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import os
 import platform
 from pathlib import Path
+from typing import Any
 
 
-def processor() -> str:
-    """The processor's name and its vector instructions, where the system tells them."""
+def environment(*packages: str) -> dict[str, Any]:
+    """``date``, ``machine``, and ``versions`` of Python and of ``packages``.
+
+    ``machine`` tells the processor, its cores and its vector instructions.
+    """
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def _processor() -> str:
+    """Its name and its vector instructions, where the system tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -18,5 +37,5 @@ def processor() -> str:
     return next((f"{name}, {what}" for flag, what in _VECTORS if flag in flags), name)
 
 
-# From the widest on: a name such as "AMD EPYC" says nothing of them, and times depend on them.
+# The widest first: times depend on them, and a name such as "AMD EPYC" does not tell them.
 _VECTORS = (("avx512f", "AVX-512"), ("avx2", "AVX2"))

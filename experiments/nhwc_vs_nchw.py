@@ -6,26 +6,22 @@ r"""NHWC against NCHW, JAX against PyTorch: what is the same, what is faster, wh
 
 Needs the test extra, which brings torch. Writes one JSON and, beside it, one figure:
 
-models     how far each network of the zoo is from its PyTorch twin with the same weights:
+models     how far each network is from its PyTorch twin with the same weights:
            activations, logits, gradients and 200 steps of training, relative to the largest value
 optimizers the same 200 steps with SGD, Nesterov, Adam and AdamW
-timings    JAX in NHWC and NCHW, PyTorch contiguous and channels_last, in turn, a process each
+timings    JAX in NHWC and NCHW, PyTorch contiguous and channels_last: in turn, a process each
 hlo        what XLA made of each layout: transposes, copies, FLOPs, bytes
 training   the same run in both frameworks, image for image
 pitfalls   what goes wrong when layouts are mixed up, in numbers
 
-A section is written as soon as it is measured; a study that was stopped goes on where it was, and
-a complete one is measured anew.
+Each section is written as soon as it is measured. A study that was stopped continues where it was;
+a complete one is measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +39,9 @@ from layouts.models import compare_models, compare_optimizers
 from layouts.pitfalls import measure_pitfalls
 from layouts.timings import time_all
 from layouts.training import train_in_both
-from machine import processor
+from machine import environment
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
 
 def main() -> None:
@@ -58,7 +56,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     arguments = parser.parse_args()
     source = arguments.data or ("shapes" if arguments.quick else "auto")
-    check_source(source)  # before minutes of work, as the folder
+    check_source(source)  # like the folder: before minutes of work
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.output, {"quick": arguments.quick, "data": Path(source).name})
     study.measure("models", lambda: compare_models(arguments.quick))
@@ -77,14 +75,19 @@ def main() -> None:
 
 
 class Study:
-    """Results that are on the disk as soon as there are any.
+    """Results that are on the disk as soon as they are measured.
 
-    A file that is not ``complete`` is gone on with, if it was begun with the same settings.
+    A file that is not ``complete`` is continued if it was begun with the same settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
-        self.results: dict[str, Any] = {**settings, **environment(), "complete": False}
+        self.results: dict[str, Any] = {
+            **settings,
+            **environment(*_PACKAGES),
+            "backend": jax.default_backend(),
+            "complete": False,
+        }
         if path.exists():
             found = self._read()
             if not found["complete"] and settings.items() <= found.items():
@@ -96,7 +99,7 @@ class Study:
         except (OSError, ValueError, TypeError) as error:
             raise CifarJaxError(
                 ExitCode.USAGE,
-                f"--output {self._path} is there already, and no result of this study: {error}",
+                f"--output {self._path} exists, and holds no result of this study: {error}",
                 fix="give another --output",
             ) from error
 
@@ -115,19 +118,6 @@ class Study:
 
     def _write(self) -> None:
         write_atomically(self._path, json.dumps(self.results, indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
-        "backend": jax.default_backend(),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
-    }
 
 
 if __name__ == "__main__":

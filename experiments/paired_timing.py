@@ -1,8 +1,8 @@
 """Time several programs in turn, each in a process of its own.
 
-Timings on a shared machine drift by a third within minutes, so programs are compared by letting
-each run a few steps, then the next, round after round; the median over the rounds is a program's
-figure. A process of its own each: two frameworks in one would share threads, memory and a GPU.
+Timings on a shared machine drift by a third within minutes. So each program runs a few steps, then
+the next does, round after round; a program's figure is its median over the rounds. Each has its own
+process, as two frameworks in one would share threads, memory and a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 Spec = dict[str, Any]
-RunSteps = Callable[[int], None]  # runs that many steps and waits until they are done
-Describe = Callable[[], dict[str, Any]]  # what a worker has to say of itself when it is done
+RunSteps = Callable[[int], None]  # runs so many steps, and waits until they are done
+Describe = Callable[[], dict[str, Any]]  # what a worker tells about itself at the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Timing:
     """What was measured of one program.
 
     Attributes:
-        spec: the worker's, and the program's name as its ``pass``.
+        spec: the worker's, with the program's name as ``pass``.
         step_ms: of each round, the mean time of a step in milliseconds.
-        info: what the worker said of itself: its device, its memory.
+        info: what the worker told about itself: its device, its memory.
     """
 
     spec: Spec
@@ -54,13 +54,13 @@ class Timing:
 
 
 def serve(spec: Spec, make: Callable[[Spec], tuple[dict[str, RunSteps], Describe]]) -> None:
-    """The worker's side: build the programs of ``spec``, then run steps as it is told.
+    """The worker's side: build the programs of ``spec``, then run the steps it is asked for.
 
     Args:
         make: returns the programs by name.
     """
     out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # what a library prints is no answer
+    with contextlib.redirect_stdout(sys.stderr):  # a library may print, which is not an answer
         baseline = _peak_memory_mb()
         programs, describe = make(spec)
         for run in programs.values():
@@ -93,11 +93,11 @@ def time_in_turn(
 ) -> list[Timing]:
     """Time the programs of ``specs``, each served by a process ``command SPEC``, in turn.
 
-    All workers have programs of the same names, which are timed one after the other.
+    All workers have programs of the same names; those of each name are timed in turn.
 
     Args:
-        rounds: how often each gets its turn; the first is not counted.
-        steps: in one turn.
+        rounds: how often each is timed, after one round that is not counted.
+        steps: how many it runs in one turn.
         cwd: where ``command`` is run.
 
     Raises:
@@ -112,7 +112,7 @@ def time_in_turn(
         for name in programs[0]:
             for round_ in range(rounds + 1):
                 for i, worker in enumerate(workers):
-                    time.sleep(0.2)  # the threads of the one before may spin before they sleep
+                    time.sleep(0.2)  # the last one's threads may spin before they sleep
                     step_ms = float(worker.ask(f"{name} {steps}"))
                     if round_:
                         times.setdefault((i, name), []).append(step_ms)

@@ -1,11 +1,11 @@
-r"""A run on two processes loses one, is stopped, and goes on elsewhere: is it the same run?
+r"""A run on two processes is stopped, loses one, and goes on elsewhere: is it the same run?
 
     python experiments/processes.py --output processes.json     # about two minutes
 
-The network is linear. Each process has two devices of its own (parts of the CPU), and they meet on
-this machine. The run is stopped by a SIGTERM to one of them; goes on; loses one to SIGKILL; goes on
-with three devices in one process, to its end. Another run, of the same options and nothing of this,
-stands beside it.
+The network is linear. Both processes are on this machine, each with two devices of its own (parts
+of the CPU). The run is stopped by a SIGTERM to one of them, and resumed; it loses one to SIGKILL,
+and is resumed in one process with three devices, to its end. Its losses are compared with those of
+an undisturbed run with the same options.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
 
-# 48 images a step share evenly over 1, 2, 3 and 4 devices. A convex loss, and no maximum of nearly
-# equal numbers that rounding could decide: what differs after all these steps is not rounding.
+# 48 images divide evenly among 1, 2, 3 and 4 devices. The loss is convex, and no maximum of nearly
+# equal numbers could be decided by rounding: a larger difference at the end has another cause.
 RUN = "--data shapes --max-train-examples 1920 --epochs 6 --batch-size 48 --model linear"
 RUN += " --input device --checkpoint-every 10 --optimizer sgd --learning-rate 0.01"
 RUN += " --schedule constant"
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def disturbed(workdir: Path) -> dict[str, Any]:
-    """The run with its accidents."""
+    """The run with its accidents: how each process ended, and the losses."""
     print("two processes of two devices; SIGTERM to the second ...", flush=True)
     processes = start_two(workdir)
     wait_for_rows(workdir, 1, processes)
@@ -103,7 +103,7 @@ def start(workdir: Path, devices: int, *options: str) -> subprocess.Popen[str]:
 
 
 def wait_for_rows(workdir: Path, rows: int, processes: list[subprocess.Popen[str]]) -> None:
-    """Until so many epochs are in the run's history, and some steps of the next are done."""
+    """Wait until the run's history has so many epochs, and some steps of the next are done."""
     history = workdir / "metrics.jsonl"
     while not history.exists() or len(history.read_text().splitlines()) < rows:
         for process in processes:
@@ -121,7 +121,7 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def losses(workdir: Path) -> list[float]:
-    """Of training and validation, epoch by epoch, and of the test."""
+    """The losses of training and validation, epoch by epoch, and that of the test."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     report = json.loads((workdir / "report.json").read_text())
     both = [loss for row in rows for loss in (row["train_loss"], row["val_loss"])]

@@ -1,21 +1,18 @@
-r"""What do more devices give, and what do micro-batches and bfloat16 cost?
+r"""What do more devices gain, and what do micro-batches and bfloat16 cost?
 
-    python experiments/scaling.py --output scaling.json    # minutes; on whatever devices there are
+    python experiments/scaling.py --output scaling.json    # minutes; on all devices there are
     python experiments/scaling.py --devices 4 --output four.json    # four parts of a CPU
 
-Times the training step of the default network on 1, 2, 4, ... devices, with the batch kept and with
-each device's share kept; counts what the devices exchange; and predicts from both how larger
-machines would do. Then one device with the batch in 1, 2, 4, 8 micro-batches: its time, and the
-memory that XLA counts for it. Writes a JSON and, beside it, a picture and a page (.md).
+Times the training step of the default network on 1, 2, 4, ... devices: with the same batch, and
+with the same share of it for each device. Counts what the devices exchange, and predicts from both
+how fast larger machines would be. Then splits a batch on one device into 1, 2, 4, 8 micro-batches:
+time, and memory as XLA counts it. Writes a JSON and, beside it, a picture and a page (.md).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -42,12 +39,13 @@ from cifar_jax.parallel import (
 )
 from cifar_jax.step_memory import step_memory
 from cifar_jax.train_step import create_train_state, make_train_step
+from machine import environment
 
 SHAPE: ImageShape = (32, 32, 3)
 BATCH = 512
 MICRO_BATCHES = (1, 2, 4, 8)
 ROUNDS = 7
-# Bytes a second and seconds a message, of one device to the next: typical, not measured here.
+# Bytes a second and seconds a message, from one device to the next: typical, not measured here.
 NETWORKS = {
     "NVLink in one machine": (300e9, 5e-6),
     "100 Gbit/s between machines": (10e9, 20e-6),
@@ -74,7 +72,10 @@ def main() -> None:
     exchanged = exchanged_bytes()
     devices = measure_devices()
     found = {
-        "environment": environment(),
+        "environment": {
+            **environment("jax", "jaxlib", "flax"),
+            "devices": f"{jax.local_device_count()} {jax.devices()[0].device_kind}",
+        },
         "network": "cnn",
         "devices": devices,
         "exchanged_bytes": exchanged,
@@ -106,7 +107,7 @@ def make_step(
 def make_program(
     batch_size: int, n_devices: int, accumulate: int = 1, dtype: Any = None
 ) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
-    """That step compiled for so many devices, the state on them, and a batch."""
+    """That step compiled for ``n_devices``, the state on them, and a batch."""
     step, state = make_step(accumulate, dtype, AXIS_NAME)
     devices = select_devices(n_devices)
     rng = np.random.default_rng(0)
@@ -119,7 +120,7 @@ def make_program(
 
 
 def milliseconds(programs: dict[Any, tuple[Callable[..., Any], Any, Any]]) -> dict[Any, Any]:
-    """The median and the spread of each program's time, all timed in turn, round after round."""
+    """The median and the spread of each program's time; they take turns, round after round."""
     times: dict[Any, list[float]] = {name: [] for name in programs}
     for round_ in range(ROUNDS + 1):
         for name, (step, state, batch) in programs.items():
@@ -138,7 +139,7 @@ def milliseconds(programs: dict[Any, tuple[Callable[..., Any], Any, Any]]) -> di
 
 
 def measure_devices() -> list[dict[str, Any]]:
-    """The step on 1, 2, 4, ... devices: ``batch kept`` and ``share kept``."""
+    """The step on 1, 2, 4, ... devices, with the same batch and with the same share of it each."""
     counts = [n for n in (1, 2, 4, 8, 16) if n <= jax.local_device_count()]
     rows = []
     for kept, batch_of in (("batch", lambda n: BATCH), ("share", lambda n: BATCH // 4 * n)):
@@ -159,7 +160,7 @@ def measure_devices() -> list[dict[str, Any]]:
 
 
 def measure_micro_batches() -> list[dict[str, Any]]:
-    """One device, one batch, in K micro-batches: time and memory."""
+    """A batch on one device in K micro-batches: time and memory."""
     print(f"in {MICRO_BATCHES} micro-batches ...", flush=True)
     model = create_model(TrainConfig(), 10)
     programs = {k: make_program(BATCH, 1, accumulate=k) for k in MICRO_BATCHES}
@@ -192,7 +193,7 @@ def measure_bfloat16() -> dict[str, Any]:
 
 
 def exchanged_bytes() -> int:
-    """What a step averages over the devices: gradients and statistics of batch norm, and sums."""
+    """What a step averages over the devices: gradients, batch norm's statistics, and sums."""
     _, state = make_step()
     averaged = jax.tree.leaves((state.params, state.batch_stats))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in averaged) + 3 * 4
@@ -236,17 +237,9 @@ def predict(exchanged: int) -> list[dict[str, Any]]:
     return rows
 
 
-def environment() -> dict[str, Any]:
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores",
-        "devices": f"{jax.local_device_count()} {jax.devices()[0].device_kind}",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-    }
-
-
 def draw(found: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure.suptitle(found["environment"]["machine"])
     measured, predicted = figure.subplots(1, 2)
     for kept, marker in (("batch", "o-"), ("share", "s--")):
         rows = [row for row in found["devices"] if row["kept"] == kept]
@@ -257,7 +250,7 @@ def draw(found: dict[str, Any]) -> Figure:
             label=f"{kept} kept",
         )
     measured.set(
-        title=f"measured: {found['environment']['devices']}, {found['environment']['machine']}",
+        title=f"measured: {found['environment']['devices']}",
         xlabel="devices",
         ylabel="images a second",
     )
@@ -330,10 +323,10 @@ def page(found: dict[str, Any], output: Path) -> str:
         lines.append(f"| {network} ({bandwidth:.0e}, {latency:.0e}) | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Efficiency is the speed-up over D; under 50 %, half of the devices wait. With images this "
-        f"small that is where a device's share of the {BATCH} images takes no longer than the step "
-        "does without any. A device that is F times faster than this one has F "
-        "times less time to hide the same exchange in: there it stops paying F times earlier.",
+        "Efficiency is the speed-up divided by D. It falls below 50 % roughly where a device's "
+        f"share of the {BATCH} images takes less time than the fixed part and the exchange "
+        "together. Faster devices compute their share in less time, but exchange as much: with "
+        "devices F times as fast as this one, adding more stops paying F times earlier.",
         "",
         "## Micro-batches (`--accumulate`)",
         "",

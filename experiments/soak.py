@@ -3,23 +3,19 @@ r"""An hour of accidents: is anything lost?
     python experiments/soak.py --output soak.json             # an hour
     python experiments/soak.py --minutes 2 --output mine.json
 
-Trains the run of processes.py, of a linear network, again and again. Each time it is ended by
-SIGKILL, SIGTERM or SIGINT at random instants, or on a disk that is full, and goes on with another
-number of devices; between two starts, a bit of its newest checkpoint may flip, or half a file of it
-be gone. When it has come to its end, its losses must be those of a run that nothing disturbed, and
-the network is evaluated and used. What happens beside what the program promises is kept in
-`surprises`. The JSON is written after each run.
+Trains the linear network of processes.py again and again. Each run is ended by SIGKILL, SIGTERM,
+SIGINT or a full disk at random instants, and resumed on another number of devices. Between two
+starts, a bit of its newest checkpoint may flip, or half of one of its files disappear. Once a run
+is complete, its losses must be those of an undisturbed run, and the network is evaluated and used.
+Whatever breaks a promise of the program goes to `surprises`. The JSON is written after each run.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import hashlib
 import json
-import os
-import platform
 import random
 import resource
 import signal
@@ -33,6 +29,7 @@ from cifar_jax import __version__, cli, shapes
 from cifar_jax.errors import ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.images import png
+from machine import environment
 from processes import losses, start
 
 RELATIVE = 1e-5
@@ -41,7 +38,7 @@ RELATIVE = 1e-5
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the accidents")
+    parser.add_argument("--seed", type=int, default=0, help="for the accidents")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
@@ -77,9 +74,8 @@ def main() -> None:
                 "done": dict(sorted(done.items())),
                 "largest_relative_difference_of_a_loss": largest_difference,
                 "surprises": surprises,
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                **environment("jax", "jaxlib"),
                 "version": __version__,
-                "date": f"{datetime.date.today()}",
             }
             write_atomically(options.output, json.dumps(result, indent=1) + "\n")
             print(f"{result['minutes']:5.1f} min: {dict(done)}", *surprises[-1:], flush=True)
@@ -93,10 +89,10 @@ def disturb_to_the_end(
     done: collections.Counter[str],
     surprises: list[str],
 ) -> None:
-    """Start the run until it has come to its end; left alone, it would take ``seconds``."""
+    """Start the run until it is complete; undisturbed, that would take ``seconds``."""
     while True:
         damaged = None
-        complete = (workdir / "report.json").exists()  # killed since: it will not be read again
+        complete = (workdir / "report.json").exists()  # its checkpoints will not be read again
         if len(whole_steps(workdir)) > 1 and not complete and draw.random() < 0.3:
             damaged = damage(workdir, draw, done)
         whole = whole_steps(workdir)
@@ -111,17 +107,17 @@ def disturb_to_the_end(
         elif accident != "none":
             time.sleep(draw.uniform(0, seconds))
             signum = signal.Signals[accident]
-            if not (workdir / "report.json").exists():  # else it may come too late to be heard
+            if not (workdir / "report.json").exists():  # else the signal may come too late
                 allowed = [128 + signum]
             process.send_signal(signum)
-            allowed.append(-signum)  # a kill; or before Python or the program handles signals
+            allowed.append(-signum)  # a kill, or a signal before it is handled
         said, _ = process.communicate(timeout=600)
         code = process.returncode
         done[f"{accident}, exit {code}"] += 1
         told = f"{accident} on {devices} devices: exit {code}"
         if code not in allowed:
             surprises.append(f"{told}: {said}")
-        if "Traceback" in said and code != -signal.SIGINT:  # which Python ends with one
+        if "Traceback" in said and code != -signal.SIGINT:  # Python itself may end so
             surprises.append(f"{told}, and a traceback: {said}")
         if damaged and "resumed at" in said and f"{damaged}" not in said:
             surprises.append(f"{told}: the damage of {damaged} was not named: {said}")
@@ -132,8 +128,9 @@ def disturb_to_the_end(
 
 
 def whole_steps(workdir: Path) -> list[int]:
-    """The steps whose files are those of their manifests, ascending; judged here, not by the code
-    that is on trial.
+    """The steps whose files match their manifests, ascending.
+
+    Judged here, independently of the code under test.
     """
     found = []
     for manifest in workdir.glob("checkpoints/*/manifest.json"):

@@ -5,17 +5,17 @@ r"""How fast to 94 % on CIFAR-10? Whole runs of airbench, each one program on th
 
 Network and recipe are those of https://github.com/KellerJordan/cifar10-airbench. Writes one JSON:
 
-mean_accuracy, std, n, interval_95   on the test images, by six views of each; of the mean
+mean_accuracy, std, n   on the test images, by six views of each; interval_95 is that of the mean
 seconds_mean          by that project's rule: from the images (uint8) and first parameters on the
                       device to the answers; without compiling
-seconds_strict_mean   from the images on the device to the accuracy on the host: the first
-                      parameters are drawn too
+seconds_strict_mean   from the images on the device to the accuracy on the host; drawing the first
+                      parameters counts too
 compile_seconds       cold, and warm: with what an earlier compilation left on the disk
-tflop                 of convolutions and the head in a run, as written, whatever form computes
-                      them; share_of_ceiling is beside the best that a product of two matrices of
-                      the same type reached, just before the runs
-beside                with --beside: the author's own script, run after on the same data and card,
-                      and ratio, his seconds over ours
+tflop                 of a run's convolutions and head as they are written, in whatever form they
+                      are computed; share_of_ceiling compares with the best that a product of two
+                      matrices of the same type reached just before the runs
+beside                with --beside: the author's own script, run afterwards on the same data and
+                      card; ratio is its seconds over ours
 kernels               on a GPU: where the time of one run goes
 """
 
@@ -58,8 +58,8 @@ def main() -> None:
         "--recipe",
         choices=RECIPES,
         default="94",
-        help="94, or networks and epochs for 95 and 96, of five and eighteen times the work, which "
-        "have not been run on a GPU yet [%(default)s]",
+        help="94, or the networks and epochs for 95 and 96: five and eighteen times the work, "
+        "not yet run on a GPU [%(default)s]",
     )
     parser.add_argument(
         "--widths",
@@ -68,17 +68,24 @@ def main() -> None:
         help="channels of the stages instead of the recipe's; 16,64,64 takes minutes on a CPU",
     )
     parser.add_argument(
-        "--score", choices=("test", "val"), default="test", help="val: tune here, not on the test"
+        "--score",
+        choices=("test", "val"),
+        default="test",
+        help="val: to tune on",
     )
     parser.add_argument(
         "--beside",
         type=Path,
         metavar="SCRIPT",
-        help="that project's airbench94_muon.py, to run on the same card: needs torchvision",
+        help="that project's airbench94_muon.py, to run on the same card; needs torchvision",
     )
-    parser.add_argument("--beside-runs", type=int, default=20, metavar="N", help="how many of it")
     parser.add_argument(
-        "--smoke", action="store_true", help="narrow, on a few shapes drawn here: does it work?"
+        "--beside-runs", type=int, default=20, metavar="N", help="how many runs of it"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="does it work? a narrow network, on a few built-in shapes",
     )
     arguments = parser.parse_args()
     _check(arguments)
@@ -105,7 +112,7 @@ def main() -> None:
         "n_test": len(test),
         "data_digest": array_digest(train, test),
     }
-    if arguments.beside:  # which shares the card, of which JAX would take three quarters
+    if arguments.beside:  # on the same card, of which JAX would take three quarters
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     _measure(recipe, train, test, classes, found, arguments)
 
@@ -174,7 +181,7 @@ def _measure(
 def run_seeds(
     run: Callable[[int], dict[str, Any]], n: int, found: dict[str, Any], output: Path
 ) -> None:
-    """Seeds 0 .. n - 1, and what they come to: into ``found`` and ``output`` after each.
+    """Run seeds 0 .. n - 1; store each, with a summary so far, in ``found`` and ``output``.
 
     Raises:
         CifarJaxError: numerics; a loss is not finite.
@@ -208,12 +215,12 @@ def run_seeds(
 def run_beside(
     script: Path, train: Split, test: Split, n: int, found: dict[str, Any], output: Path
 ) -> None:
-    """What the author's script reaches, and takes by its own clock: into ``found`` and ``output``.
+    """Store what the author's script reaches, by its own clock, in ``found`` and ``output``.
 
-    Also if it is cut off: what it found until then lies beside ``output``, run by run.
+    Also if it is cut off: it writes each run to a file beside ``output``.
 
     Raises:
-        CifarJaxError: environment; it failed, and said above why.
+        CifarJaxError: environment; it failed, after saying why.
     """
     from airbench.measure import summary
 
@@ -260,7 +267,7 @@ def _write(found: dict[str, Any], output: Path) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise what would otherwise come up after minutes."""
+    """Raise now what would otherwise be found after minutes."""
     for option, value in (("--runs", arguments.runs), ("--beside-runs", arguments.beside_runs)):
         if value < 1:
             raise CifarJaxError(
@@ -271,7 +278,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.beside and (changed or arguments.smoke):
         raise CifarJaxError(
             ExitCode.USAGE,
-            "--beside is of the recipe 94, and another is asked for",
+            "--beside runs the recipe 94, and another is asked for",
             fix="leave out --beside, or --recipe, --widths and --smoke",
         )
     if arguments.smoke and (changed or arguments.data != "auto" or arguments.score != "test"):
@@ -284,7 +291,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if not arguments.beside.is_file():
             raise CifarJaxError(
                 ExitCode.USAGE,
-                f"--beside {arguments.beside} is no file",
+                f"--beside {arguments.beside} is not a file",
                 fix="give airbench94_muon.py, or leave it out",
             )
         for package in ("torch", "torchvision"):
@@ -297,7 +304,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raise if nothing could be written there, or if there is something already."""
+    """Raise if nothing could be written there, or if something is there already."""
     if output.is_dir():
         raise CifarJaxError(
             ExitCode.USAGE, f"--output {output} is a folder", fix="name a file in it"

@@ -1,10 +1,10 @@
-"""What does each choice of the speedrun give? A training step without it, in turn with all.
+"""What does each choice of the speedrun gain? A training step without it, in turn with all.
 
     python experiments/speedrun_gains.py --output experiments/results/speedrun_gains.json
 
-An epoch of steps on random images, after the whitening's bias has been fixed: milliseconds a step,
-the median and the least of the rounds. Nine programs are compiled, and each choice is stored as it
-comes; it has not been run whole on a GPU yet.
+Epochs of steps on random images, after the whitening's bias is fixed: milliseconds a step, the
+median and the minimum over the rounds. Compiles nine programs, and stores each choice as soon as it
+is measured. Not yet run in full on a GPU.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _none(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What is replaced to do without it; or other options of the recipe, or of the step."""
+    """What is replaced to do without a choice, or which options of the recipe or step change."""
 
     replaced: tuple[Any, str, Any] = (blocks, "conv3x3", conv3x3)
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -83,8 +83,8 @@ PARTS = {
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
-    parser.add_argument("--rounds", type=int, default=7, help="of an epoch of each")
-    parser.add_argument("--smoke", action="store_true", help="a narrow network: does it work?")
+    parser.add_argument("--rounds", type=int, default=7, help="in each, an epoch of both programs")
+    parser.add_argument("--smoke", action="store_true", help="does it work? a narrow network")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         raise CifarJaxError(
@@ -138,7 +138,7 @@ def _program(recipe: Recipe, without: _Part) -> Callable[[], Any]:
 
 
 def trace(recipe: Recipe, without: _Part) -> tuple[jax.stages.Traced, Callable[[int], Any], Any]:
-    """An epoch, not yet compiled; what makes its first state, of a seed; and what else it takes."""
+    """An epoch, not yet compiled; what makes its first state from a seed; its other arguments."""
     recipe = dataclasses.replace(recipe, **without.recipe)
     n = recipe.batch_size * _STEPS
     rng = np.random.default_rng(0)

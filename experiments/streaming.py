@@ -3,18 +3,16 @@ r"""Data larger than memory: does training's memory stay flat as the folder grow
     python experiments/streaming.py --output streaming.json    # about ten minutes, 1.5 GB of disk
     python experiments/streaming.py --images 1000 5000 --output small.json
 
-Makes folders of small JPEGs, copies of 200 pictures, trains a linear network for one epoch on each,
-streaming (--cache-mb 0), and notes the peak of memory, the time to the first step, and images a
-second; then starts on the largest once more, whose listing is kept by then.
+Makes folders of small JPEGs, copies of 200 pictures, and trains a linear network on each for one
+epoch, streaming (--cache-mb 0): peak memory, time to the first step, images a second. Then starts
+again on the largest, whose listing is kept by then.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,13 +24,21 @@ from PIL import Image
 import first_step
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
+from machine import environment
 
 CLASSES, SIDE, PICTURES = 10, 64, 200
 
 
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[30_000, 300_000])
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        default=[30_000, 300_000],
+        metavar="N",
+        help="in each folder [30000 300000]",
+    )
     parser.add_argument(
         "--folder", type=Path, help="where the images are made, and deleted [a temporary folder]"
     )
@@ -50,8 +56,7 @@ def main() -> None:
         rows.append({"images": count, "folder_mb": size >> 20, **train(folder, "again", stop=True)})
         print(f"  with the listing kept: {rows[-1]}", flush=True)
     found = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores",
+        **environment("jax", "jaxlib", "numpy"),
         "image": f"{SIDE}x{SIDE} JPEG",
         "rows": rows,
     }
@@ -60,7 +65,7 @@ def main() -> None:
 
 
 def make_images(root: Path, count: int) -> int:
-    """``count`` files in ``CLASSES`` folders, copies of ``PICTURES`` pictures; their bytes."""
+    """Write ``count`` copies of ``PICTURES`` pictures to ``CLASSES`` folders; their bytes."""
     shutil.rmtree(root, ignore_errors=True)
     rng = np.random.default_rng(0)
     pictures = []
@@ -81,7 +86,7 @@ def make_images(root: Path, count: int) -> int:
 
 
 def train(folder: Path, name: str, *, stop: bool = False) -> dict[str, Any]:
-    """Train on ``folder/images``, or stop when training begins: seconds and peak memory."""
+    """Seconds and peak memory of training on ``folder/images``; ``stop``: to its first step."""
     workdir = folder / name
     shutil.rmtree(workdir, ignore_errors=True)
     options = ["--data", str(folder / "images"), "--data-dir", str(folder / "data")]

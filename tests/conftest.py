@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import shutil
 import signal
@@ -34,7 +36,21 @@ from PIL import Image
 
 jax.config.update("jax_num_cpu_devices", 4)
 
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SIZE = 8
+# Smooth, as photographs are: noise would hide what a resize does. 24 high, 20 wide.
+GREY = (128 + 100 * np.sin(np.arange(24)[:, None] / 5 + np.arange(20) / 7)).astype(np.uint8)
+RGB = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer"]
+CIFAR10_NAMES += ["dog", "frog", "horse", "ship", "truck"]
+
+
+def pixels_of(uri: str | None) -> np.ndarray:
+    """The pixels of a PNG that stands in a page as a ``data:`` address."""
+    assert uri is not None
+    kind, content = uri.split(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
 
 
 def write_images(

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import CIFAR10_NAMES, write_images
 
 from cifar_jax import archive, cifar10_archive, listing, sources
 from cifar_jax.dataset import Split
@@ -516,7 +516,6 @@ def test_a_data_dir_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------ CIFAR-10's own archives
 
-NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
@@ -530,14 +529,14 @@ def official_batches(n: int) -> list[tuple[Any, list[int]]]:
 
 
 def python_files(n: int) -> dict[str, bytes]:
-    files = {"batches.meta": pickle.dumps({"label_names": NAMES}, protocol=2)}
+    files = {"batches.meta": pickle.dumps({"label_names": CIFAR10_NAMES}, protocol=2)}
     for name, (data, labels) in zip(BATCHES, official_batches(n), strict=True):
         files[name] = pickle.dumps({b"data": data, b"labels": labels}, protocol=2)
     return files
 
 
 def binary_files(n: int) -> dict[str, bytes]:
-    files = {"batches.meta.txt": "\n".join([*NAMES, ""]).encode()}
+    files = {"batches.meta.txt": "\n".join([*CIFAR10_NAMES, ""]).encode()}
     for name, (data, labels) in zip(BATCHES, official_batches(n), strict=True):
         records = np.concatenate([np.array(labels, np.uint8)[:, None], data], axis=1)
         files[f"{name}.bin"] = records.tobytes()
@@ -564,7 +563,7 @@ def test_the_official_archives(
     path = official(tmp_path / "cifar-10.tar.gz", files | others, ending)
     trust(monkeypatch, path)
     dataset = load_dataset(str(path))
-    assert dataset.class_names == tuple(NAMES)
+    assert dataset.class_names == tuple(CIFAR10_NAMES)
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (90, 10, 20)
     data, labels = official_batches(20)[5]
     # A record holds all reds, then all greens, then all blues, row by row.
@@ -628,7 +627,7 @@ def without_names(files: dict[str, bytes]) -> None:
 
 
 def with_a_name_twice(files: dict[str, bytes]) -> None:
-    files["batches.meta.txt"] = " ".join([*NAMES[:9], "cat"]).encode()
+    files["batches.meta.txt"] = " ".join([*CIFAR10_NAMES[:9], "cat"]).encode()
 
 
 def with_names_of_no_text(files: dict[str, bytes]) -> None:
@@ -753,7 +752,7 @@ def test_a_download_that_fails_is_told_in_one_line_and_can_be_tried_again(
     tfds_from("good")
     dataset = load_dataset("cifar10", data_dir=str(tmp_path / "data"))
     assert len(dataset.train) + len(dataset.val) == 15
-    assert dataset.class_names == tuple(NAMES)
+    assert dataset.class_names == tuple(CIFAR10_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -787,7 +786,7 @@ def test_of_two_processes_one_prepares_cifar10(
             time.sleep(0.2)
             info.parent.mkdir(parents=True)  # as tfds, whose renaming fails if it is there
             info.touch()
-        return {"train": split, "test": split}, tuple(NAMES)
+        return {"train": split, "test": split}, tuple(CIFAR10_NAMES)
 
     monkeypatch.setattr("cifar_jax.input_pipeline.read_cifar10", read_cifar10)
     monkeypatch.setattr(sources, "_download_obstacle", lambda: None)

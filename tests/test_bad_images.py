@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import GREY, RGB, write_images
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
@@ -37,9 +37,6 @@ from cifar_jax.listing import list_images
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.workdir import saved_steps
 
-# Smooth, as photographs are, and another in each channel: 24 high, 20 wide.
-GREY = (128 + 100 * np.sin(np.arange(24)[:, None] / 5 + np.arange(20) / 7)).astype(np.uint8)
-RGB = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
 THREE_GREY = np.dstack([GREY] * 3)
 ALPHA = GREY[:, ::-1]
 FRAMES: dict[str, Any] = {"save_all": True, "append_images": [Image.fromarray(255 - RGB)]}

@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_images
+from conftest import EXPERIMENTS, write_images
 
 from bench import pipeline
 from bench.steps import _flops
-
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 
 @pytest.mark.parametrize("data", ["shapes", "files"])

@@ -86,7 +86,3 @@ def test_it_runs_without_tensorflow(image_folder: Path) -> None:
         found = subprocess.run([sys.executable, "-c", script, *command], capture_output=True)
         assert found.returncode == 0, found.stderr
         assert b"0 bad file(s)" in found.stdout
-    helped = subprocess.run(
-        [sys.executable, "-m", "cifar_jax.check_data", "--help"], capture_output=True, text=True
-    )
-    assert "--image-size" in helped.stdout

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import math
 import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from conftest import EXPERIMENTS
 
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError
@@ -21,14 +25,16 @@ from claims import CLAIMS, code
 from claims.claim import CAVEAT, FAILS, HOLDS, from_json, to_json
 from claims.study import some_of
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-
 BY_QUESTION = {claim.question: claim for claim in CLAIMS}
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, EXPERIMENTS / "claims.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+def run(*arguments: str | Path) -> str:
+    """What the command prints; in this process, where all that it needs is imported already."""
+    main = runpy.run_path(str(EXPERIMENTS / "claims.py"), run_name="a_script")["main"]
+    argv = ["claims.py", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(io.StringIO()) as printed:
+        main()
+    return printed.getvalue()
 
 
 def test_some_images_of_a_folder_are_of_all_classes_and_in_no_order() -> None:
@@ -44,13 +50,12 @@ def test_some_images_of_a_folder_are_of_all_classes_and_in_no_order() -> None:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """The rows of ``--quick``, by question."""
     output = tmp_path_factory.mktemp("claims") / "quick.json"
-    first = run("--quick", "--output", output)
+    command = [sys.executable, EXPERIMENTS / "claims.py", "--quick", "--output", output]
+    first = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     long_ago = output.read_text().replace(datetime.date.today().isoformat(), "2001-02-03")
     output.write_text(long_ago)
-    again = run("--quick", "--output", output)  # all of it is there
-    assert again.returncode == 0, again.stderr
-    assert "question" not in again.stdout
+    assert "question" not in run("--quick", "--output", output), "all of it is there"
     assert output.read_text() == long_ago, "what is not measured keeps its date"
     table = output.with_suffix(".md").read_text()
     assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(CLAIMS)
@@ -97,11 +102,11 @@ def _refuse(constant: str) -> None:
 
 def test_a_row_keeps_when_and_with_what_it_was_measured(tmp_path: Path) -> None:
     output = tmp_path / "two.json"
-    assert run("--quick", "--only", "2", "--output", output).returncode == 0
+    run("--quick", "--only", "2", "--output", output)
     (row,) = json.loads(output.read_text())["claims"]
     row["date"], row["data_name"], row["versions"]["jax"] = "2001-02-03", "other", "0.0.1"
     output.write_text(json.dumps({"claims": [row]}))
-    assert run("--quick", "--only", "55", "--output", output).returncode == 0
+    run("--quick", "--only", "55", "--output", output)
     old, new = json.loads(output.read_text())["claims"]
     assert old == row
     assert new["versions"]["jax"] == jax.__version__
@@ -161,7 +166,6 @@ def test_wrong_use_is_one_line(
     row = json.loads((EXPERIMENTS / "results" / "claims.json").read_text())["claims"][0]
     del row["data_name"]  # as before 2026-11-28
     Path("old.json").write_text(json.dumps({"claims": [row]}))
-    monkeypatch.setattr(sys, "argv", ["claims.py", *options.split()])
     with pytest.raises(CifarJaxError, match=message) as told:
-        runpy.run_path(str(EXPERIMENTS / "claims.py"), run_name="a_script")["main"]()
+        run(*options.split())
     assert "\n" not in str(told.value)

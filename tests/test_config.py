@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from cifar_jax import config as config_module
 from cifar_jax import train
+from cifar_jax.__main__ import COMMANDS
 from cifar_jax.check_data import CheckOptions
 from cifar_jax.cli import make_parser
 from cifar_jax.config import PRESETS, TrainConfig, check_resumable, from_json, to_json
@@ -196,40 +198,78 @@ def test_resume_may_change_where_a_run_is_but_not_what_it_computes() -> None:
     check_resumable(dataclasses.replace(constant, **longer), constant)
 
 
+SLOW = ["jax", "tensorflow", "torch", "numpy", "matplotlib", "PIL", "onnx"]
+SLOW += ["jinja2", "starlette", "uvicorn"]
+WRONG = [
+    ("train --epochs 0", "--epochs 0 is out of range"),
+    ("train --resume", "--resume without --workdir"),
+    ("evaluate --checkpoint absent", "absent does not exist"),
+    ("predict --checkpoint absent a.png", "absent does not exist"),
+    ("report .", ". holds no run"),
+    ("serve", "required: --checkpoint"),
+    ("serve --port x", "--port 'x'"),
+    ("serve --checkpoint absent", "absent does not exist"),
+    ("export --format onnx", "required: --checkpoint"),
+    ("export --checkpoint run", "required: --format"),
+    ("export --checkpoint run --format tflite", "'tflite' is not one of stablehlo, onnx"),
+    ("export --checkpoint run --format onnx", "run.onnx exists"),
+    ("export --checkpoint run --format onnx --output net.pth", "net.pth does not end in .onnx"),
+    ("export --checkpoint run --format pth", "run does not exist"),
+    ("convert . new", ". is neither a run's workdir nor a checkpoint"),
+    ("convert a.pth", "required: DESTINATION"),
+    ("convert a b --model vgg", "--model 'vgg' is not one of linear"),
+    ("convert a.pth /", "/ exists"),
+    ("summary --batch-size 0", "--batch-size 0 is out of range"),
+    ("check_data . --image-size x", "--image-size 'x'"),
+]
+
+
 @pytest.mark.fault("B11")
 def test_help_and_errors_import_nothing_slow(tmp_path: Path) -> None:
     program = """if True:
-        import sys
-        from cifar_jax import convert, evaluate, predict, train
+        import contextlib, importlib, io, json, sys
         from cifar_jax.errors import CifarJaxError
-        absent = ["--checkpoint", "no-such-run"]
-        for command, argv in (
-            (train, ["--help"]),
-            (train, ["--version"]),
-            (train, ["--epochs", "0"]),
-            (train, ["--resume"]),
-            (evaluate, absent),
-            (predict, [*absent, "a.png"]),
-            (convert, [".", "new"]),
-        ):
-            try:
-                command.main(argv)
-            except (SystemExit, CifarJaxError):
-                pass
-        slow = {"jax", "tensorflow", "numpy", "matplotlib"} & set(sys.modules)
-        assert not slow, slow
+        lines, slow = json.load(sys.stdin)
+        for line in lines:
+            name, *argv = line.split()
+            module = importlib.import_module(f"cifar_jax.{name}")
+            if hasattr(module, "__path__"):
+                module = importlib.import_module(f"cifar_jax.{name}.__main__")
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                try:
+                    module.main(argv)
+                except SystemExit:
+                    said = printed.getvalue()
+                except CifarJaxError as error:
+                    said = str(error)
+            print(json.dumps([said, sorted(sys.modules.keys() & slow)]))
     """
+    helped = [f"{command} --help" for command in COMMANDS]
+    lines = [*helped, "train --version", *(line for line, _ in WRONG)]
+    (tmp_path / "run.onnx").touch()
     done = subprocess.run(
         [sys.executable, "-c", program],
+        input=json.dumps([lines, SLOW]),
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
         cwd=tmp_path,
     )
-    assert "--learning-rate X" in done.stdout
-    assert "[images; at least 1; default 128]" in done.stdout
-    assert "[above 0; default 0.003]" in done.stdout
+    said = {}
+    for line, answer in zip(lines, done.stdout.splitlines(), strict=True):
+        said[line], imported = json.loads(answer)
+        assert not imported, f"{line} imports {imported}"
+    for line, what in WRONG:
+        assert what in said[line]
+        assert ". Fix: " in said[line]
+    for line in helped:
+        assert said[line].startswith(f"usage: python -m cifar_jax.{line.split()[0]} ")
+    assert "--learning-rate X" in said["train --help"]
+    assert "[images; at least 1; default 128]" in said["train --help"]
+    assert "[above 0; default 0.003]" in said["train --help"]
+    assert "python -m cifar_jax.convert cifar10-cnn.pth" in said["convert --help"]
+    assert "python -m cifar_jax.export --checkpoint" in said["export --help"]
 
 
 def test_a_command_ends_in_one_line_and_its_exit_code() -> None:

@@ -757,26 +757,6 @@ def test_the_command(tmp_path: Path) -> None:
         assert not (tmp_path / "other").exists()
 
 
-def test_a_wrong_option_is_answered_before_anything_slow() -> None:
-    program = """if True:
-        import sys
-        from pathlib import Path
-        from cifar_jax.convert import main
-        from cifar_jax.errors import CifarJaxError
-        for argv in (["--help"], ["a.pth"], ["a", "b", "--model", "vgg"], ["a.pth", "/"]):
-            try:
-                main(argv)
-            except (SystemExit, CifarJaxError):
-                pass
-        slow = {"jax", "torch", "numpy", "tensorflow"} & set(sys.modules)
-        assert not slow, slow
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert "python -m cifar_jax.convert cifar10-cnn.pth" in done.stdout
-
-
 def test_a_plain_torch_takes_what_is_written(tmp_path: Path) -> None:
     """Without our code: a fresh module of the tutorial's takes the file."""
     write_state_dict(

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import EXPERIMENTS
 
+import bench_cpu
+import cpu_gains
 import first_step
+import machine
 import time_to_75
 from cifar_jax.errors import CifarJaxError, ExitCode
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SCRIPTS = sorted(path for path in EXPERIMENTS.glob("*.py") if "cli.run(main)" in path.read_text())
 
 
@@ -34,6 +37,48 @@ def test_no_trial_overwrites_the_committed_results(
     monkeypatch.setattr(sys, "argv", [script])
     with pytest.raises(CifarJaxError, match="required: --output"):
         runpy.run_path(str(EXPERIMENTS / f"{script}.py"), run_name="a_script")["main"]()
+
+
+@pytest.mark.parametrize(
+    ("script", "work"),
+    [(bench_cpu, "bench.steps.measure"), (cpu_gains, "paired_timing.time_in_turn")],
+)
+def test_the_folder_of_the_results_is_made_before_the_work(
+    script: Any, work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(*_: Any, **__: Any) -> None:
+        raise Begun
+
+    monkeypatch.setattr(work, begin)
+    monkeypatch.setattr(sys, "argv", ["script", "--output", str(tmp_path / "new" / "out.json")])
+    with pytest.raises(Begun):
+        script.main()
+    assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("fpu avx2 avx512f", "Some EPYC, AVX-512"),
+        ("fpu avx2", "Some EPYC, AVX2"),
+        ("fpu", "Some EPYC"),
+    ],
+)
+def test_a_machine_is_told_with_its_cores_and_vector_instructions(
+    flags: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some EPYC\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(machine, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    found = machine.environment("jax")
+    assert found["machine"] == f"x86_64, 2 cores, {told}"
+    assert set(found) == {"date", "machine", "versions"}
+    assert set(found["versions"]) == {"python", "jax"}
 
 
 def test_a_command_is_timed_to_its_first_step(tmp_path: Path) -> None:
@@ -89,6 +134,10 @@ def test_runs_are_gone_on_with_on_the_same_data_and_machine_alone(
     assert [run["seed"] for run in found["runs"]] == [0, 1, 2]
     with pytest.raises(CifarJaxError, match=r"holds runs of data shapes, and these are of auto"):
         runs_of("--data", "auto", "--seeds", 4, "--output", output)
+    assert found["machine"] == machine.environment()["machine"]
+    without_architecture = found["machine"].partition(", ")[2]  # as files of before have it
+    output.write_text(json.dumps({**found, "machine": without_architecture}))
+    assert len(runs_of("--data", "shapes", "--seeds", 4, "--output", output)) == 1
     output.write_text(json.dumps({**found, "machine": "another"}))
     with pytest.raises(CifarJaxError, match=r"holds runs of machine another"):
         runs_of("--data", "shapes", "--seeds", 4, "--output", output)

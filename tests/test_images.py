@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import GREY, RGB
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,9 +19,6 @@ from cifar_jax.images import image_suffixes, read_image
 from cifar_jax.input_pipeline import decode
 
 RNG = np.random.default_rng(0)
-# Smooth, as photographs are: noise would hide what a resize does.
-GREY = (128 + 100 * np.sin(np.arange(24)[:, None] / 5 + np.arange(20) / 7)).astype(np.uint8)
-RGB = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)  # 24 high, 20 wide
 
 
 def decoded_for_training(path: Path, shape: tuple[int, int, int], resize: bool) -> NDArray[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import EXPERIMENTS
 from test_layout import random_variables
 
 import paired_timing
@@ -21,7 +22,6 @@ from layouts.figure import draw
 from layouts.hlo import count_moves
 from layouts.pitfalls import measure_pitfalls
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SHAPE = (16, 16, 3)
 CONFIGS = {
     "cnn": TrainConfig(model="cnn", widths=(4, 8), hidden=(16,)),
@@ -117,7 +117,10 @@ WORKER = """
 """
 
 
-def test_programs_are_timed_in_turn_and_described(tmp_path: Path) -> None:
+def test_programs_are_timed_in_turn_and_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paired_timing.time, "sleep", lambda _: None)  # here, not in the workers
     command = _write_worker(tmp_path)
     specs = [{"ms": ms, "batch_size": 8} for ms in (1, 20)]
     timings = paired_timing.time_in_turn(command, specs, rounds=3, steps=2, cwd=EXPERIMENTS)

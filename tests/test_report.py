@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import pixels_of, write_images
 from jax import lax
 from PIL import Image
 from test_trained import rewrite_metadata
@@ -58,12 +54,6 @@ class Elements(HTMLParser):
 
     def with_class(self, name: str) -> list[dict[str, str | None]]:
         return [a for _, a in self.elements if name in (a.get("class") or "").split()]
-
-
-def pixels_of(uri: str | None) -> np.ndarray:
-    assert uri is not None
-    assert uri.startswith("data:image/png;base64,")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
 
 
 def copy_of(run: Path, folder: Path, **report: Any) -> Path:
@@ -594,20 +584,3 @@ def test_an_output_that_cannot_be_written(trained_run: Path, tmp_path: Path) -> 
     with pytest.raises(CifarJaxError, match="cannot write") as raised:
         write_report([trained_run] * 2, ReportOptions(output=str(tmp_path / "file" / "page.html")))
     assert raised.value.exit_code == ExitCode.ENVIRONMENT
-
-
-def test_help_and_errors_come_before_slow_imports(tmp_path: Path) -> None:
-    program = """if True:
-        import sys
-        from cifar_jax.report import __main__ as report
-        for argv, ending in (["--help"], SystemExit), ([sys.argv[1]], report.CifarJaxError):
-            try:
-                report.main(argv)
-            except ending:
-                print(sorted({"jax", "numpy", "jinja2"} & set(sys.modules)))
-    """
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    *shown, after_help, after_error = done.stdout.splitlines()
-    assert any("WORKDIR" in line for line in shown)
-    assert after_help == after_error == "[]"

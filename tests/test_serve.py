@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import pytest
 import uvicorn
+from conftest import pixels_of
 from PIL import Image
 
 from cifar_jax import shapes, trained
@@ -97,12 +98,6 @@ def ask(
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
-
-
-def pixels_of(uri: str) -> np.ndarray:
-    kind, content = uri.split(",")
-    assert kind == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -314,25 +309,6 @@ def test_what_keeps_the_server_from_starting(
     assert message == (
         "cifar_jax.serve needs uvicorn, which is not installed. Fix: pip install starlette uvicorn."
     )
-
-
-def test_a_wrong_option_is_answered_before_anything_slow() -> None:
-    program = """if True:
-        import sys
-        from cifar_jax.errors import CifarJaxError
-        from cifar_jax.serve.__main__ import main
-        for argv in (["--help"], [], ["--port", "x"], ["--checkpoint", "no"], ["--chekpoint"]):
-            try:
-                main(argv)
-            except (SystemExit, CifarJaxError):
-                pass
-        slow = {"jax", "numpy", "PIL", "starlette", "uvicorn"} & set(sys.modules)
-        assert not slow, slow
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert "--checkpoint" in done.stdout
 
 
 # ------------------------------------------------------------------------------------ the page

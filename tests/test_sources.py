@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import CIFAR10_NAMES, write_images
 from PIL import Image
 
 from cifar_jax import sources
@@ -360,9 +360,6 @@ def test_a_host_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyP
     assert obstacle == "no answer in 0.1 s"
 
 
-NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("source", ["cifar10", "auto"])
 def test_cifar10_prepared_by_tfds(tmp_path: Path, prepared: tuple[Path, Any], source: str) -> None:
@@ -370,7 +367,7 @@ def test_cifar10_prepared_by_tfds(tmp_path: Path, prepared: tuple[Path, Any], so
     dataset: Dataset = load_dataset(source, data_dir=str(data_dir))
     assert dataset.name == "cifar10"
     assert dataset.notice is None
-    assert dataset.class_names == tuple(NAMES)
+    assert dataset.class_names == tuple(CIFAR10_NAMES)
     # tfds shuffles once, when it prepares; the ten test images have a class each.
     order = np.argsort(dataset.test.labels)
     assert np.array_equal(dataset.test.labels[order], expected.labels)
@@ -390,7 +387,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Split]:
 
     def examples(start: int, stop: int) -> list[dict[str, Any]]:
         return [
-            {"id": f"{i}", "image": images[i], "label": NAMES[labels[i]]}
+            {"id": f"{i}", "image": images[i], "label": CIFAR10_NAMES[labels[i]]}
             for i in range(start, stop)
         ]
 
@@ -408,7 +405,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Split]:
             {
                 "id": tfds.features.Text(),
                 "image": tfds.features.Image(shape=(32, 32, 3)),
-                "label": tfds.features.ClassLabel(names=NAMES),
+                "label": tfds.features.ClassLabel(names=CIFAR10_NAMES),
             }
         ),
         split_datasets={

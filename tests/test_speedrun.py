@@ -459,7 +459,7 @@ def test_the_interval_is_students() -> None:
         (["--runs", "0"], "--runs 0 is out of range. Fix: give 1 or more"),
         (["--output", "none/x.json"], "there is no folder none. Fix: make it"),
         (["--output", "."], "--output . is a folder. Fix: name a file in it"),
-        (["--beside", "none.py"], "--beside none.py is no file. Fix: give airbench94_muon.py"),
+        (["--beside", "none.py"], "--beside none.py is not a file. Fix: give airbench94_muon.py"),
         (["--data", "none"], "--data none does not exist. Fix: give a folder"),
         (["--beside", "x.py", "--recipe", "96"], "recipe 94, and another is asked for"),
         (["--beside", "x.py", "--smoke"], "recipe 94, and another is asked for"),

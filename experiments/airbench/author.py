@@ -1,7 +1,7 @@
 """The author's own script on the same data: ``python -m airbench.author SCRIPT DATA N OUTPUT``.
 
 For ``airbench94_muon.py`` of https://github.com/KellerJordan/cifar10-airbench (commit f1c599c),
-which needs torch and torchvision. Its network is compiled and warmed up as its own main does.
+which needs torch and torchvision. Its network is compiled and warmed up as in the script itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     script, data, n, output = sys.argv[1:]
     import torch
 
-    # How much is tried in compiling it.
+    # How much the compiler tries.
     settings = {k: v for k, v in os.environ.items() if k.startswith("TORCHINDUCTOR_MAX_AUTOTUNE")}
     found: dict[str, Any] = {"torch": torch.__version__, **settings, "runs": []}
     arrays = np.load(data)
@@ -32,7 +32,7 @@ def main() -> None:
         (Path(folder) / "cifar10").mkdir()
         for split in ("train", "test"):
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-            # Its whitening is by the first 5,000, which are to be of all classes.
+            # It whitens by the first 5,000 images, which must have all classes.
             order = np.random.default_rng(0).permutation(len(labels))
             tensors = {
                 "images": torch.tensor(images[order]),
@@ -41,7 +41,7 @@ def main() -> None:
             }
             torch.save(tensors, Path(folder) / "cifar10" / f"{split}.pt")
         os.chdir(folder)
-        sys.argv = [script]  # which it reads itself from
+        sys.argv = [script]  # it reads its own source from here
         spec = importlib.util.spec_from_file_location("author", script)
         assert spec is not None
         assert spec.loader is not None

@@ -2,20 +2,20 @@
 
 Most of what a run does outside of its convolutions is to move activations through these. As XLA
 fuses them, the normalised input is written beside the output and read again, GELU's gradient too,
-and sums take passes of their own. Here only the input ``x`` of the norm is kept, and which pixel
-won each window, in a byte; and activations move so often:
+and sums take passes of their own. Here only the input ``x`` of the norm is kept, and a byte for the
+pixel that won each window. This is how often activations move:
 
     forward     the pool, which also sums ``x`` and its squares: reads the pixels, writes ``x``
                 norm and GELU, XLA's: reads ``x``, writes the output
     backward    the sums of the norm's gradient: reads ``x`` and the gradient of the output
                 the gradient of ``x``: reads both again, writes that of all four pixels of a window
 
-They are written in Pallas, and run through Triton. JAX 0.11 says that it will give up that way for
-another, which is for the newest GPUs alone; all releases that this project runs on have it.
+They are written in Pallas, and run through Triton. JAX 0.11 announces that it will drop Triton for
+another way, which only the newest GPUs have; all releases that this project supports have Triton.
 
-Activations are seen as ``[R, C]``: a row for each pixel of each image, in their order in memory. A
-block is some rows and some channels, powers of two as Triton wants them; a program of the GPU takes
-one block, or, to sum over them, several that follow each other.
+Activations are viewed as ``[R, C]``: a row for each pixel of each image, in their order in memory.
+A block is some rows and some channels, both powers of two, as Triton needs. A program of the GPU
+takes one block, or, to sum over them, several that follow each other.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _MOST_PROGRAMS = 132 * 64 // _WARPS  # an H100's multiprocessors, each of which 
 def norm_gelu(
     x: jax.Array, bias: jax.Array, epsilon: float, pool: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Max-pooling 2x2 if wanted, batch norm in training without a scale, and GELU.
+    """2x2 max-pooling if ``pool``, batch norm as in training but without a scale, and GELU.
 
     Args:
-        x: ``[B, H, W, C]``; H and W even if it is pooled.
+        x: ``[B, H, W, C]``; with ``pool``, H and W are even.
         bias: float32 ``[C]``.
 
     Returns:
-        The activations ``[B, H, W, C]`` or ``[B, H/2, W/2, C]``, and of what is normalised the mean
-        and the variance, float32 ``[C]``. These two are for the running averages: nothing is
-        differentiated through them.
+        The activations ``[B, H, W, C]`` or ``[B, H/2, W/2, C]``, and the mean and the variance of
+        what is normalised, float32 ``[C]``. These two are for the running averages: they have no
+        gradient.
     """
     return _forward(x, bias, epsilon, pool)[0]
 
@@ -130,8 +130,8 @@ def _backward(
 
 norm_gelu.defvjp(_forward, _backward)
 
-# How a program gets an array: its own blocks of [R, C]; its channels of [C]; its own two sums, of
-# the [P, 2, C] of all P below each other; or all pixels [4R, C], among which it finds its own.
+# What a program gets of an array: its blocks of [R, C]; its channels of [C]; its two sums, of the
+# [P, 2, C] for all P programs below each other; or all pixels [4R, C], where it finds its own.
 _BLOCK, _VECTOR, _SUMS, _ANYWHERE = "block", "vector", "sums", "anywhere"
 
 
@@ -141,7 +141,7 @@ class _Grid(NamedTuple):
     Attributes:
         rows, channels: R and C.
         block_rows, block_channels: of one block.
-        blocks: of each program, one below the other.
+        blocks: how many each program takes, one below the other.
     """
 
     rows: int
@@ -152,7 +152,7 @@ class _Grid(NamedTuple):
 
     @classmethod
     def of_single_blocks(cls, rows: int, channels: int) -> _Grid:
-        # Powers of two, as the largest are.
+        # A common divisor of a power of two is one too.
         block_rows, block_channels = math.gcd(rows, _MOST_ROWS), math.gcd(channels, _MOST_CHANNELS)
         return cls(rows, channels, block_rows, block_channels, 1)
 
@@ -206,7 +206,7 @@ class _Grid(NamedTuple):
             out_specs=[specs[how] for _, how in outputs],
             out_shape=[jax.ShapeDtypeStruct(shapes[how], dtype) for dtype, how in outputs],
             compiler_params=triton.CompilerParams(num_warps=_WARPS),
-            interpret=jax.default_backend() == "cpu",  # to test it
+            interpret=jax.default_backend() == "cpu",  # for tests
         )(*(array for array, _ in inputs))
 
     def sum_blocks(self, sums: Any, values: Callable[[int], tuple[jax.Array, jax.Array]]) -> None:
@@ -238,7 +238,7 @@ class _Grid(NamedTuple):
 
         def of_block(i: int) -> list[tuple[jax.Array, jax.Array]]:
             window = start + i * self.block_rows + jnp.arange(self.block_rows)
-            # Two rows of the image, of twice its pooled width each, to a row of windows.
+            # A row of windows is two rows of the image, each of twice its pooled width.
             first = 2 * window + window // width * 2 * width
             return [
                 ((first + down * 2 * width + right)[:, None], channel[None, :])

@@ -1,4 +1,4 @@
-"""Timed runs: what they come to, their floating-point operations, and where a GPU's time goes."""
+"""Timed runs: their summary, their floating-point operations, and where a GPU's time goes."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def takes_kernels() -> bool:
     """Whether Triton, and so kernels.py, runs here: on NVIDIA's GPUs from Ampere on."""
     try:
         return float(getattr(jax.devices()[0], "compute_capability", "")) >= 8
-    except ValueError:  # no GPU; or AMD's, which have names for it, and were not tried
+    except ValueError:  # no GPU, or one of AMD's, whose capability is a name: not tried
         return False
 
 
 def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[str, float]]:
-    """A function of a seed that runs once, and what its compilation took, in seconds.
+    """A function that does the run of a seed, and the seconds that compiling it took.
 
-    Cold is with nothing compiled before; warm, with what the first compilation left on the disk. On
-    a CPU with a terminal, what runs is compiled once more, to call a progress bar after each step.
+    Cold: with nothing compiled before; warm: with what the first compilation left on the disk. On a
+    CPU with a terminal it is compiled once more, to move a progress bar after each step.
     """
     on_device = [
         Examples(jnp.asarray(split.pixels), jnp.asarray(split.labels)) for split in (train, test)
@@ -75,20 +75,7 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
         lowered = program.lower(state, jax.random.key(0), *on_device)
         return compile_lowered(lowered, jax.default_backend())
 
-    seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # it is there
-        jax.config.update("jax_compilation_cache_dir", folder)
-        try:
-            for name in ("cold", "warm"):
-                compilation_cache.reset_cache()  # it is opened once, and then goes on where it was
-                started = time.perf_counter()
-                compiled = compile_for(setting)
-                seconds[name] = time.perf_counter() - started
-                jax.clear_caches()
-        finally:
-            jax.config.update("jax_compilation_cache_dir", before)
-            compilation_cache.reset_cache()
+    compiled, seconds = _cold_and_warm(lambda: compile_for(setting))
     begin = begin.lower(0).compile()
     steps = setting.recipe.epochs * (len(train) // setting.recipe.batch_size)
     bars: list[tqdm[Any]] = []
@@ -118,6 +105,27 @@ def compile_run(setting: Setting, train: Split, test: Split) -> tuple[Run, dict[
     return run, seconds
 
 
+def _cold_and_warm(
+    compile_program: Callable[[], jax.stages.Compiled],
+) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    """The program, and the seconds of compiling it: ``cold``, then ``warm``."""
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # it is there
+        jax.config.update("jax_compilation_cache_dir", folder)
+        try:
+            for name in ("cold", "warm"):
+                compilation_cache.reset_cache()  # else it stays open on the folder before
+                started = time.perf_counter()
+                compiled = compile_program()
+                seconds[name] = time.perf_counter() - started
+                jax.clear_caches()
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+            compilation_cache.reset_cache()
+    return compiled, seconds
+
+
 def shows_progress() -> bool:
     """Whether a run takes long enough for a progress bar, and someone is there to see it."""
     return jax.default_backend() == "cpu" and sys.stderr.isatty()
@@ -145,11 +153,11 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> float:
     """Floating-point operations of convolutions and the head in a run.
 
-    Convolutions are counted as they are written, whatever form of them is computed: Winograd's, on
-    a CPU, multiplies less, and pairs of columns, on a GPU, more. A multiply-accumulate is two. A
-    layer's forward pass, the gradient of its kernel and that of its input cost the same. Of the
-    whitening only the first is needed, of the layer after it the last only while the whitening's
-    bias learns.
+    Convolutions are counted as they are written, in whatever form they are computed: Winograd's, on
+    a CPU, multiplies less, and pairs of columns, on a GPU, more. A multiply-accumulate counts as
+    two. A layer's forward pass, the gradient of its kernel and that of its input cost the same. The
+    whitening needs only the forward pass, and the layer after it needs the gradient of its input
+    only while the whitening's bias learns.
     """
     recipe = setting.recipe
     rows = [row for row in layer_table(setting.model, image_shape, 1) if row.macs]
@@ -164,7 +172,7 @@ def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> f
 
 
 def ceiling_flops(dtype: str, side: int) -> float:
-    """Floating-point operations a second in the product of two square matrices of this device."""
+    """Floating-point operations a second of this device in the product of two square matrices."""
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (side, side), dtype) for key in keys)
     product = jax.jit(jnp.matmul)
@@ -179,9 +187,9 @@ def ceiling_flops(dtype: str, side: int) -> float:
 
 
 def kernels(run: Run) -> dict[str, Any]:
-    """Seconds of a GPU in one run: by kind of kernel, and of the kernels that take most.
+    """A GPU's seconds in one run: by kind of kernel, and for the longest kernels.
 
-    Convolutions are told from the rest by their operations' names, which are XLA's.
+    Convolutions are recognised by the names that XLA gives to operations.
     """
     seconds: Counter[str] = Counter()
     times: Counter[str] = Counter()

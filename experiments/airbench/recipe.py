@@ -14,15 +14,15 @@ class Recipe:
 
     Attributes:
         widths: channels of the three stages.
-        epochs: a whole number of passes; what does not fill a batch is left out.
-        whitening_epochs: so many at the start train the whitening's bias, which then is fixed.
+        epochs: how many; in each, the images that do not fill a batch are left out.
+        whitening_epochs: the whitening's bias is trained in the first ones, and then fixed.
         kernel_rate, kernel_momentum: Muon's, for the 3x3 kernels.
-        bias_rate, head_rate, momentum, decay: of Nesterov SGD for all else, whose weight decay is
-            ``decay / rate``: so what a step takes off does not grow with the rate. All rates fall
-            linearly to 0.
+        bias_rate, head_rate, momentum, decay: those of Nesterov SGD, for all else. Its weight decay
+            is ``decay / rate``, so that a larger rate does not decay more. All rates fall linearly
+            to 0.
         deep: as in :class:`cifar_jax.airbench.Airbench`.
-        crop: pixels that an image is shifted by, at most.
-        cutout: side in pixels of a square that is blanked in each image; 0: none is.
+        crop: the most pixels by which an image is shifted.
+        cutout: side in pixels of a square that is blanked in each image; 0: no square.
         dtype: of activations.
         fused: train with the kernels of kernels.py, for a GPU.
     """
@@ -45,10 +45,10 @@ class Recipe:
     fused: bool = False
 
 
-# By the accuracy, in percent on the original images, of its author's recipe with these widths,
-# layers, epochs and augmentation. For 95 and 96 his is another otherwise (SGD with a warm-up on
-# batches of 1,024, a lookahead; for 96 slower averages of batch norm too), and ours has not been
-# run on a GPU yet.
+# Named by the accuracy, in percent on the original images, of the author's recipe with these
+# widths, layers, epochs and augmentation. For 95 and 96 the author's differs otherwise (SGD with
+# a warm-up on batches of 1,024, a lookahead; for 96 also slower averages of batch norm), and ours
+# has not been run on a GPU yet.
 RECIPES = {
     "94": Recipe(),
     "95": Recipe(widths=(128, 384, 384), epochs=15),

@@ -1,4 +1,4 @@
-"""A whole run as one pure function: whitening, every epoch, the test. No host in the loop."""
+"""A whole run as one pure function, without the host: whitening, all epochs, the test."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Examples(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a run is made of, and does not change as it goes.
+    """What stays the same during a run.
 
     Attributes:
         mean, std: of each channel, in units of 0..1.
-        on_step: called on the host after each step, where that may cost something.
+        on_step: called on the host after each step, which takes time.
     """
 
     recipe: Recipe
@@ -49,7 +49,8 @@ class Batch(NamedTuple):
         index: int32 ``[B]``.
         corner: int32 ``[B, 2]``, of the crop in the padded image.
         mirrored: bool ``[B]``.
-        hole: float32 ``[B, 2]``, the corner of what is blanked, 0 to 1 of where it can be; or none.
+        hole: float32 ``[B, 2]``, the corner of the blanked square, as a share (0 to 1) of the
+            range where it can be; None for no square.
     """
 
     index: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name
@@ -64,8 +65,8 @@ def train_and_score(
     """A whole run, from the first parameters to the answers on ``test``.
 
     Returns:
-        ``correct``, the number of right answers, and ``loss`` ``[steps]``, the mean cross-entropy
-        of each batch, smoothed as it is trained.
+        ``correct``, the number of right answers, and ``loss`` ``[steps]``, the mean training loss
+        of each batch: cross-entropy with smoothed labels.
     """
     state, losses = train_whole(state, key, train, setting=setting)
     correct = score(state, test, setting=setting)
@@ -143,8 +144,8 @@ def cut_out(images: jax.Array, hole: jax.Array, side: int) -> jax.Array:
     """Normalised images ``[B, H, W, C]``, in each a square of 0, the mean.
 
     Args:
-        hole: as in :class:`Batch`. All of the square is in the image, as its author has it, other
-            than in :func:`cifar_jax.augment.cutout`.
+        hole: as in :class:`Batch`. The whole square lies in the image, as the author has it, and
+            unlike in :func:`cifar_jax.augment.cutout`.
     """
     places = jnp.array(images.shape[1:3]) - side + 1
     corners = jnp.floor(hole * places).astype(jnp.int32)
@@ -198,7 +199,7 @@ def score(state: TrainState, test: Examples, *, setting: Setting) -> jax.Array:
     n = len(test.labels)
     batches = math.ceil(n / setting.recipe.batch_size)
     size = math.ceil(n / batches)
-    if missing := batches * size - n:  # the last batch is filled up; no answer is the label -1
+    if missing := batches * size - n:  # the last batch is padded; no answer is -1
         test = Examples(
             jnp.pad(test.images, ((0, missing), (0, 0), (0, 0), (0, 0))),
             jnp.pad(test.labels, (0, missing), constant_values=-1),
@@ -212,15 +213,15 @@ def score(state: TrainState, test: Examples, *, setting: Setting) -> jax.Array:
     return lax.map(some, batches).sum()
 
 
-# The weights of the views: the image and its mirror image, and each of two shifts and its own.
+# Of the image and its mirror image, then of two shifts, each with its mirror image.
 VIEW_WEIGHTS = (0.25, 0.25, 0.125, 0.125, 0.125, 0.125)
 
 
 def views(images: jax.Array) -> jax.Array:
     """Six views of each image for test-time augmentation: ``[B, H, W, C]`` -> ``[6, B, H, W, C]``.
 
-    As it is, shifted by a pixel down and right, and up and left, each also mirrored; what comes in
-    at the edges is a reflection.
+    Unshifted, shifted by a pixel down and right, and up and left, each also mirrored. A reflection
+    fills the edges.
     """
     _, height, width, _ = images.shape
     padded = reflect_pad(images, 1)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from bench.steps import program_name
+
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Training steps and inference, each relative to this project's, as one PNG."""
@@ -20,11 +22,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     ):
         rows = [row for row in results["programs"] if row["pass"] == pass_]
         models = list(dict.fromkeys(row["model"] for row in rows))
-        programs = list(dict.fromkeys(_label(row) for row in rows))
+        programs = list(dict.fromkeys(program_name(row) for row in rows))
         ours = {r["model"]: r["step_ms_median"] for r in rows if r["framework"] == "cifar_jax"}
         height = 0.8 / len(programs)
         for i, program in enumerate(programs):
-            chosen = [row for row in rows if _label(row) == program]
+            chosen = [row for row in rows if program_name(row) == program]
             places = np.array([models.index(row["model"]) for row in chosen]) + i * height
             scale = np.array([ours[row["model"]] for row in chosen])
             low, middle, high = (
@@ -43,9 +45,3 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(f"{results['machine']}, {results['date']}")
     figure.savefig(path, dpi=110)
-
-
-def _label(row: dict[str, Any]) -> str:
-    if row["framework"] == "torch":
-        return f"PyTorch {row['layout']}, {row['mode']}"
-    return {"cifar_jax": "cifar_jax", "keras": "Keras 3 on JAX, fit"}[row["framework"]]

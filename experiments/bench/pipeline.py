@@ -114,14 +114,14 @@ def _decoded(split: Split) -> Split:
 
 
 def _in_memory(split: Split, epoch: int) -> Iterator[dict[str, Any]]:
-    """Batches that lie ready: nothing is gathered, decoded or copied for them."""
+    """Batches that are ready in memory: nothing is left to gather, decode or copy."""
     order = epoch_order(len(split), 0, epoch)
     order = order[: len(order) // _BATCH_SIZE * _BATCH_SIZE].reshape(-1, _BATCH_SIZE)
     return iter([{"image": split.pixels[i], "label": split.labels[i]} for i in order])
 
 
 def _by_pipeline(split: Split, epochs: int) -> Iterator[dict[str, Any]]:
-    """One for all epochs, as in ``cifar_jax.train``."""
+    """One pipeline for all epochs, as in ``cifar_jax.train``."""
     return train_batches(split, batch_size=_BATCH_SIZE, seed=0, epochs=epochs, first_step=0)
 
 

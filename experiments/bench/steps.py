@@ -44,8 +44,8 @@ _PRODUCTS = [
     {"framework": "product", "library": library, "batch_size": 1} for library in ("jax", "torch")
 ]
 
-# Rounds, and the steps in each, by network. So many that a turn takes some 0.2 seconds or more, as
-# after a pause the first steps are slow: what is asleep is woken up.
+# Rounds, and the steps in each, by network. A turn takes 0.2 seconds or more, as the first steps
+# after a pause are slow: threads must wake up.
 _TURNS: dict[ModelName, tuple[int, int]] = {"cnn": (11, 50), "cnn-wide": (11, 3), "resnet9": (7, 1)}
 _QUICK_TURNS: dict[ModelName, tuple[int, int]] = {"cnn": (3, 5), "cnn-wide": (3, 1)}
 
@@ -65,7 +65,8 @@ def measure(quick: bool) -> dict[str, Any]:
             gflops = work[row["pass"]] / row["step_ms_median"] / 1e6
             rows.append({**row, "gflops": gflops})
             print(
-                f"  {model:9s} {row['pass']:8s} {_name(row):28s} {row['step_ms_median']:7.1f} ms "
+                f"  {model:9s} {row['pass']:8s} {program_name(row):28s} "
+                f"{row['step_ms_median']:7.1f} ms "
                 f"({row['step_ms_min']:.1f} to {row['step_ms_max']:.1f})",
                 flush=True,
             )
@@ -86,7 +87,7 @@ def _pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "workload": f"{row['model']} {row['pass']}, {row['batch_size']} images",
             "ours_ms": ours[row["model"], row["pass"]]["step_ms_median"],
-            "peer": _name(row),
+            "peer": program_name(row),
             "peer_ms": row["step_ms_median"],
             "ratio": row["step_ms_median"] / ours[row["model"], row["pass"]]["step_ms_median"],
         }
@@ -95,7 +96,8 @@ def _pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _name(row: dict[str, Any]) -> str:
+def program_name(row: dict[str, Any]) -> str:
+    """What a reader calls the program of a row."""
     if row["framework"] == "torch":
         return f"PyTorch {row['layout']}, {row['mode']}"
     return {"cifar_jax": "cifar_jax", "keras": "Keras 3 on JAX"}[row["framework"]]
@@ -110,9 +112,9 @@ def _time(specs: list[dict[str, Any]], rounds: int, steps: int) -> list[paired_t
 def _flops(model: ModelName) -> dict[str, float]:
     """Floating-point operations of a batch, by the textbook: two a multiply-accumulate.
 
-    A training step computes each layer three times over: its output, the gradient of its kernel and
-    that of its input, which the first layer does not need. A program that does with fewer, as this
-    project's convolutions do, can be above the ceiling.
+    A training step computes three things of each layer: its output, the gradient of its kernel and
+    that of its input, which the first layer does not need. A program that needs fewer operations,
+    as this project's convolutions do, can exceed the ceiling.
     """
     network = create_model(TrainConfig(model=model), len(_CLASSES))
     macs = [row.macs for row in layer_table(network, _IMAGE_SHAPE, BATCH_SIZE)]
@@ -137,7 +139,8 @@ def make_programs(spec: dict[str, Any]) -> Any:
 def _make_own(spec: dict[str, Any]) -> Any:
     """The step of ``cifar_jax.train`` and the answers of ``cifar_jax.predict``, of uint8 images.
 
-    Unlike the others they normalise the images, and ``forward`` brings its answers to the host.
+    Unlike the other programs they normalise the images, and ``forward`` fetches the answers to the
+    host.
     """
     keep_freed_memory()  # as every command does
     config = TrainConfig(
@@ -169,7 +172,7 @@ def _make_own(spec: dict[str, Any]) -> Any:
 
 def _make_keras(spec: dict[str, Any]) -> Any:
     os.environ["KERAS_BACKEND"] = "jax"
-    import keras  # in its own process only; tensorflow brings it
+    import keras  # in its own process only; TensorFlow installs it
 
     network = _keras_network(spec["model"])
     network.compile(
@@ -235,7 +238,7 @@ def _make_product(spec: dict[str, Any]) -> Any:
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            jax.block_until_ready(product())  # torch's is when it returns
+            jax.block_until_ready(product())  # torch returns when it is done
 
     return {"product": run}, dict
 

@@ -1,4 +1,4 @@
-"""The material's training in PyTorch: files, a DataLoader, the network, the optimizer."""
+"""The tutorial's training in PyTorch: files, a DataLoader, the network, the optimizer."""
 
 from __future__ import annotations
 
@@ -52,6 +52,19 @@ class Images(TorchDataset[Any]):
 
 
 def main() -> None:
+    arguments = _parse()
+    dataset = load_dataset(
+        arguments.data,
+        data_dir=arguments.data_dir,
+        max_train_examples=arguments.max_train_examples,
+        cache_mb=0,
+        seed=arguments.seed,
+    )
+    torch.manual_seed(arguments.seed)
+    arguments.output.write_text(json.dumps(_train_and_score(dataset, arguments)))
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--data-dir")
@@ -68,15 +81,11 @@ def main() -> None:
         help="stop at the first epoch with this validation accuracy, and score the test set",
     )
     parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    dataset = load_dataset(
-        arguments.data,
-        data_dir=arguments.data_dir,
-        max_train_examples=arguments.max_train_examples,
-        cache_mb=0,
-        seed=arguments.seed,
-    )
-    torch.manual_seed(arguments.seed)
+    return parser.parse_args()
+
+
+def _train_and_score(dataset: Dataset, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and validation accuracy of each epoch, and with ``--until`` the test accuracy."""
     workers = os.cpu_count() or 1
     batches = DataLoader(
         Images(dataset.train, dataset, augment=not arguments.tutorial),
@@ -120,7 +129,7 @@ def main() -> None:
     found: dict[str, Any] = {"epochs": seconds, "val_accuracy": accuracies}
     if arguments.until:
         found["test_accuracy"] = accuracy(dataset.test)
-    arguments.output.write_text(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":

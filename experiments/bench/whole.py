@@ -18,7 +18,7 @@ _RUN = ("--model", "cnn", "--input", "tf.data")
 
 
 def first_step_seconds(data: list[str], rounds: int) -> dict[str, Any]:
-    """From the command ``cifar_jax.train`` to its first step: with nothing compiled, and with."""
+    """From the command ``cifar_jax.train`` to its first step: nothing compiled, all compiled."""
     cold: list[float] = []
     warm: list[float] = []
     for _ in range(rounds):
@@ -41,8 +41,8 @@ def first_step_seconds(data: list[str], rounds: int) -> dict[str, Any]:
 def epochs(data: list[str], rounds: int) -> dict[str, Any]:
     """Epochs of ``cnn`` as users of each run them, in turn, on the same files.
 
-    PyTorch's reads an ImageFolder-like data set through a DataLoader with a worker a core, as the
-    material does, with the same flips and crops.
+    PyTorch reads the files as ImageFolder does, through a DataLoader with a worker per core as in
+    the tutorial, with the same flips and crops.
     """
     found: dict[str, Any] = {"ours": [], "torch": []}
     for _ in range(rounds):

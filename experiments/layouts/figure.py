@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormat
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Step times, drift, curves and the price of a forgotten permutation, as one PNG."""
+    """Step times, curves, and the drift in float32 and float64, as one PNG."""
     figure = Figure(figsize=(13, 9), layout="constrained")
     (steps_axes, curves_axes), (drift_axes, float64_axes) = figure.subplots(2, 2)
     _draw_steps(steps_axes, results["timings"])
@@ -39,7 +39,7 @@ def _draw_steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
         above = [row["step_ms_max"] - row["step_ms_median"] for row in chosen]
         places = np.arange(len(models)) + i * height
         label = " ".join(program).replace(" compiled", "") if program[0] == "jax" else None
-        # Points: on an axis of logarithms the length of a bar means nothing.
+        # Points: on a logarithmic axis the length of a bar means nothing.
         axes.errorbar(
             medians,
             places,
@@ -53,7 +53,7 @@ def _draw_steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(np.arange(len(models)) + 0.4 - height / 2, names)
     axes.invert_yaxis()
     axes.set(xlabel="ms", title="a training step")
-    if len(models) > 1:  # one alone is read from zero
+    if len(models) > 1:  # a single one is read from zero
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())

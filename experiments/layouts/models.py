@@ -1,4 +1,4 @@
-"""How far each network of the zoo is from its PyTorch twin."""
+"""How far each network is from its PyTorch twin."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def compare_models(quick: bool) -> dict[str, Any]:
-    """Every network of the zoo against its twin; trained by SGD with OneCycle.
+    """Every network against its twin; trained by SGD with OneCycle.
 
-    The 200 steps are those of a narrower network where the whole one would take minutes;
-    ``quick`` makes all narrow and the images smaller, and leaves out float64.
+    The 200 steps are those of a narrower network where the whole one would take minutes. ``quick``
+    makes all networks narrow and the images smaller, and leaves out float64.
     """
     compared: dict[str, Any] = {}
     for name in MODELS:
         whole = _config(name, narrow=quick, **OPTIMIZERS["sgd"])
         trained = _config(name, narrow=quick or name in _SLOW, **OPTIMIZERS["sgd"])
         size = 16 if quick else 32
-        if name == "cnn-gap":  # which takes any
+        if name == "cnn-gap":  # it takes any size
             size += size // 2
         row: dict[str, Any] = {
             "image_size": size,
@@ -136,7 +136,7 @@ def _forward_and_backward(
 
 
 def _largest(values: list[float]) -> float:
-    return float(np.max(values))  # which, unlike max(), does not lose a NaN
+    return float(np.max(values))  # unlike max(), it does not lose a NaN
 
 
 def _drift(pair: parity.Pair, images: Any, labels: Any, config: TrainConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What all parts of the study begin with: the same initial weights. Without torch."""
+"""The initial weights that all parts of the study begin with. Without torch."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def time_all(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for model in ("cnn",) if quick else ("cnn", "cnn-wide", "resnet9"):
         on_cpu = jax.default_backend() == "cpu"
-        batch_size = 16 if model == "resnet9" and on_cpu else 128  # whose 128 take seconds there
+        batch_size = 16 if model == "resnet9" and on_cpu else 128  # 128 take seconds there
         specs = [
             {
                 "framework": framework,
@@ -101,7 +101,7 @@ def jax_step(spec: dict[str, Any], pass_: str) -> tuple[Callable[..., Any], Any,
 
     if pass_ == "forward":
 
-        def forward(state: Any, batch: Any) -> Any:  # not the state: it would be copied
+        def forward(state: Any, batch: Any) -> Any:  # not the state too: it would be copied
             params, statistics = state
             return apply(params, statistics, batch[0], False)[0]
 

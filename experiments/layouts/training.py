@@ -24,8 +24,8 @@ from layouts.networks import initial_variables
 def train_in_both(source: str, data_dir: str | None, *, quick: bool) -> dict[str, Any]:
     """Train the tutorial's network in both from the same weights, on the same augmented images.
 
-    Once from each framework's own initial weights, so that what they differ in can be seen too;
-    ``quick`` from Flax's only.
+    Once from each framework's own initial weights, to show what those change; ``quick``: from
+    Flax's only.
     """
     config = TrainConfig(model="cnn", epochs=5)
     if quick:
@@ -103,7 +103,7 @@ def _train_in_both(config: TrainConfig, dataset: Dataset, begun_by: str) -> dict
 
 
 def _scorers(pair: parity.Pair, variables: Any, dataset: Dataset) -> dict[str, Any]:
-    """For ``variables`` in JAX and for the twin as it stands: right answers in a split."""
+    """Functions that count the right answers in a split: of ``variables`` in JAX, of the twin."""
 
     def count(predict: Callable[[Any], Any], split: Split) -> int:
         correct = 0
@@ -122,7 +122,7 @@ def _scorers(pair: parity.Pair, variables: Any, dataset: Dataset) -> dict[str, A
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)  # compiled once a network, not once a call
+@functools.partial(jax.jit, static_argnums=0)  # compiled once per network, not per call
 def _logits(model: Model, variables: Any, images: Any) -> jax.Array:
     return model.apply(variables, images)
 
@@ -130,8 +130,8 @@ def _logits(model: Model, variables: Any, images: Any) -> jax.Array:
 def _cross_score(pair: parity.Pair, trained: Any, dataset: Dataset) -> dict[str, int]:
     """Right answers on the test images, of both sets of weights in both frameworks.
 
-    Without the permutation: what becomes of JAX's weights in PyTorch if only the axes of each
-    kernel are moved, and the first Dense layer's inputs stay in the order h, w, c.
+    ``without_permutation``: JAX's weights in PyTorch when only the axes of each kernel are moved,
+    and the first Dense layer's inputs stay in the order h, w, c.
     """
 
     def score(variables: Any, weights: dict[str, Any]) -> dict[str, int]:
