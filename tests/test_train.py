@@ -447,7 +447,7 @@ def test_files_of_something_else_are_not_overwritten(
         with pytest.raises(CifarJaxError, match=r"no run, but has .* Fix: give another") as error:
             train_and_evaluate(dataclasses.replace(config, resume=resume), tmp_path)
         assert error.value.exit_code == ExitCode.USAGE
-        assert str(tmp_path / name).startswith(str(error.value).split("and ")[1].split(",")[0])
+        assert str(tmp_path / name).startswith(str(error.value).split("but has ")[1].split(",")[0])
     assert (tmp_path / name).read_text() == "years of work"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
@@ -638,7 +638,7 @@ def test_what_does_not_fit_into_memory_is_said(image_folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "value", "code", "said"),
     [
-        ("JAX_PLATFORMS", "cuda", ExitCode.ENVIRONMENT, "error: JAX_PLATFORMS=cuda, of which"),
+        ("JAX_PLATFORMS", "cuda", ExitCode.ENVIRONMENT, "error: JAX_PLATFORMS=cuda, and jax"),
         ("XLA_FLAGS", "--xla_no_such_flag=1", 1, "Unknown flag in XLA_FLAGS: --xla_no_such"),
         ("JAX_COMPILATION_CACHE_DIR", "open", ExitCode.ENVIRONMENT, "can be written by others"),
     ],
