@@ -450,7 +450,7 @@ def test_files_of_something_else_are_not_overwritten(
         with pytest.raises(CifarJaxError, match=r"no run, but has .* Fix: give another") as error:
             train_and_evaluate(dataclasses.replace(config, resume=resume), tmp_path)
         assert error.value.exit_code == ExitCode.USAGE
-        assert str(tmp_path / name).startswith(str(error.value).split("and ")[1].split(",")[0])
+        assert str(tmp_path / name).startswith(str(error.value).split("but has ")[1].split(",")[0])
     assert (tmp_path / name).read_text() == "years of work"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
@@ -714,7 +714,7 @@ def test_memory_of_a_gpu_is_left_to_others_unless_it_is_asked_for(
 @pytest.mark.parametrize(
     ("name", "value", "code", "said"),
     [
-        ("JAX_PLATFORMS", "cuda", ExitCode.ENVIRONMENT, "error: JAX_PLATFORMS=cuda, of which"),
+        ("JAX_PLATFORMS", "cuda", ExitCode.ENVIRONMENT, "error: JAX_PLATFORMS=cuda, and jax"),
         ("XLA_FLAGS", "--xla_no_such_flag=1", 1, "Unknown flag in XLA_FLAGS: --xla_no_such"),
         ("JAX_COMPILATION_CACHE_DIR", "open", ExitCode.ENVIRONMENT, "can be written by others"),
     ],
