@@ -15,13 +15,15 @@ import optax
 
 import paired_timing
 from cifar_jax import layout
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.models import create_model
 from cifar_jax.parallel import compile_lowered
 from layouts import nchw_program
 from layouts.networks import CLASSES, initial_variables
 
 _EXPERIMENTS = Path(__file__).resolve().parents[1]
+# In one turn: after a pause the first steps are slow.
+_STEPS: dict[ModelName, int] = {"cnn": 20, "cnn-wide": 3, "resnet9": 5}
 
 Programs = tuple[dict[str, paired_timing.RunSteps], paired_timing.Describe]
 
@@ -32,7 +34,8 @@ def time_all(quick: bool) -> list[dict[str, Any]]:
     for mode in ("eager",) if quick else ("eager", "compiled"):
         programs += [("torch", "contiguous", mode), ("torch", "channels_last", mode)]
     rows = []
-    for model in ("cnn",) if quick else ("cnn", "cnn-wide", "resnet9"):
+    models: list[ModelName] = ["cnn"] if quick else list(_STEPS)
+    for model in models:
         on_cpu = jax.default_backend() == "cpu"
         batch_size = 16 if model == "resnet9" and on_cpu else 128  # 128 take seconds there
         specs = [
@@ -48,7 +51,7 @@ def time_all(quick: bool) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "layouts.timings"]
         rounds = 3 if quick else 11
         for timing in paired_timing.time_in_turn(
-            command, specs, rounds=rounds, steps=3, cwd=_EXPERIMENTS
+            command, specs, rounds=rounds, steps=_STEPS[model], cwd=_EXPERIMENTS
         ):
             row = timing.row()
             rows.append(row)
