@@ -24,6 +24,6 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)  # no block with a mapping of its own
     mallopt(_M_TRIM_THRESHOLD, _NEVER)
     # Large blocks are kept in the first arena alone, for the threads that share it. If it is the
-    # only one, threads wait for each other, and a step of cnn takes a third longer; of as many
+    # only one, threads wait for each other, and a step of cnn takes a third longer; with as many
     # arenas as glibc would make, few threads share the first. Measured on two cores.
     mallopt(_M_ARENA_MAX, 1 + (os.cpu_count() or 1))

@@ -1,8 +1,8 @@
 """Batch norm that is fast on a CPU.
 
-It consists of sums over all pixels of each channel, which XLA makes slowly there: in ``resnet9``
-they took a third of a training step. Here they are made in another order, and the gradient takes
-two of them, where an automatic one takes four.
+It consists of sums over all pixels of each channel, which XLA computes slowly there: they took a
+third of a training step of ``resnet9``. Here they are computed in another order, and the gradient
+takes two of them, where an automatic one takes four.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ROWS = 8  # so few are left to XLA
 
 
 class BatchNorm(nn.Module):
-    """``flax.linen.BatchNorm`` of ``[..., C]``, with its variables and to rounding its results.
+    """``flax.linen.BatchNorm`` for ``[..., C]``: the same variables and, to rounding, results.
 
     The variance is the mean of squared deviations: E[x^2] - E[x]^2 loses digits to cancellation.
 
@@ -43,16 +43,17 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1],)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_variance = self.variable("batch_stats", "var", jnp.ones, shape)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
+        float32 = (x.shape[-1],), jnp.float32
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, *float32)
+        running_variance = self.variable("batch_stats", "var", jnp.ones, *float32)
+        scale = self.param("scale", nn.initializers.ones, *float32)
+        bias = self.param("bias", nn.initializers.zeros, *float32)
         if self.use_running_average:
             factor = scale * lax.rsqrt(running_variance.value + self.epsilon)
             y = (x - running_mean.value) * factor + bias
         else:
-            y, mean, variance = _normalise(x, scale, bias, self.epsilon, self.axis_name)
+            axis_name = None if self.is_initializing() else self.axis_name
+            y, mean, variance = _normalise(x, scale, bias, self.epsilon, axis_name)
             if not self.is_initializing():
                 running_mean.value = self._average(running_mean.value, mean)
                 running_variance.value = self._average(running_variance.value, variance)
@@ -91,7 +92,7 @@ def _backward(
     gradient, _, _ = gradients
     normalised = (x - mean) * inverse_std
     of_scale, of_bias = _channel_sum(gradient * normalised), _channel_sum(gradient)
-    # What each number does by way of the variance and the mean, which are of all devices.
+    # The part of the gradient that goes through variance and mean, which all devices share.
     shares = _over_devices((of_scale / _count(x), of_bias / _count(x)), axis_name)
     of_x = (gradient - shares[0] * normalised - shares[1]) * (inverse_std * scale)
     return of_x.astype(x.dtype), of_scale, of_bias
@@ -106,7 +107,7 @@ def _mean(x: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 def _count(x: jax.Array) -> int:
-    """Of the numbers in each channel."""
+    """How many numbers each channel has."""
     return x.size // x.shape[-1]
 
 

@@ -213,7 +213,7 @@ def _run(main: Callable[[], None], beside_training: bool = False) -> int:
     except Exception as error:
         if _DEBUG in sys.argv:
             traceback.print_exc()
-        told = error if isinstance(error, CifarJaxError) else _told(error, beside_training)
+        told = error if isinstance(error, CifarJaxError) else _told(error)
         print(f"cifar_jax: error: {told}", file=sys.stderr)
         return told.exit_code
     return ExitCode.OK
@@ -244,24 +244,22 @@ _GPU_IS_TAKEN = (
 )
 
 
-def _told(error: Exception, beside_training: bool) -> CifarJaxError:
+def _told(error: Exception) -> CifarJaxError:
     """What a person is told of an error that no one foresaw where it arose."""
     reason = first_line(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
+        return CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"the memory is not enough: {reason}",
+            fix="ask for less at a time: a smaller --batch-size where there is one, in training "
+            "--accumulate 2, 4, ...; or end another program that holds memory",
+        )
     if any(words in str(error) for words in _GPU_IS_TAKEN):
         return CifarJaxError(
             ExitCode.ENVIRONMENT,
             f"the GPU cannot be used: {reason}",
             fix="another process may hold the GPU: end it, or set "
             "XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for both; if there is none, check the driver",
-        )
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
-        return CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"the memory is not enough: {reason}",
-            fix="ask for less at a time, or end another program that holds memory"
-            if beside_training
-            else "ask for less at a time: a smaller --batch-size where there is one, in training "
-            "--accumulate 2, 4, ...",
         )
     if isinstance(error, OSError):
         return CifarJaxError(

@@ -65,7 +65,7 @@ class TrainConfig(Options):
     checkpoint_every: int = option(
         0,
         "save inside an epoch too, every this many steps; 0 = at each epoch's end only. On a GPU "
-        "with --input device, Ctrl-C and SIGTERM too wait for such a step",
+        "with --input device, Ctrl-C and SIGTERM take effect only at such a step",
         group=_RUN,
         unit="steps",
         at_least=0,

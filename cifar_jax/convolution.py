@@ -53,7 +53,15 @@ def conv3x3(
         padding: 1 above and to the left; without it below or to the right, the last row or column
             of the output is not computed.
         paired: take neighbouring columns together on a GPU, for fewer channels than it runs well.
+
+    Raises:
+        ValueError: another kernel or padding.
     """
+    if kernel.shape[:2] != (3, 3) or any(a != 1 or b not in (0, 1) for a, b in padding):
+        raise ValueError(
+            "conv3x3 is for kernels of 3x3 and padding 1, or 0 below and to the right, not for "
+            f"{kernel.shape[:2]} and {padding}: take flax.linen.Conv"
+        )
     return lax.platform_dependent(
         x,
         kernel,

@@ -54,7 +54,7 @@ def decode(split: Split) -> Split:
 
 
 def room_mb(devices: Sequence[jax.Device]) -> int:
-    """Megabytes of images that each device can take, and the host, where they are decoded."""
+    """Megabytes of images that each device, and the host that decodes them, has room for."""
     own = local_devices(devices)
     stats = own[0].memory_stats()
     if stats is None:  # on a CPU, whose devices share the host's memory with the decoded images

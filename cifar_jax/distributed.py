@@ -62,7 +62,7 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
                 _leave_alone_after(_PARTING_SECONDS, ExitCode.ENVIRONMENT)
                 raise CifarJaxError(
                     ExitCode.ENVIRONMENT,
-                    f"process {jax.process_index()} uses a GPU that another one uses too: "
+                    f"process {jax.process_index()} shares a GPU with another process: "
                     + first_line(error),
                     fix="give each process GPUs of its own, by CUDA_VISIBLE_DEVICES or "
                     "JAX_LOCAL_DEVICE_IDS=0 (then 1, ...), or start one process per machine",

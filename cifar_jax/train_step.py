@@ -200,8 +200,7 @@ def exact_logits(
 ) -> jax.Array:
     """A trained network's answers: images uint8 ``[B, H, W, C]`` -> logits float32 ``[B, K]``.
 
-    For scores and predictions. Without a word on it, a GPU rounds what it multiplies to TF32, to
-    three digits.
+    For scores and predictions. Unless told otherwise, a GPU rounds factors to TF32, three digits.
     """
     with jax.default_matmul_precision("highest"):
         return model.apply(variables, normalize(images, mean, std), train=False)

@@ -2,7 +2,7 @@ r"""How fast is this on a CPU, compared with PyTorch and Keras, and with what th
 
     python experiments/bench_cpu.py --quick --output bench.json           # under three minutes
     python experiments/bench_cpu.py --data cifar10.tar.gz \
-        --output experiments/results/bench_cpu.json                       # about twenty minutes
+        --output experiments/results/bench_cpu.json                       # a quarter of an hour
 
 Needs the test extra, which brings torch, and a machine that does nothing else. The programs take
 turns, round after round, each in a process of its own. Writes one JSON and, beside it, a figure:

@@ -1,4 +1,4 @@
-"""When, on what and with what numbers are measured."""
+"""The date, machine and versions that a measurement is stored with."""
 
 from __future__ import annotations
 

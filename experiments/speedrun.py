@@ -71,7 +71,7 @@ def main() -> None:
         "--score",
         choices=("test", "val"),
         default="test",
-        help="val: to tune on",
+        help="val: the validation images, so that the test set is not tuned on",
     )
     parser.add_argument(
         "--beside",

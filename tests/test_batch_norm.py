@@ -80,11 +80,15 @@ def test_it_is_that_of_flax_when_predicting_and_keeps_the_averages(dtype: Any) -
     assert_close(found, expected, 1e-6 if dtype is None else 2**-7)
 
 
-def test_it_begins_as_that_of_flax() -> None:
-    x = inputs(4, 8, 8, 5)[1]
-    found, expected = (
-        norm(use_running_average=False).init(jax.random.key(0), x) for norm in (ours, theirs)
-    )
+@pytest.mark.parametrize("x64", [False, True])
+def test_it_begins_as_that_of_flax(x64: bool) -> None:
+    """Outside of pmap too, and in float32."""
+    with jax.enable_x64(x64):
+        x = inputs(4, 8, 8, 5)[1]
+        found, expected = (
+            norm(use_running_average=False, axis_name="batch").init(jax.random.key(0), x)
+            for norm in (ours, theirs)
+        )
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert_close(found, expected, 0)
 

@@ -108,6 +108,17 @@ def test_images_take_the_fast_form_on_a_cpu() -> None:
     assert "tensor<4x4x3x64xf32>" in compiled  # the four kernels, side by side
 
 
+@pytest.mark.parametrize(
+    ("side", "padding"), [(5, ALL_ROUND), (3, ((0, 0), (0, 0))), (3, ((1, 2), (1, 1)))]
+)
+def test_another_convolution_is_refused_and_not_silently_this_one(
+    side: int, padding: Padding
+) -> None:
+    x, kernel = jnp.zeros((1, 8, 8, 32)), jnp.zeros((side, side, 32, 32))
+    with pytest.raises(ValueError, match="conv3x3 is for kernels of 3x3 and padding 1"):
+        conv3x3(x, kernel, padding)
+
+
 def test_only_a_gpu_takes_columns_in_pairs() -> None:
     x, kernel = np.zeros((2, 7, 7, 24), np.float32), np.zeros((3, 3, 24, 64), np.float32)
     pairs = "tensor<3x2x48x128xf32>"

@@ -321,7 +321,7 @@ def test_evaluation_counts_every_image_once(
 
 def test_scores_are_of_float32_on_a_gpu_too() -> None:
     """By default it would round what it multiplies to TF32."""
-    step = functools.partial(eval_step, model=create_model(SMALL, 10, None), mean=MEAN, std=STD)
+    step = functools.partial(eval_step, model=create_model(SMALL, 10), mean=MEAN, std=STD)
     batch = {**make_batches(1, 8)[0], "mask": np.ones(8, np.float32)}
     traced = jax.jit(step).trace(initial_state(SMALL).variables, batch)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
