@@ -40,12 +40,21 @@ _DETERMINISTIC: dict[str, str | bool] = {
 }
 
 
+def run_in_place() -> None:
+    """Have the calling thread run programs on a CPU, for :mod:`cifar_jax.allocator`.
+
+    It changes nothing on a GPU, with several devices, or once JAX has started its devices.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     """The first ``count`` devices of each process, or all.
 
     Raises:
         CifarJaxError: environment; there are fewer, or none of the kind in ``JAX_PLATFORMS``.
     """
+    run_in_place()
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, bare, of a jax without CUDA

@@ -18,6 +18,7 @@ from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.network_metadata import Description, describe, parse_description, refusing
 from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.parallel import run_in_place
 from cifar_jax.train_step import TrainState, initial_train_state
 from cifar_jax.workdir import checkpoints_of, step_folder
 
@@ -64,6 +65,7 @@ def load(path: Path) -> TrainedNetwork:
         CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read.
     """
     step = step_folder(path)
+    run_in_place()
     metadata = checkpoint.restore_metadata(step)
     with refusing(
         f"the checkpoint {step} holds no network of this program",

@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-import ctypes
-import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-
-from cifar_jax import allocator
 
 TWICE = """if True:
     import resource, sys
@@ -36,14 +31,3 @@ def test_memory_that_was_freed_is_used_again_without_asking_for_its_pages() -> N
     assert pages_asked_for_again("a command") < 500
     assert pages_asked_for_again("training") < 500
     assert pages_asked_for_again("as it comes") > 20_000
-
-
-def test_threads_that_compute_need_not_wait_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single arena, which would keep the most, makes a step of cnn a third longer."""
-    told: dict[int, int] = {}
-    monkeypatch.setattr(
-        ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *how: told.update([how]))
-    )
-    allocator.keep_freed_memory()
-    m_arena_max = -8  # of malloc.h
-    assert told[m_arena_max] == 1 + (os.cpu_count() or 1)

@@ -20,7 +20,7 @@ from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
 from cifar_jax.input_pipeline import decode, train_batches
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, compile_step, shard
+from cifar_jax.parallel import AXIS_NAME, compile_step, run_in_place, shard
 from cifar_jax.sources import load_dataset
 from cifar_jax.train_step import create_train_state, make_train_step
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     keep_freed_memory()  # as every command does
+    run_in_place()
     dataset = load_dataset(
         arguments.data,
         data_dir=arguments.data_dir,
