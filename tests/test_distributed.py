@@ -210,7 +210,7 @@ def test_two_processes_on_one_gpu_are_told_so_and_not_to_start_again(tmp_path: P
     )
     told = [sys.executable, "-c", script, f"localhost:{free_port()}", str(tmp_path), message]
     done = subprocess.run(told, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(f"{int(ExitCode.ENVIRONMENT)} process 0 uses a GPU that"), done
+    assert done.stdout.startswith(f"{int(ExitCode.ENVIRONMENT)} process 0 shares a GPU with"), done
     assert "JAX_LOCAL_DEVICE_IDS" in done.stdout
     assert "--resume" not in done.stdout
 
