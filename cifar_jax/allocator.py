@@ -4,18 +4,20 @@ The C library returns every freed block of more than some megabytes to the syste
 out again page by page, each filled with zeros first. A training step of ``cnn-wide`` on a CPU asks
 for 60,000 pages, in a fifth of its time. JAX has no option for it.
 
-The C library keeps what the main thread frees; large blocks of other threads are returned still.
-(One arena for all threads would keep those too, but then threads wait for each other: a step of
-``cnn`` took up to half as long again.) So the main thread runs the programs itself:
-:func:`cifar_jax.parallel.run_in_place`.
+The C library keeps what the main thread frees, and of other threads what is smaller than the 64 MB
+in which it gets memory for them. A program's own memory is one block, often larger, so the main
+thread runs the programs itself: :func:`cifar_jax.parallel.run_in_place`. (One arena for all threads
+would keep everything too, but then they wait for each other: a step of ``cnn`` took up to half as
+long again.)
 """
 
 from __future__ import annotations
 
 import ctypes
 
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# Of glibc's malloc.h, and the most that it gets at once for a thread that is not the main one.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_HEAP_BYTES = 64 << 20
 _NEVER = 2**31 - 1
 
 
@@ -27,3 +29,4 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_MAX, 0)  # no block with a mapping of its own
     mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    mallopt(_M_TOP_PAD, 2 * _HEAP_BYTES)  # what is free of a heap and the next: both are kept

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_jax.parallel import compile_lowered
+from cifar_jax.parallel import aligned, compile_lowered
 from cifar_jax.train_step import exact_logits
 from cifar_jax.trained import TrainedNetwork
 
@@ -42,7 +42,9 @@ def make_logits(network: TrainedNetwork) -> Logits:
             batch = images[start : start + _LARGEST_BATCH]
             n = len(batch)
             padding = (1 << (n - 1).bit_length()) - n
-            batch = np.pad(batch, [(0, padding), (0, 0), (0, 0), (0, 0)])
+            if padding:
+                batch = np.pad(batch, [(0, padding), (0, 0), (0, 0), (0, 0)])
+            batch = aligned(batch)
             found.append(np.asarray(compiled(batch.shape)(variables, batch))[:n])
         return np.concatenate(found)
 

@@ -32,6 +32,9 @@ Evaluate = Callable[[Variables, Split], RunningSums]
 # XLA's YNN fusions, on by default in jaxlib 0.10, make convolutions on a CPU up to twice as slow.
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
+# In bytes; XLA's, of the arguments of a program on a CPU.
+_ALIGNMENT = 64
+
 _DETERMINISTIC: dict[str, str | bool] = {
     # It also turns off the search for the fastest kernel, which can end with another one each time.
     "xla_gpu_deterministic_ops": True,
@@ -93,10 +96,24 @@ def local_rows(batch_size: int, devices: Sequence[jax.Device]) -> slice:
     return slice(first * share, (first + len(local_devices(devices))) * share)
 
 
+def aligned(x: NDArray[Any]) -> NDArray[Any]:
+    """``x``, or a copy, at an address from which a program on a CPU can read it.
+
+    From another address a thread of JAX's copies it, and then runs the program as well:
+    :func:`run_in_place` has no effect.
+    """
+    if x.flags.c_contiguous and x.ctypes.data % _ALIGNMENT == 0:
+        return x
+    memory = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
+    copy = memory[-memory.ctypes.data % _ALIGNMENT :][: x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
 def shard(batch: dict[str, NDArray[Any]], devices: Sequence[jax.Device]) -> dict[str, NDArray[Any]]:
     """``[B, ...]`` -> ``[D, B/D, ...]``: each device's share of this process's part of a batch."""
     count = len(local_devices(devices))
-    return {name: x.reshape(count, -1, *x.shape[1:]) for name, x in batch.items()}
+    return {name: aligned(x).reshape(count, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
 def empty_batch(
@@ -151,9 +168,12 @@ def compile_step(
     one_at_a_time = len(devices) > 1 and devices[0].platform == "cpu"
 
     whole, divided = _sharding(devices), _sharding(devices, AXIS_NAME)
+    several_processes = not divided.is_fully_addressable
 
     def call(state: Any, batch: dict[str, NDArray[Any]]) -> Any:
-        result = compiled(_place(state, whole), _place(batch, divided), *shared)
+        # Where it can, JAX places the batch itself: half a millisecond faster than _place.
+        placed = _place(batch, divided) if several_processes else batch
+        result = compiled(_place(state, whole), placed, *shared)
         return jax.block_until_ready(result) if one_at_a_time else result
 
     return call
