@@ -75,6 +75,31 @@ def test_predictions_are_of_float32_on_a_gpu_too(
     assert all("HIGHEST" in product and "DEFAULT" not in product for product in products)
 
 
+def test_a_program_gets_images_where_it_can_read_them(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another address than a multiple of 64, another thread would run it."""
+    addresses = []
+
+    def noted(*arguments: Any) -> Any:
+        compiled = parallel.compile_lowered(*arguments)
+
+        def call(variables: Any, images: np.ndarray) -> Any:
+            addresses.append(images.ctypes.data % 64)
+            return compiled(variables, images)
+
+        return call
+
+    monkeypatch.setattr(inference, "compile_lowered", noted)
+    logits = make_logits(trained.load(trained_run))
+    memory = np.zeros(129 * 8 * 8 * 3 + 64, np.uint8)
+    for offset in (16, 32, 48):
+        start = -memory.ctypes.data % 64 + offset
+        logits(memory[start : start + 128 * 192].reshape(128, 8, 8, 3))  # a full batch
+        logits(memory[start : start + 3 * 192].reshape(3, 8, 8, 3))  # a padded one
+    assert addresses == [0] * 6
+
+
 def test_words_for_people_and_no_tensorflow(trained_run: Path, image_folder: Path) -> None:
     code = (
         "import sys; from cifar_jax.predict import main; main(sys.argv[1:]);"

@@ -20,7 +20,7 @@ from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
 from cifar_jax.input_pipeline import decode, train_batches
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, compile_step, run_in_place, shard
+from cifar_jax.parallel import AXIS_NAME, compile_step, select_devices, shard
 from cifar_jax.sources import load_dataset
 from cifar_jax.train_step import create_train_state, make_train_step
 
@@ -36,7 +36,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     keep_freed_memory()  # as every command does
-    run_in_place()
     dataset = load_dataset(
         arguments.data,
         data_dir=arguments.data_dir,
@@ -80,11 +79,11 @@ class _Steps:
     """The compiled step of ``cifar_jax.train`` and its state."""
 
     def __init__(self, dataset: Dataset) -> None:
+        self._devices = select_devices(1)
         config = TrainConfig()
         model = create_model(config, len(dataset.class_names), AXIS_NAME)
         tx = make_optimizer(config, make_schedule(config, 1000))
         self._state: Any = create_train_state(model, tx, dataset.image_shape, seed=0)
-        self._devices = jax.devices()[:1]
         step = make_train_step(config, model, tx, dataset.mean, dataset.std, AXIS_NAME)
         batch = next(_in_memory(_decoded(dataset.train.take(np.arange(_BATCH_SIZE))), 0))
         self._compiled = compile_step(

@@ -19,7 +19,7 @@ from cifar_jax.inference import make_logits
 from cifar_jax.layer_table import layer_table
 from cifar_jax.models import ResNet9, create_model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, compile_step, run_in_place, shard
+from cifar_jax.parallel import AXIS_NAME, compile_step, select_devices, shard
 from cifar_jax.train_step import create_train_state, make_train_step
 from cifar_jax.trained import TrainedNetwork
 from layouts.timings import make_torch_programs, timing_batch
@@ -143,7 +143,7 @@ def _make_own(spec: dict[str, Any]) -> Any:
     host.
     """
     keep_freed_memory()  # as every command does
-    run_in_place()
+    devices = select_devices(1)
     config = TrainConfig(
         model=spec["model"], learning_rate=1e-3, schedule="constant", flip=False, crop=0
     )
@@ -152,7 +152,6 @@ def _make_own(spec: dict[str, Any]) -> Any:
     state: Any = jax.device_get(create_train_state(model, tx, _IMAGE_SHAPE, seed=0))
     network = TrainedNetwork(config, _CLASSES, _IMAGE_SHAPE, _MEAN, _STD, state.variables)
     images, labels = uint8_batch(spec["batch_size"])
-    devices = jax.devices()[:1]
     batch = shard({"image": images, "label": labels}, devices)
     step = make_train_step(config, model, tx, _MEAN, _STD, AXIS_NAME)
     compiled = compile_step(step, state, batch, devices, donate_state=True)
