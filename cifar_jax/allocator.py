@@ -30,3 +30,12 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)  # no block with a mapping of its own
     mallopt(_M_TRIM_THRESHOLD, _NEVER)
     mallopt(_M_TOP_PAD, 2 * _HEAP_BYTES)  # what is free of a heap and the next: both are kept
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what is free, once: compiling leaves more of it than steps can use again."""
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    malloc_trim(0)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_jax.allocator import give_back_freed_memory
 from cifar_jax.dataset import ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 from cifar_jax.layout import Variables
@@ -197,12 +199,27 @@ def compile_lowered(
             if platform != "cpu" or "No such compile option" not in str(error):
                 raise
             return lowered.compile()  # another jaxlib: without the option, only slower
+        finally:
+            give_back_freed_memory()
 
 
 def replicate(x: NDArray[Any], devices: Sequence[jax.Device]) -> jax.Array:
     """``x`` whole on each of ``devices``."""
     placed: jax.Array = _place(x, _sharding(devices))
     return placed
+
+
+def place_state(state: Any, devices: Sequence[jax.Device]) -> Any:
+    """``state`` whole on each of ``devices``, in memory that the first step can take over.
+
+    A CPU reads NumPy's arrays where they are, which nobody may take over: the first step would put
+    its results behind its own memory, which would then be too tight for the next steps.
+    """
+    placed = _place(state, _sharding(devices))
+    if devices[0].platform != "cpu":
+        return placed
+    with signals_held():
+        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(placed)
 
 
 def _sharding(devices: Sequence[jax.Device], *axes: str) -> jax.sharding.Sharding:

@@ -23,7 +23,7 @@ from cifar_jax.initializers import whiten, whitening_stride
 from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, compile_lowered, select_devices
+from cifar_jax.parallel import AXIS_NAME, compile_lowered, place_state, select_devices
 from cifar_jax.run import Progress, Run, versions, write_config
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import signals_held
@@ -65,7 +65,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
         axis_name=AXIS_NAME if config.sync_batch_norm else None,
         dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
     )
-    # On the host: the compiled steps place it on the devices, and a checkpoint restores to it.
+    # On the host, where a checkpoint is restored to.
     with signals_held():
         state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
     print(
@@ -100,6 +100,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
         config.batch_size,
         deterministic=config.deterministic,
     )
+    progress.state = place_state(progress.state, devices)
     print(f"{time.perf_counter() - started:.1f} s")
     return Run(config, workdir, dataset, devices, schedule, advance, evaluate), progress
 

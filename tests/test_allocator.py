@@ -8,7 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from cifar_jax.config import TrainConfig
 from cifar_jax.parallel import aligned, shard
+from cifar_jax.start import start
+from cifar_jax.train_step import TrainState
 
 TWICE = """if True:
     import resource, sys
@@ -44,6 +47,44 @@ def test_memory_that_was_freed_is_used_again_without_asking_for_its_pages() -> N
     assert max(pages_asked_for_again("a command")) < 500
     assert max(pages_asked_for_again("training")) < 500
     assert min(pages_asked_for_again("as it comes")) > 20_000
+
+
+COMPILED = """if True:
+    import sys
+    import jax
+    from cifar_jax.allocator import keep_freed_memory
+    from cifar_jax.parallel import compile_lowered
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * 4096
+    keep_freed_memory()
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    b"x" * 300_000_000  # as a compiler does, and frees it
+    before = resident()
+    compile_lowered(lowered, "cpu") if sys.argv[1] == "ours" else lowered.compile()
+    print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is told")
+@pytest.mark.parametrize(("how", "given_back"), [("ours", True), ("jax's", False)])
+def test_what_a_compiler_leaves_is_given_back(how: str, given_back: bool) -> None:
+    command = [sys.executable, "-c", COMPILED, how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 200_000_000) is given_back
+
+
+def test_the_first_step_of_a_run_takes_over_the_memory_of_its_state(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(data=str(image_folder), model="linear", batch_size=16, input="device")
+    run, progress = start(config, tmp_path / "run")
+    before = addresses(progress.state)
+    state, _, _ = run.advance(progress.state, 0, 1, 0)
+    assert addresses(state) == before
+
+
+def addresses(state: TrainState) -> list[int]:
+    return [x.addressable_data(0).unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
 
 
 IN_PLACE = """if True:

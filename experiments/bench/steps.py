@@ -19,7 +19,7 @@ from cifar_jax.inference import make_logits
 from cifar_jax.layer_table import layer_table
 from cifar_jax.models import ResNet9, create_model
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, compile_step, select_devices, shard
+from cifar_jax.parallel import AXIS_NAME, compile_step, place_state, select_devices, shard
 from cifar_jax.train_step import create_train_state, make_train_step
 from cifar_jax.trained import TrainedNetwork
 from layouts.timings import make_torch_programs, timing_batch
@@ -155,6 +155,7 @@ def _make_own(spec: dict[str, Any]) -> Any:
     batch = shard({"image": images, "label": labels}, devices)
     step = make_train_step(config, model, tx, _MEAN, _STD, AXIS_NAME)
     compiled = compile_step(step, state, batch, devices, donate_state=True)
+    state = place_state(state, devices)
     logits = make_logits(network)
 
     def forward(steps: int) -> None:
