@@ -6,9 +6,9 @@ for 60,000 pages, in a fifth of its time. JAX has no option for it.
 
 The C library keeps what the main thread frees, and of other threads what is smaller than the 64 MB
 in which it gets memory for them. A program's own memory is one block, often larger, so the main
-thread runs the programs itself: :func:`cifar_jax.parallel.run_in_place`. (One arena for all threads
-would keep everything too, but then they wait for each other: a step of ``cnn`` took up to half as
-long again.)
+thread runs the programs itself: :func:`cifar_jax.parallel.select_devices`. (One arena for all
+threads would keep everything too, but then they wait for each other: a step of ``cnn`` took up to
+half as long again.)
 """
 
 from __future__ import annotations

@@ -189,11 +189,11 @@ def restore_metadata(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, **items: Any) -> Any:
-    try:
-        with _checkpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
+        try:
             return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
-    except Exception as error:  # of whatever kind Orbax, TensorStore and their formats have
-        raise _damaged(path, first_line(error)) from error
+        except Exception as error:  # of whatever kind Orbax, TensorStore and their formats have
+            raise _damaged(path, first_line(error)) from error
 
 
 def _check_files(path: Path) -> None:

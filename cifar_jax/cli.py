@@ -180,7 +180,7 @@ def run(main: Callable[[], None], *, beside_training: bool = False) -> NoReturn:
 
 def _run(main: Callable[[], None], beside_training: bool = False) -> int:
     def on_sigterm(signum: int, frame: types.FrameType | None) -> None:
-        raise Stopped(signum, "nothing was under way that could be saved")
+        raise Stopped(signum, "nothing more was saved")
 
     signal.signal(signal.SIGTERM, on_sigterm)
     sys.unraisablehook = _on_ignored

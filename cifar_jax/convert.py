@@ -100,6 +100,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
         step_folder(source)  # trained.load would refuse it too, seconds later
     from cifar_jax import trained
     from cifar_jax.network_metadata import metadata_of
+    from cifar_jax.parallel import select_devices
     from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict
 
     ending = destination.suffix.lower()
@@ -110,6 +111,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
             fix=f"let it end in {', '.join(ENDINGS)}, or give a folder's name without an ending; "
             "python -m cifar_jax.export writes .onnx",
         )
+    select_devices("all")  # says so if there are none
     network = _read(source, options)
     with new_path(destination, "DESTINATION") as path:
         if ending in ENDINGS:

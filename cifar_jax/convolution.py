@@ -15,10 +15,10 @@ rows, columns, channels) only outside of loops, and in ``lax.scan`` runs a gradi
 to 70 times slower. Written in that form they take the same time everywhere, and give the same bits
 (those of many channels, by Winograd's form, the same to rounding).
 
-On a GPU, airbench's first two are slow: 3 and 24 channels leave its matrix units idle. With two
-neighbouring columns as one pixel of twice the channels, in and out, they do more arithmetic, 4/3 of
-it for a 3x3 kernel, in less time (experiments/airbench/README.md). Of other shapes, most gain
-nothing by it.
+On a GPU, airbench's first two convolutions are slow: 3 and 24 channels leave its matrix units idle.
+With two neighbouring columns as one pixel of twice the channels, in and out, they do more
+arithmetic, 4/3 of it for a 3x3 kernel, in less time (experiments/airbench/README.md). Of other
+shapes, most gain nothing by it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from cifar_jax.distributed import is_first
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.files import write_atomically
 from cifar_jax.metrics import best_row
-from cifar_jax.parallel import compiler_options
+from cifar_jax.parallel import compiler_options, replicate
 from cifar_jax.run import Progress, Run, versions
 
 
@@ -27,7 +27,7 @@ def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
     except CifarJaxError as error:
         print(f"warning: {error} The last epoch is scored in its place.")
         best, state = history[-1], progress.state
-    test = run.evaluate(state.variables, dataset.test)
+    test = run.evaluate(replicate(state.variables, run.devices), dataset.test)
     report = {
         "data": {"name": dataset.name, "digest": dataset.digest},
         "model": config.model,

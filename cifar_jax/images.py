@@ -36,6 +36,8 @@ from cifar_jax.errors import CifarJaxError, ExitCode, first_line, shown
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 
+_PROGRAMS = "EPS"  # PostScript: Pillow would have Ghostscript run it, for as long as it likes
+
 # Pillow warns of odd metadata; what matters raises. Once for all: many threads read images, and
 # ``warnings.catch_warnings`` in one undoes that in another.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -73,6 +75,8 @@ def read_image(
             raise _refused(name, str(error)) from error
     try:
         image = Image.open(io.BytesIO(content))
+        if image.format == _PROGRAMS:
+            raise UnidentifiedImageError
         if image.height * image.width > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.height}x{image.width}")
         return _resized(_upright(image, image_shape[2]), image_shape, fit)
@@ -287,7 +291,8 @@ def _png_header(content: bytes) -> ImageShape:
 
 def image_suffixes() -> frozenset[str]:
     """The endings of the formats that can be read, ``.jpg`` and so on."""
-    return frozenset(s for s, f in Image.registered_extensions().items() if f in Image.OPEN)
+    formats = Image.registered_extensions().items()  # which fills Image.OPEN
+    return frozenset(s for s, f in formats if f in Image.OPEN and f != _PROGRAMS)
 
 
 _TURNS = {

@@ -72,7 +72,7 @@ def trace_layers(model: nn.Module, variables: Variables, images: Any) -> list[La
             return run(*args, **kwargs)
         (x,) = args
         for layer in context.module.layers:
-            called = type(layer).__name__ if isinstance(layer, nn.Module) else layer.__name__
+            called = getattr(layer, "__name__", type(layer).__name__)
             kind = _KINDS.get(called, called)
             if isinstance(layer, nn.Module):
                 name = str(layer.name)

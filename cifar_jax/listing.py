@@ -65,7 +65,8 @@ def list_images(root: Path, kept_in: Path) -> Listing:
         CifarJaxError: data; fewer than two class folders, one without an image, or an image that
             cannot be one, such as a pipe.
     """
-    name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:20]
+    root = root.absolute()
+    name = hashlib.sha256(os.fsencode(root)).hexdigest()[:20]
     path = kept_in / f"{name}.listing"
     kept = _read(path)
     if kept is not None:

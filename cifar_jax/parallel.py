@@ -45,21 +45,16 @@ _DETERMINISTIC: dict[str, str | bool] = {
 }
 
 
-def run_in_place() -> None:
-    """Have the calling thread run programs on a CPU, for :mod:`cifar_jax.allocator`.
-
-    It changes nothing on a GPU, with several devices, or once JAX has started its devices.
-    """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
 def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     """The first ``count`` devices of each process, or all.
+
+    Called before anything else starts JAX's devices, it has the calling thread run programs on a
+    single CPU device, for :mod:`cifar_jax.allocator`.
 
     Raises:
         CifarJaxError: environment; there are fewer, or none of the kind in ``JAX_PLATFORMS``.
     """
-    run_in_place()
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, bare, of a jax without CUDA
@@ -101,8 +96,8 @@ def local_rows(batch_size: int, devices: Sequence[jax.Device]) -> slice:
 def aligned(x: NDArray[Any]) -> NDArray[Any]:
     """``x``, or a copy, at an address from which a program on a CPU can read it.
 
-    From another address a thread of JAX's copies it, and then runs the program as well:
-    :func:`run_in_place` has no effect.
+    From another address a thread of JAX's copies it, and then runs the program as well, whatever
+    :func:`select_devices` asked for.
     """
     if x.flags.c_contiguous and x.ctypes.data % _ALIGNMENT == 0:
         return x
@@ -203,10 +198,9 @@ def compile_lowered(
             give_back_freed_memory()
 
 
-def replicate(x: NDArray[Any], devices: Sequence[jax.Device]) -> jax.Array:
-    """``x`` whole on each of ``devices``."""
-    placed: jax.Array = _place(x, _sharding(devices))
-    return placed
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """The arrays of ``tree``, whole on each of ``devices``."""
+    return _place(tree, _sharding(devices))
 
 
 def place_state(state: Any, devices: Sequence[jax.Device]) -> Any:
@@ -215,7 +209,7 @@ def place_state(state: Any, devices: Sequence[jax.Device]) -> Any:
     A CPU reads NumPy's arrays where they are, which nobody may take over: the first step would put
     its results behind its own memory, which would then be too tight for the next steps.
     """
-    placed = _place(state, _sharding(devices))
+    placed = replicate(state, devices)
     if devices[0].platform != "cpu":
         return placed
     with signals_held():

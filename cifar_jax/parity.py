@@ -51,9 +51,9 @@ class Pair:
         torch_reference.load(self.twin, layout.to_torch(variables, self.layout))
 
     def activations(self, images: Array, *, train: bool) -> dict[str, float]:
-        """The differences of all outputs for images ``[B, H, W, C]``, of the last as ``"logits"``.
+        """The difference of each output for images ``[B, H, W, C]``.
 
-        Of each layer with parameters by Flax's name.
+        Of the layers with parameters by Flax's name, and of the last one also as ``"logits"``.
         """
         apply = functools.partial(
             self.model.apply,

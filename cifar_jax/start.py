@@ -188,12 +188,12 @@ def _start_or_resume(
             f"{dataset.digest[:12]}",
             fix="give the --data that the run began with, or start a new run in another --workdir",
         )
-    done = len(saved.metadata["history"])
-    if config.epochs < done:
+    begun = -(-int(saved.state.step) // (len(dataset.train) // config.batch_size))
+    if config.epochs < begun:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--resume with --epochs {config.epochs}, of a run that has done {done}",
-            fix=f"give --epochs {done} or more, or start a new run in another --workdir",
+            f"--resume with --epochs {config.epochs}, of a run that has begun epoch {begun}",
+            fix=f"give --epochs {begun} or more, or start a new run in another --workdir",
         )
     print(f"resumed at step {saved.state.step}, from {saved.path}")
     progress = Progress(

@@ -47,7 +47,10 @@ def signals_held() -> Iterator[None]:
     JAX needs it where Python is called from C++: amid its import the exception of a signal aborts
     the process, and what one cuts off in its compiler crashes at exit.
     """
-    with StopSignals() as stop:
-        yield
-    if stop.received is not None:
-        signal.raise_signal(stop.received)
+    stop = StopSignals()
+    try:
+        with stop:
+            yield
+    finally:
+        if stop.received is not None:
+            signal.raise_signal(stop.received)

@@ -85,8 +85,10 @@ def summarize(options: SummaryOptions) -> dict[str, Any]:
 
     from cifar_jax.layer_table import layer_table
     from cifar_jax.models import create_model
+    from cifar_jax.parallel import select_devices
     from cifar_jax.step_memory import largest_batch, step_memory
 
+    select_devices("all")  # says so if there are none
     image_shape = (options.image_size, options.image_size, options.channels)
     model = create_model(options.config, options.classes)
     rows = layer_table(model, image_shape, options.batch_size)

@@ -113,7 +113,7 @@ def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
             f"--workdir {workdir} has checkpoints of a run, but not its config.json",
             fix=_PUT_CONFIG_BACK,
         )
-    elif strangers := [path for path in _overwritten(config, workdir) if path.exists()]:
+    elif strangers := [path for path in _overwritten(workdir) if path.exists()]:
         raise CifarJaxError(
             ExitCode.USAGE,
             f"--workdir {workdir} has no run, but has {strangers[0]}, which a run would overwrite",
@@ -129,10 +129,10 @@ def _prepare_runtime(config: TrainConfig) -> None:
     print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
 
 
-def _overwritten(config: TrainConfig, workdir: Path) -> list[Path]:
+def _overwritten(workdir: Path) -> list[Path]:
     """What a run deletes or overwrites; where it is a run's own, its config.json is there first."""
-    names = ["report.json", "metrics.jsonl", "plots/curves.png"]
-    return [workdir / name for name in names + ["tensorboard"] * config.tensorboard]
+    names = ("report.json", "metrics.jsonl", "plots/curves.png", "tensorboard")
+    return [workdir / name for name in names]
 
 
 def _saved_config(workdir: Path) -> TrainConfig | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import flax.linen as nn
@@ -11,14 +10,15 @@ import jax
 import numpy as np
 
 from cifar_jax import checkpoint
-from cifar_jax.config import TrainConfig, to_json
+from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.layout import StateDict, Variables, to_torch
 from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.network_metadata import Description, describe, parse_description, refusing
 from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import run_in_place
+from cifar_jax.parallel import select_devices
+from cifar_jax.run import write_config
 from cifar_jax.train_step import TrainState, initial_train_state
 from cifar_jax.workdir import checkpoints_of, step_folder
 
@@ -65,7 +65,7 @@ def load(path: Path) -> TrainedNetwork:
         CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read.
     """
     step = step_folder(path)
-    run_in_place()
+    select_devices("all")  # says so if there are none
     metadata = checkpoint.restore_metadata(step)
     with refusing(
         f"the checkpoint {step} holds no network of this program",
@@ -114,6 +114,5 @@ def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:
         "sums": dataclasses.asdict(RunningSums()),
         "seconds": 0.0,
     }
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(to_json(network.config), indent=2) + "\n")
+    write_config(network.config, workdir)
     checkpoint.save(checkpoints_of(workdir), 0, state, metadata, best_step=0)

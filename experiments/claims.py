@@ -2,7 +2,7 @@ r"""Every claim of the tutorial as an experiment: what does it say, what is foun
 
     python experiments/claims.py --quick --output quick.json       # minutes, on built-in data
     python experiments/claims.py --only 5 11                       # measures these two again
-    python experiments/claims.py --data cifar10.tar.gz             # all: about three hours
+    python experiments/claims.py --data cifar10.tar.gz             # all: three and a half hours
 
 Needs the test extra, which brings torch. Writes a JSON, a table (experiments/README.md, or beside
 another --output) and the figures. Each result is saved as soon as it is measured. What was measured

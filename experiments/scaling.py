@@ -116,7 +116,7 @@ def make_program(
         for name, x in empty_batch(batch_size, SHAPE, devices).items()
     }
     compiled = compile_step(step, state, batch, devices, donate_state=False)
-    return compiled, jax.tree.map(lambda x: replicate(x, devices), state), batch
+    return compiled, replicate(state, devices), batch
 
 
 def milliseconds(programs: dict[Any, tuple[Callable[..., Any], Any, Any]]) -> dict[Any, Any]:

@@ -114,6 +114,18 @@ def test_what_is_no_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_image(Path("/dev/zero"), "zeros", (8, 8, 3))
 
 
+@pytest.mark.fault("C25")
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow has Ghostscript run it, and waits."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/was_run\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it looks for it once
+    with pytest.raises(CifarJaxError, match="is not an image of a format"):
+        read_image(io.BytesIO(encoded("EPS")), "drawing", (8, 8, 3))
+    assert not (tmp_path / "was_run").exists()
+
+
 def test_endings_are_of_formats_that_can_be_read() -> None:
     assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".gif"} <= image_suffixes()
-    assert not {".pdf", ".txt"} & image_suffixes()
+    assert not {".pdf", ".txt", ".eps", ".ps"} & image_suffixes()

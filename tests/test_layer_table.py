@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -98,6 +99,7 @@ class Changed(nn.Module):
             nn.leaky_relu,
             nn.Conv(4, (3, 3), kernel_dilation=2, padding=2),
             nn.LayerNorm(),
+            functools.partial(nn.leaky_relu, negative_slope=0.1),
             nn.Conv(4, (5, 5), strides=(3, 3), padding=0),
         ]
         return nn.Sequential(layers)(x)
@@ -112,6 +114,7 @@ def test_strides_dilation_and_layers_of_a_readers_own() -> None:
         ("leaky_relu", 3, 2, -1),
         ("conv", 11, 2, -5),
         ("LayerNorm", 11, 2, -5),
+        ("partial", 11, 2, -5),
         ("conv", 19, 6, -5),
     ]
 

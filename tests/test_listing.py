@@ -45,6 +45,15 @@ def test_hidden_files_do_not_count_and_others_are_counted(root: Path, tmp_path: 
     assert found.ignored == {".gif": 2, ".db": 1, "": 1}
 
 
+def test_a_folder_has_the_same_listing_by_any_name(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    by_name, here = list_images(root, tmp_path), list_images(Path(), tmp_path)
+    assert same(here, by_name)
+    assert here.sizes.startswith(b"/bird/")
+
+
 @pytest.mark.fault("C15", "C17")
 def test_folders_are_listed_to_any_depth_and_links_to_folders_are_not(
     root: Path, tmp_path: Path

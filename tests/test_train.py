@@ -27,9 +27,11 @@ from jax import lax
 from cifar_jax import checkpoint, cli, host_input, trained
 from cifar_jax.__main__ import COMMANDS
 from cifar_jax.config import PRESETS, TrainConfig
+from cifar_jax.convert import main as convert_main
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
 from cifar_jax.sources import load_dataset
+from cifar_jax.stop_signals import signals_held
 from cifar_jax.train import _saved_report, main, train_and_evaluate
 from cifar_jax.train_step import normalize
 from cifar_jax.workdir import saved_steps
@@ -206,11 +208,13 @@ def test_a_constant_rate_allows_more_epochs(config: TrainConfig, tmp_path: Path)
     resumed = dataclasses.replace(longer, resume=True)
     with signal_at_step(2, signal.SIGTERM), pytest.raises(Stopped):
         train_and_evaluate(resumed, tmp_path / "a")
+    with pytest.raises(CifarJaxError, match=r"--epochs 1, .* has begun epoch 2"):
+        train_and_evaluate(dataclasses.replace(resumed, epochs=1), tmp_path / "a")
     assert not (tmp_path / "a" / "report.json").exists(), "it would pass for the report of two"
     more = train_and_evaluate(resumed, tmp_path / "a")
     at_once = train_and_evaluate(longer, tmp_path / "b")
     assert more["params_sha256"] == at_once["params_sha256"]
-    with pytest.raises(CifarJaxError, match=r"--epochs 1, of a run that has done 2") as caught:
+    with pytest.raises(CifarJaxError, match=r"--epochs 1, .* has begun epoch 2") as caught:
         train_and_evaluate(dataclasses.replace(resumed, epochs=1), tmp_path / "a")
     assert caught.value.exit_code == ExitCode.USAGE
     assert json.loads((tmp_path / "a" / "report.json").read_text()) == more, "left as it was"
@@ -445,7 +449,6 @@ def test_files_of_something_else_are_not_overwritten(
     """As with ``--workdir .`` in a project that has a ``report.json`` of its own."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("years of work")
-    config = dataclasses.replace(config, tensorboard=True)
     for resume in (False, True):
         with pytest.raises(CifarJaxError, match=r"no run, but has .* Fix: give another") as error:
             train_and_evaluate(dataclasses.replace(config, resume=resume), tmp_path)
@@ -575,8 +578,8 @@ def launch(
 @pytest.mark.parametrize(
     ("where", "signum", "said"),
     [
-        ("cifar_jax.start.load_dataset", signal.SIGTERM, "nothing was under way"),
-        ("cifar_jax.device_input.make_advance", signal.SIGTERM, "nothing was under way"),
+        ("cifar_jax.start.load_dataset", signal.SIGTERM, "nothing more was saved"),
+        ("cifar_jax.device_input.make_advance", signal.SIGTERM, "nothing more was saved"),
         ("cifar_jax.loop._validate", signal.SIGTERM, "step 5 is saved"),
         ("cifar_jax.checkpoint.save", signal.SIGINT, "step 5 is saved"),
         ("cifar_jax.loop.test_and_report", signal.SIGTERM, "all training is saved"),
@@ -617,6 +620,17 @@ def test_a_signal_waits_for_the_compiler(
     with pytest.raises(KeyboardInterrupt):
         train_and_evaluate(config, tmp_path)
     assert len(compiled) == len(begun) == nth
+
+
+@pytest.mark.fault("A4")
+def test_a_signal_is_not_lost_to_an_error_of_the_compiler() -> None:
+    def compile_what_is_too_large() -> None:
+        with signals_held():
+            signal.raise_signal(signal.SIGINT)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    with pytest.raises(KeyboardInterrupt), contextlib.suppress(jax.errors.JaxRuntimeError):
+        compile_what_is_too_large()
 
 
 @pytest.mark.fault("A4")
@@ -735,6 +749,33 @@ def test_an_environment_that_cannot_be_is_said(
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.fault("B6")
+def test_commands_that_do_not_train_say_so_too(trained_run: Path, tmp_path: Path) -> None:
+    program = f"""if True:
+        from pathlib import Path
+        from cifar_jax import convert, predict, summary, trained
+        from cifar_jax.errors import CifarJaxError
+        def refused(main, *options):
+            try:
+                main(options)
+            except CifarJaxError as error:
+                print(int(error.exit_code), error)
+        refused(predict.main, "--checkpoint", {str(trained_run)!r}, "image.png")
+        refused(convert.main, {str(tmp_path / "net.safetensors")!r}, {str(tmp_path / "net")!r})
+        refused(summary.main)
+    """
+    convert_main([str(trained_run), str(tmp_path / "net.safetensors")])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == 3, done
+    assert all(line.startswith("6 JAX_PLATFORMS=cuda, and jax finds no") for line in said), said
 
 
 @pytest.mark.fault("B14")
