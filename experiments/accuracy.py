@@ -63,6 +63,7 @@ def main() -> None:
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "val_accuracies": [report["val_accuracy"] for report in reports],
         **environment(),
+        "device": first["device_kind"],
         "versions": first["versions"],
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")

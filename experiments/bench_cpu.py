@@ -2,7 +2,7 @@ r"""How fast is this on a CPU, compared with PyTorch and Keras, and with what th
 
     python experiments/bench_cpu.py --quick --output bench.json           # under three minutes
     python experiments/bench_cpu.py --data cifar10.tar.gz \
-        --output experiments/results/bench_cpu.json                       # a quarter of an hour
+        --output experiments/results/bench_cpu.json                       # 15 to 35 minutes
 
 Needs the test extra, which brings torch, and a machine that does nothing else. The programs take
 turns, round after round, each in a process of its own. Writes one JSON and, beside it, a figure:
@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--data", help="for epochs and first steps [default shapes]")
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     arguments = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are timed
+    # Of the processes that are timed: JAX's, and PyTorch's.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     source = arguments.data or "shapes"
     check_source(source)
     quick = arguments.quick

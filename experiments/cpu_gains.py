@@ -1,6 +1,6 @@
 """What does each CPU optimisation gain? A step with all of them, and without each.
 
-    python experiments/cpu_gains.py --output cpu_gains.json   # eight minutes
+    python experiments/cpu_gains.py --output cpu_gains.json   # eight to twenty minutes
 
 Times the training step of ``cifar_jax.train`` and the answers of ``cifar_jax.predict``, for 128
 images, in milliseconds. The programs take turns, round after round, each in a process of its own.

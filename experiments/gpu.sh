@@ -3,27 +3,34 @@
 #
 #     bash experiments/gpu.sh cifar10.tar.gz results/
 #
-# The accuracy of the default run in float32 and bfloat16 (3 seeds each), whether --deterministic
-# gives the same bits twice, the step's time by number of devices, and that of each layout.
+# The accuracy of the default run in float32 and bfloat16 (3 seeds each), whether a run gives the
+# same bits twice, with and without --deterministic, the step's time by number of devices, and that
+# of each layout. Goes on where one of them fails, and says so by its exit status.
 set -uo pipefail
 data=$(realpath "$1")
 mkdir -p "$2"
 out=$(realpath "$2")
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export JAX_PLATFORMS=cuda,cpu # no GPU is an error
 decoded=$(mktemp -d)
 trap 'rm -rf "$decoded"' EXIT
 common=(--data "$data" --data-dir "$decoded" --input device)
+status=0
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader > "$out/gpu.txt"
-python3 experiments/scaling.py --output "$out/scaling_gpu.json"
+python3 experiments/scaling.py --output "$out/scaling_gpu.json" || status=1
 for dtype in float32 bfloat16; do
     python3 experiments/accuracy.py --seeds 3 --output "$out/accuracy_cnn_gpu_$dtype.json" \
-        --workdirs "$out/runs" "${common[@]}" --dtype "$dtype"
+        --workdirs "$out/runs" "${common[@]}" --dtype "$dtype" || status=1
 done
-for run in 1 2; do
-    python3 -m cifar_jax.train "${common[@]}" --epochs 2 --deterministic --workdir "$out/runs/same$run"
+for option in --deterministic --no-deterministic; do
+    for run in 1 2; do # each compiles for itself: kernels are chosen anew
+        JAX_ENABLE_COMPILATION_CACHE=0 python3 -m cifar_jax.train "${common[@]}" --epochs 2 \
+            "$option" --workdir "$out/runs/$run$option" || status=1
+    done
 done
-grep -h params_sha256 "$out"/runs/same?/report.json > "$out/deterministic.txt"
-python3 experiments/nhwc_vs_nchw.py --quick --output "$out/nhwc_vs_nchw_gpu.json"
+grep params_sha256 "$out"/runs/?--*/report.json > "$out/deterministic.txt" || status=1
+python3 experiments/nhwc_vs_nchw.py --quick --output "$out/nhwc_vs_nchw_gpu.json" || status=1
 rm -rf "$out"/runs/*/checkpoints
+exit $status

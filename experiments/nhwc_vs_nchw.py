@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,8 @@ def main() -> None:
     parser.add_argument("--data-dir", help="as in cifar_jax.train")
     arguments = parser.parse_args()
     source = arguments.data or ("shapes" if arguments.quick else "auto")
+    # JAX alone would take three quarters of a GPU, in each of the processes that take turns on it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     check_source(source)  # like the folder: before minutes of work
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.output, {"quick": arguments.quick, "data": Path(source).name})

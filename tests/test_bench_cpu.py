@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import EXPERIMENTS, write_images
 
 from bench import pipeline
 from bench.steps import _flops
+from bench.torch_epochs import adam
+from cifar_jax.config import TrainConfig
+from cifar_jax.optim import make_schedule
 
 
 @pytest.mark.parametrize("data", ["shapes", "files"])
@@ -42,6 +46,20 @@ def test_pytorch_stops_at_the_accuracy_that_is_wanted(tmp_path: Path) -> None:
     assert len(found["epochs"]) == 1
     assert found["val_accuracy"][0] >= 0.01
     assert 0 < found["test_accuracy"] < 0.5
+
+
+def test_pytorchs_rates_are_the_tutorials_and_ours() -> None:
+    ours = make_schedule(TrainConfig(), 20)
+    for constant, expected in ((True, [1e-3] * 20), (False, [float(ours(i)) for i in range(20)])):
+        optimizer, schedule = adam(torch.nn.Linear(1, 1), 20, constant=constant)
+        (group,) = optimizer.param_groups
+        rates = []
+        for _ in range(20):
+            assert group["betas"] == (0.9, 0.999)
+            rates.append(group["lr"])
+            optimizer.step()
+            schedule.step()
+        assert rates == pytest.approx(expected, rel=1e-5)
 
 
 def test_work_is_counted_by_the_textbook() -> None:

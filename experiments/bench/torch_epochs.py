@@ -105,12 +105,9 @@ def _train_and_score(dataset: Dataset, arguments: argparse.Namespace) -> dict[st
     model = create_model(TrainConfig(model=arguments.model), len(dataset.class_names))
     network = torch_reference.make_twin(model, dataset.image_shape)
     network = network.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters())  # at 1e-3
-    schedule: Any = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 3e-3, total_steps=arguments.epochs * len(batches)
+    optimizer, schedule = adam(
+        network, arguments.epochs * len(batches), constant=arguments.tutorial
     )
-    if arguments.tutorial:
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     seconds, accuracies = [], []
     for _ in range(arguments.epochs):
         started = time.perf_counter()
@@ -130,6 +127,17 @@ def _train_and_score(dataset: Dataset, arguments: argparse.Namespace) -> dict[st
     if arguments.until:
         found["test_accuracy"] = accuracy(dataset.test)
     return found
+
+
+def adam(network: torch.nn.Module, total_steps: int, *, constant: bool) -> tuple[Any, Any]:
+    """Adam and its schedule: 1e-3 throughout, or the OneCycle to 3e-3 of ``cifar_jax.train``."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    schedules = torch.optim.lr_scheduler  # OneCycleLR sets the rate as soon as it is made
+    if constant:
+        return optimizer, schedules.ConstantLR(optimizer, factor=1.0)
+    return optimizer, schedules.OneCycleLR(
+        optimizer, 3e-3, total_steps=total_steps, cycle_momentum=False
+    )
 
 
 if __name__ == "__main__":

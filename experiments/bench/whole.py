@@ -41,8 +41,9 @@ def first_step_seconds(data: list[str], rounds: int) -> dict[str, Any]:
 def epochs(data: list[str], rounds: int) -> dict[str, Any]:
     """Epochs of ``cnn`` as users of each run them, in turn, on the same files.
 
-    PyTorch reads the files as ImageFolder does, through a DataLoader with a worker per core as in
-    the tutorial, with the same flips and crops.
+    Ours runs with the programs that JAX has kept, from its second time on. PyTorch reads the files
+    as ImageFolder does, through a DataLoader with a worker per core as in the tutorial, with the
+    same flips and crops.
     """
     found: dict[str, Any] = {"ours": [], "torch": []}
     for _ in range(rounds):
