@@ -36,7 +36,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode, first_line, shown
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 
-_PROGRAMS = "EPS"  # PostScript: Pillow would have Ghostscript run it, for as long as it likes
+_POSTSCRIPT = "EPS"  # a program: Pillow would have Ghostscript run it, for as long as it likes
 
 # Pillow warns of odd metadata; what matters raises. Once for all: many threads read images, and
 # ``warnings.catch_warnings`` in one undoes that in another.
@@ -75,7 +75,7 @@ def read_image(
             raise _refused(name, str(error)) from error
     try:
         image = Image.open(io.BytesIO(content))
-        if image.format == _PROGRAMS:
+        if image.format == _POSTSCRIPT:
             raise UnidentifiedImageError
         if image.height * image.width > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.height}x{image.width}")
@@ -292,7 +292,7 @@ def _png_header(content: bytes) -> ImageShape:
 def image_suffixes() -> frozenset[str]:
     """The endings of the formats that can be read, ``.jpg`` and so on."""
     formats = Image.registered_extensions().items()  # which fills Image.OPEN
-    return frozenset(s for s, f in formats if f in Image.OPEN and f != _PROGRAMS)
+    return frozenset(s for s, f in formats if f in Image.OPEN and f != _POSTSCRIPT)
 
 
 _TURNS = {

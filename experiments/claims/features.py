@@ -349,7 +349,7 @@ def judge_channels(values: Values) -> Verdict:
     points, clear = difference(explained[last], explained[0])
     gained, learned = difference(explained[last], values["untrained"]["explained_by_class"][last])
     if not (clear and points > 0 and learned and gained > 0):
-        return Verdict(FAILS, found)
+        return Verdict(FAILS, f"the last convolution does not clearly know more: {found}")
     # "Each channel": at least half of those of the last convolution.
     if selective[last]["mean_percent"] < 50:
         return Verdict(
@@ -556,7 +556,7 @@ def judge_filters(values: Values) -> Verdict:
     found = (
         f"of the energy of a filter (weights {shape}, in Flax's order) the best Gabor explains "
         f"{percent(trained)} (median) after training, {percent(values['untrained'])} before, and "
-        f"{noise:.1f} % of Gaussian noise: on 3x3 pixels the best of many Gabors and blobs fits all"
+        f"{noise:.1f} % of Gaussian noise"
     )
     more = trained["mean_percent"] - noise
     if more < 5:

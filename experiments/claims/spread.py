@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from claims.claim import Values
 
@@ -31,9 +32,13 @@ def spread_at(mean_percent: float) -> Values:
 
 
 def noise(a: Values, b: Values) -> float:
-    """Twice the standard error of the difference of two :func:`spread`: less is nothing."""
+    """Half of the 95 % interval of the difference of two :func:`spread`: less is nothing.
+
+    By Student's t. Of single values the standard deviation is taken to be known.
+    """
     variance = sum(max(x["std_percent"], _LEAST_STD_POINTS) ** 2 / x["n"] for x in (a, b))
-    return 2 * math.sqrt(variance)
+    freedom = a["n"] + b["n"] - 2
+    return float(stats.t.ppf(0.975, freedom or math.inf)) * math.sqrt(variance)
 
 
 def difference(a: Values, b: Values) -> tuple[float, bool]:

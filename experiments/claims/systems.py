@@ -1064,8 +1064,8 @@ def measure_top_5(study: Study) -> Measured:
     """How often the true class is among the k most probable, for k of 1 to 9.
 
     Of the default run of the tutorial's network (all training images, 10 epochs), on validation
-    images. Refuted if there is as much room above the top-5 accuracy as above the top-1. The
-    default run is shared; alone, 10 minutes.
+    images. Refuted if there is more than a tenth as much room above the top-5 accuracy as above the
+    top-1. The default run is shared; alone, 10 minutes.
     """
     config, dataset = TrainConfig(epochs=study.scaled(10, 1)), study.dataset
     ks = range(1, len(dataset.class_names))
