@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from cifar_jax import torch_reference
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import PRESETS, ModelName, TrainConfig
 from cifar_jax.dataset import Dataset, Split
 from cifar_jax.models import create_model
 from cifar_jax.sources import load_dataset
@@ -84,11 +85,17 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def recipe(model: ModelName, *, tutorial: bool) -> TrainConfig:
+    """That of the tutorial, or else of ``cifar_jax.train``."""
+    return dataclasses.replace(PRESETS["tutorial" if tutorial else "default"], model=model)
+
+
 def _train_and_score(dataset: Dataset, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds and validation accuracy of each epoch, and with ``--until`` the test accuracy."""
     workers = os.cpu_count() or 1
+    config = recipe(arguments.model, tutorial=arguments.tutorial)
     batches = DataLoader(
-        Images(dataset.train, dataset, augment=not arguments.tutorial),
+        Images(dataset.train, dataset, augment=config.flip),
         128,
         shuffle=True,
         drop_last=True,
@@ -102,12 +109,11 @@ def _train_and_score(dataset: Dataset, arguments: argparse.Namespace) -> dict[st
             right = [(network(x).argmax(1) == y).float() for x, y in scored]
         return float(torch.cat(right).mean())
 
-    model = create_model(TrainConfig(model=arguments.model), len(dataset.class_names))
+    model = create_model(config, len(dataset.class_names))
     network = torch_reference.make_twin(model, dataset.image_shape)
     network = network.to(memory_format=torch.channels_last)
-    optimizer, schedule = adam(
-        network, arguments.epochs * len(batches), constant=arguments.tutorial
-    )
+    total_steps = arguments.epochs * len(batches)
+    optimizer, schedule = torch_reference.make_optimizer(network, config, total_steps)
     seconds, accuracies = [], []
     for _ in range(arguments.epochs):
         started = time.perf_counter()
@@ -127,17 +133,6 @@ def _train_and_score(dataset: Dataset, arguments: argparse.Namespace) -> dict[st
     if arguments.until:
         found["test_accuracy"] = accuracy(dataset.test)
     return found
-
-
-def adam(network: torch.nn.Module, total_steps: int, *, constant: bool) -> tuple[Any, Any]:
-    """Adam and its schedule: 1e-3 throughout, or the OneCycle to 3e-3 of ``cifar_jax.train``."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    schedules = torch.optim.lr_scheduler  # OneCycleLR sets the rate as soon as it is made
-    if constant:
-        return optimizer, schedules.ConstantLR(optimizer, factor=1.0)
-    return optimizer, schedules.OneCycleLR(
-        optimizer, 3e-3, total_steps=total_steps, cycle_momentum=False
-    )
 
 
 if __name__ == "__main__":
