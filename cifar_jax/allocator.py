@@ -14,6 +14,7 @@ half as long again.)
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 # Of glibc's malloc.h, and the most that it gets at once for a thread that is not the main one.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -23,9 +24,8 @@ _NEVER = 2**31 - 1
 
 def keep_freed_memory() -> None:
     """Tell the C library, before threads are started. One that cannot be told changes nothing."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None:
         return
     mallopt(_M_MMAP_MAX, 0)  # no block with a mapping of its own
     mallopt(_M_TRIM_THRESHOLD, _NEVER)
@@ -34,8 +34,15 @@ def keep_freed_memory() -> None:
 
 def give_back_freed_memory() -> None:
     """Give the system what is free, once: compiling leaves more of it than steps can use again."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """That function of the C library, if it is glibc's."""
     try:
-        malloc_trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return
-    malloc_trim(0)
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None
+    return function

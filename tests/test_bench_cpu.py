@@ -12,10 +12,8 @@ from conftest import EXPERIMENTS, write_images
 
 from bench import pipeline
 from bench.steps import _flops
-from bench.torch_epochs import recipe
 from cifar_jax.config import TrainConfig
 from cifar_jax.optim import make_schedule
-from cifar_jax.torch_reference import learning_rates
 
 
 @pytest.mark.parametrize("data", ["shapes", "files"])
@@ -35,24 +33,39 @@ def test_the_pipeline_is_timed_beside_memory(
     assert 0 < found["waiting_share"] < 1
 
 
-def test_pytorch_stops_at_the_accuracy_that_is_wanted(tmp_path: Path) -> None:
+TORCH_EPOCHS = """if True:
+    import json, torch
+    from bench import torch_epochs
+    step, steps = torch.optim.Adam.step, []
+    def noted(self, *args, **options):
+        steps.extend((group["lr"], *group["betas"]) for group in self.param_groups[:1])
+        return step(self, *args, **options)
+    torch.optim.Adam.step = noted
+    torch_epochs.main()
+    print(json.dumps(steps))
+"""
+
+
+@pytest.mark.parametrize("tutorial", [True, False])
+def test_pytorch_trains_by_the_recipe_and_stops_at_the_accuracy_that_is_wanted(
+    tmp_path: Path, tutorial: bool
+) -> None:
     """In a process of its own, which workers that load images are forked from."""
-    command = [sys.executable, "-m", "bench.torch_epochs", "--data", "shapes", "--tutorial"]
-    command += ["--max-train-examples", "128", "--epochs", "2", "--until", "0.01"]
-    command += ["--output", str(tmp_path / "out.json")]
+    command = [sys.executable, "-c", TORCH_EPOCHS]
+    command += ["--tutorial"] * tutorial + ["--data", "shapes", "--max-train-examples", "640"]
+    command += ["--epochs", "2", "--until", "0.01", "--output", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=EXPERIMENTS)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["epochs"]) == 1
     assert found["val_accuracy"][0] >= 0.01
     assert 0 < found["test_accuracy"] < 0.5
-
-
-def test_pytorchs_rates_are_the_tutorials_and_ours() -> None:
-    assert learning_rates(recipe("cnn", tutorial=True), 20) == [1e-3] * 20
-    ours = make_schedule(TrainConfig(), 20)
-    rates = learning_rates(recipe("cnn", tutorial=False), 20)
-    assert rates == pytest.approx([float(ours(i)) for i in range(20)], rel=1e-5)
+    rates, *betas = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    assert [set(beta) for beta in betas] == [{0.9}, {0.999}]
+    schedule = make_schedule(TrainConfig(), 2 * len(rates))  # of two epochs
+    expected = [1e-3 if tutorial else float(schedule(i)) for i in range(len(rates))]
+    assert len(rates) > 3
+    assert rates == pytest.approx(expected, rel=1e-5)
 
 
 def test_work_is_counted_by_the_textbook() -> None:

@@ -754,8 +754,7 @@ def test_an_environment_that_cannot_be_is_said(
 @pytest.mark.fault("B6")
 def test_commands_that_do_not_train_say_so_too(trained_run: Path, tmp_path: Path) -> None:
     program = f"""if True:
-        from pathlib import Path
-        from cifar_jax import convert, predict, summary, trained
+        from cifar_jax import convert, predict, summary
         from cifar_jax.errors import CifarJaxError
         def refused(main, *options):
             try:

@@ -96,7 +96,7 @@ def _train_and_score(dataset: Dataset, arguments: argparse.Namespace) -> dict[st
     config = recipe(arguments.model, tutorial=arguments.tutorial)
     batches = DataLoader(
         Images(dataset.train, dataset, augment=config.flip),
-        128,
+        config.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=workers,
