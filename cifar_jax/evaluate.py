@@ -108,6 +108,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     written = [f"evaluation{suffix}.json"]
     written += [f"plots/{name}{suffix}.png" for name in ("confusion", "calibration", "mistakes")]
     table, confusion, calibration, worst = (output / name for name in written)
+    print(f"{options.split} of {labelled.name}: {describe(scores, names)}", flush=True)
     try:
         confusion.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(table, json.dumps(evaluation, indent=1) + "\n")
@@ -120,10 +121,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             f"cannot write to {output}: {error}",
             fix="make room there, or give another --output",
         ) from error
-    print(
-        f"{options.split} of {labelled.name}: {describe(scores, names)}\n"
-        f"in {output}: {', '.join(written)}"
-    )
+    print(f"in {output}: {', '.join(written)}")
     return evaluation
 
 

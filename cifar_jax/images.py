@@ -316,6 +316,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _upright(image: Image.Image, channels: int) -> Image.Image:
     """Greyscale or RGB of 8 bits, turned as EXIF says."""
+    image.load()  # a TIFF is turned by this, and says so no longer
     turn = _turn(image)
     image = _eight_bits(image, channels)
     return image if turn is None else image.transpose(turn)

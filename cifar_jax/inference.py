@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.parallel import aligned, compile_lowered
 from cifar_jax.train_step import exact_logits
 from cifar_jax.trained import TrainedNetwork
@@ -24,6 +25,9 @@ def make_logits(network: TrainedNetwork) -> Logits:
 
     It runs in batches whose sizes are powers of two, the last one padded, and compiles each size
     when it first comes.
+
+    The function raises ``CifarJaxError`` (numerics) where a logit is not finite, as of weights that
+    are too large: the highest of such would be called class 0.
     """
     model = network.model
     variables = jax.device_put(network.variables)
@@ -46,7 +50,14 @@ def make_logits(network: TrainedNetwork) -> Logits:
                 batch = np.pad(batch, [(0, padding), (0, 0), (0, 0), (0, 0)])
             batch = aligned(batch)
             found.append(np.asarray(compiled(batch.shape)(variables, batch))[:n])
-        return np.concatenate(found)
+        values = np.concatenate(found)
+        if not np.isfinite(values).all():
+            raise CifarJaxError(
+                ExitCode.NUMERICS,
+                "the network's answers are not finite numbers",
+                fix="give another checkpoint",
+            )
+        return values
 
     return logits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any, TypedDict
@@ -73,6 +74,8 @@ def _parse_row(line: str, where: str) -> EpochRow:
     for name, hint in typing.get_type_hints(EpochRow).items():
         if not isinstance(row, dict) or not is_of_type(row.get(name), hint):
             raise ValueError(f"{where}: {name} is missing, or of a wrong type")
+        if not 0 <= row[name] < math.inf:
+            raise ValueError(f"{where}: {name} is {row[name]}, not 0 or more")
     return typing.cast(EpochRow, row)
 
 

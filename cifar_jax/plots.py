@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from cifar_jax.metrics import EpochRow, best_row
 from cifar_jax.scores import Scores
 
 _TRAIN, _VAL = "#1f77b4", "#d62728"
+_LARGEST_SIDE = 20.0  # inches: with more, hundreds of classes would take gigabytes
+# Of a confusion matrix; more than so many nobody can read.
+_MOST_CLASSES_WITH_NUMBERS, _MOST_CLASSES_WITH_NAMES = 30, 100
+_LONGEST_NAME = 20  # letters; with a percentage behind it, as wide as a mistake
 
 
 def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
@@ -54,27 +59,28 @@ def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
     )
     figure.suptitle(title, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def save_confusion(scores: Scores, class_names: Sequence[str], title: str, path: Path) -> None:
     """The confusion matrix ``[K, K]``, coloured by the share of the true class, as a PNG."""
-    size = max(5.0, 0.62 * len(class_names) + 2)
+    size = min(max(5.0, 0.62 * len(class_names) + 2), _LARGEST_SIDE)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     shares = scores.shares
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(class_names) <= 30:  # more numbers than that nobody can read
+    if len(class_names) <= _MOST_CLASSES_WITH_NUMBERS:
         for (row, column), count in np.ndenumerate(scores.confusion):
             colour = "white" if shares[row, column] > 0.5 else "black"
             shown = str(count) if count else "·"
             axes.text(column, row, shown, ha="center", va="center", color=colour, fontsize=8)
-    places = range(len(class_names))
-    axes.set_xticks(places, class_names, rotation=90, parse_math=False)
-    axes.set_yticks(places, class_names, parse_math=False)
+    if len(class_names) <= _MOST_CLASSES_WITH_NAMES:
+        places, names = range(len(class_names)), [_shortened(name) for name in class_names]
+        axes.set_xticks(places, names, rotation=90, parse_math=False)
+        axes.set_yticks(places, names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(title, parse_math=False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def save_calibration(scores: Scores, title: str, path: Path) -> None:
@@ -99,7 +105,7 @@ def save_calibration(scores: Scores, title: str, path: Path) -> None:
         each.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
     histogram.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def save_mistakes(
@@ -117,12 +123,27 @@ def save_mistakes(
     ):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)  # the map is for greyscale only
         axes.set_title(
-            f"{mistake['predicted']} {100 * mistake['confidence']:.1f} %\n"
-            f"is {mistake['class']}\n{mistake['file']}",
+            f"{_shortened(mistake['predicted'])} {100 * mistake['confidence']:.1f} %\n"
+            f"is {_shortened(mistake['class'])}\n{_shortened(mistake['file'])}",
             fontsize=8,
             parse_math=False,  # a $ in a name is a $
         )
     for axes in figure.axes:
         axes.axis("off")
     figure.suptitle(f"the most confident mistakes of {title}", parse_math=False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _shortened(name: str) -> str:
+    """``name`` without its middle if it is too long for a picture."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    kept = _LONGEST_NAME - 1
+    return f"{name[: kept // 2]}\N{HORIZONTAL ELLIPSIS}{name[-(kept - kept // 2) :]}"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with warnings.catch_warnings():
+        # The name of a file or class has letters that the font lacks: it draws boxes for them.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(path, dpi=120)

@@ -116,7 +116,7 @@ def find_images(names: Sequence[str]) -> list[str]:
             for found in sorted(path.rglob("*"))
             if found.suffix.lower() in suffixes
             and not any(part.startswith(".") for part in found.relative_to(path).parts)
-            and (found.is_file() or found.is_symlink())  # a link to nothing is to be named
+            and (found.is_file() or not found.exists())  # a link to nothing is to be named
         ]
         if not below:
             raise CifarJaxError(

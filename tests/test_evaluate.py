@@ -214,6 +214,22 @@ def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
     assert not (tmp_path / "b.png").exists()
 
 
+def test_pictures_stay_small_whatever_the_classes_are(tmp_path: Path) -> None:
+    """Matplotlib's warnings, as of labels that leave no room, would be errors here."""
+    from cifar_jax.plots import save_confusion, save_mistakes
+
+    names = ["\N{CJK UNIFIED IDEOGRAPH-718A}", "a" * 200]
+    save_confusion(score(np.eye(2), np.array([0, 1], np.int32)), names, "two", tmp_path / "a.png")
+    mistake = {"class": names[0], "predicted": names[1], "confidence": 0.5, "file": "b" * 200}
+    save_mistakes(np.zeros((1, 4, 4, 1), np.uint8), [mistake], "two", tmp_path / "b.png")
+    many = 150
+    scores = score(np.eye(many), np.arange(many, dtype=np.int32))
+    save_confusion(scores, [str(k) for k in range(many)], "many", tmp_path / "c.png")
+    for name in ("a.png", "b.png", "c.png"):
+        with Image.open(tmp_path / name) as image:
+            assert max(image.size) <= 2400
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(CifarJaxError, match="--checkpoint") as caught:
         main([])

@@ -46,10 +46,12 @@ def test_cropping_keeps_the_proportions(tmp_path: Path) -> None:
     assert read_image(path, "wide", (10, 10, 3), fit="stretch").min() == 0
 
 
-def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_a_photograph_is_turned_upright(suffix: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees
-    path = save(tmp_path, Image.fromarray(RGB), "a.png", exif=exif)
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = save(tmp_path, Image.fromarray(RGB), f"a.{suffix}", exif=exif, **options)
     np.testing.assert_array_equal(read_image(path, "a", (20, 24, 3)), np.rot90(RGB, k=-1))
 
 

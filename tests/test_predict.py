@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -152,6 +153,8 @@ def test_an_answer_is_one_line_whatever_the_file_is_called() -> None:
 def test_in_a_folder_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "lost.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")  # which would be waited for
+    (tmp_path / "to_pipe.png").symlink_to(tmp_path / "pipe.png")
     assert find_images([str(tmp_path)]) == [str(tmp_path / "lost.png")]
 
 

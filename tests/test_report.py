@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -534,6 +535,14 @@ def test_many_classes_are_a_picture() -> None:
     pixels = pixels_of(report_figures.confusion_png(shares))
     assert pixels.shape == (30, 30)
     assert (pixels[0, 0], pixels[2, 5], pixels[2, 2], pixels[5, 2]) == (0, 64, 191, 255)
+    assert not pixels_of(report_figures.confusion_png(np.eye(300))).diagonal().any()
+
+
+def edit(path: Path, **values: float) -> None:
+    """Give other ``values`` to each JSON object of a file, one a line or one in all."""
+    text = path.read_text()
+    objects = text.splitlines() if path.suffix == ".jsonl" else [text]
+    path.write_text("".join(json.dumps(json.loads(each) | values) + "\n" for each in objects))
 
 
 @pytest.mark.parametrize(
@@ -549,6 +558,11 @@ def test_many_classes_are_a_picture() -> None:
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl cannot be"),
         (lambda run: (run / "metrics.jsonl").write_text("1,\n"), "line 1 is not JSON"),
         (lambda run: (run / "metrics.jsonl").write_text("[" * 10**5), "line 1 is not JSON"),
+        (lambda run: edit(run / "metrics.jsonl", val_loss=math.nan), "line 1: val_loss is nan"),
+        (lambda run: edit(run / "metrics.jsonl", images_per_second=-1.0), "line 1: images_per"),
+        (lambda run: edit(run / "report.json", val_accuracy=math.nan), "val_accuracy is nan"),
+        (lambda run: edit(run / "report.json", n_test=0, test_correct=0), "or that is 0"),
+        (lambda run: edit(run / "report.json", n_test=1, test_correct=2), "more than n_test"),
     ],
 )
 def test_a_workdir_without_a_sound_run(

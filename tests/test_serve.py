@@ -151,7 +151,7 @@ def test_a_network_without_convolutions_has_no_feature_maps() -> None:
 def test_a_network_that_gives_no_numbers_is_not_served() -> None:
     network = linear(("a", "b"))
     variables = jax.tree.map(lambda leaf: leaf * np.nan, network.variables)
-    with pytest.raises(CifarJaxError, match="is not finite") as caught:
+    with pytest.raises(CifarJaxError, match="are not finite numbers") as caught:
         make_predict(dataclasses.replace(network, variables=variables))
     assert caught.value.exit_code == ExitCode.NUMERICS
 
@@ -429,7 +429,16 @@ def test_the_page_says_what_is_wrong(browser: Any, url: str, tmp_path: Path) -> 
             page.locator("input[type=file]").set_input_files(tmp_path / name)
             page.locator("#error", has_text=f"{name} {message}").wait_for()
             assert page.locator("#result").is_hidden()
+            assert page.locator("[aria-live]").inner_text() == ""
     assert sent.count("POST") == 3, "what is too large is not even sent"
+
+
+def test_on_a_phone_the_answer_comes_into_sight(browser: Any, url: str) -> None:
+    with opened(browser, url, viewport={"width": 360, "height": 360}) as page:
+        page.locator("#samples button").first.click()
+        shown(page)
+        in_sight = "element => element.getBoundingClientRect().bottom <= window.innerHeight + 1"
+        assert page.locator("#class").evaluate(in_sight)
 
 
 def test_a_late_answer_is_not_shown(browser: Any, url: str, tmp_path: Path) -> None:
@@ -449,18 +458,24 @@ def test_a_late_answer_is_not_shown(browser: Any, url: str, tmp_path: Path) -> N
         assert page.locator("#error").is_hidden()
 
 
+@pytest.mark.parametrize("path", ["samples", "predict"])
 def test_its_end_does_not_wait_and_reports_no_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An answer that takes longer than the server's end is given up, without a traceback."""
-    asked, waited_enough = threading.Event(), threading.Event()
+    """An answer that takes longer than the server's end is given up, without a traceback.
 
-    def slow_samples(network: TrainedNetwork) -> list[Any]:
-        asked.set()
+    Of two questions for samples one looks for them; of two images one is decoded at a time, and the
+    second is not begun any more.
+    """
+    waited_enough, begun = threading.Event(), []
+
+    def slow(*arguments: Any) -> list[Any]:
+        begun.append(arguments)
         waited_enough.wait(30)
         return []
 
-    monkeypatch.setattr(app, "find_samples", slow_samples)
+    monkeypatch.setattr(app, "find_samples", slow)
+    monkeypatch.setattr(app, "make_predict", lambda network: slow)
     config = uvicorn.Config(
         app.make_app(linear(("a", "b")), ["*"]),
         port=0,
@@ -474,18 +489,17 @@ def test_its_end_does_not_wait_and_reports_no_error(
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    answers: list[Any] = []
-    client = threading.Thread(
-        target=lambda: answers.append(ask(f"http://localhost:{port}/samples"))
-    )
-    client.start()
-    assert asked.wait(30)
-    server.should_exit = True
-    serving.join(1)
-    waited_enough.set()
-    serving.join()
-    client.join()
-    assert answers[0][0] == 503
+    body = b"an image" if path == "predict" else None
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(ask, f"http://localhost:{port}/{path}", body) for _ in range(2)]
+        while len(server.server_state.tasks) < 2 or not begun:
+            time.sleep(0.01)
+        server.should_exit = True
+        serving.join(1)
+        waited_enough.set()
+        serving.join()
+        assert [answer.result()[0] for answer in answers] == [503, 503]
+    assert len(begun) == 1
     assert [record.exc_info for record in caplog.records if record.levelname == "ERROR"] == [None]
 
 

@@ -130,7 +130,7 @@ def _marked(n: int, *, alone: bool = False) -> dict[str, Any]:
 
 
 def _axes(y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.1, 2.5), layout="constrained")
+    figure = Figure(figsize=(3.6, 2.3), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel("epoch", color=_TEXT, fontsize=8)
     axes.set_ylabel(y_label, color=_TEXT, fontsize=8)
@@ -211,4 +211,5 @@ def map_png(values: NDArray[np.float32], largest: float) -> str:
 
 def confusion_png(shares: NDArray[np.float64]) -> str:
     """The shares of each true class (rows), 0..1: white is none, black all."""
-    return image_png((255 * (1 - shares)).round().astype(np.uint8))
+    # As large as it is: made smaller, the diagonal of many classes would fade.
+    return png_uri((255 * (1 - shares)).round().astype(np.uint8))

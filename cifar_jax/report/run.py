@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import typing
 from pathlib import Path
@@ -101,6 +102,11 @@ def _report(path: Path) -> dict[str, Any] | None:
         raise _unreadable(path, str(error)) from error
     _check(path, report, _REPORT_TYPES)
     _check(path, report["data"], {"name": str, "digest": str})
+    for name, value in report.items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise _unreadable(path, f"{name} is {value}, not 0 or more")
+    if not report["test_correct"] <= report["n_test"] > 0:
+        raise _unreadable(path, "test_correct is more than n_test, or that is 0")
     return typing.cast("dict[str, Any]", report)
 
 

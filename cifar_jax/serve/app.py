@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -28,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cifar_jax import shapes
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError
 from cifar_jax.images import png, png_uri, read_image
 from cifar_jax.inference import make_logits, softmax
 from cifar_jax.labelled import load_labelled
@@ -55,7 +54,10 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     security = {"Content-Security-Policy": _content_security_policy(html)}
     predict = make_predict(network)
-    samples = functools.cache(lambda: find_samples(network))
+    # One, so that no two large images are decoded at once; and always the same, as the memory that
+    # one thread gives back is not another's.
+    worker = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    samples = functools.cache(lambda: _in_a_thread_of_its_own(lambda: find_samples(network)))
     description = {
         "model": network.config.model,
         "parameters": network.n_params,
@@ -71,7 +73,7 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
         return JSONResponse(description)
 
     async def on_samples(request: Request) -> Response:
-        return JSONResponse(await _in_a_thread_of_its_own(samples))
+        return JSONResponse(await asyncio.wrap_future(samples()))
 
     async def on_predict(request: Request) -> Response:
         name = request.query_params.get("file") or "the image"
@@ -86,7 +88,8 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
         if content is None:
             return refuse(413, f"{name} has over {MAX_BYTES >> 20} MiB. Fix: make it smaller.")
         try:
-            return JSONResponse(await run_in_threadpool(predict, content, name))
+            answer = asyncio.get_running_loop().run_in_executor(worker, predict, content, name)
+            return JSONResponse(await answer)
         except CifarJaxError as error:
             return refuse(422, str(error))
 
@@ -148,7 +151,7 @@ async def _body(request: Request) -> bytes | None:
 def make_predict(network: TrainedNetwork) -> Predict:
     """A function from an image file's content and name to the answer of ``POST /predict``.
 
-    One call is at work at a time. All is compiled, and was tried, when this returns.
+    All is compiled, and was tried, when this returns.
 
     Raises:
         CifarJaxError: numerics; the network's answers are not finite. The function raises it too,
@@ -170,36 +173,28 @@ def make_predict(network: TrainedNetwork) -> Predict:
         lowered = jax.jit(lambda *given: trace(*given)[shown].output).lower(variables, black)
         features = compile_lowered(lowered, jax.default_backend())
     logits = make_logits(network)
-    lock = threading.Lock()
 
     def predict(content: bytes, name: str) -> dict[str, Any]:
-        with lock:  # also so that no two large images are decoded at once
-            start = time.perf_counter()
-            image = read_image(io.BytesIO(content), name, network.image_shape)[None]
-            values = softmax(logits(image))[0]
-            if not np.isfinite(values).all():
-                raise CifarJaxError(
-                    ExitCode.NUMERICS,
-                    f"the network's answer to {name} is not finite",
-                    fix="serve another checkpoint",
-                )
-            maps = np.asarray(features(variables, image))[0] if features else np.zeros((0, 0, 0))
-            best = int(values.argmax())
-            return {
-                "file": name,
-                "class": network.class_names[best],
-                "probability": float(values[best]),
-                "probabilities": dict(zip(network.class_names, map(float, values), strict=True)),
-                "network_input": png_uri(image[0]),
-                "feature_maps": [png_uri(_stretched(each)) for each in np.moveaxis(maps, -1, 0)],
-                "seconds": time.perf_counter() - start,
-            }
+        start = time.perf_counter()
+        image = read_image(io.BytesIO(content), name, network.image_shape)[None]
+        values = softmax(logits(image))[0]
+        maps = np.asarray(features(variables, image))[0] if features else np.zeros((0, 0, 0))
+        best = int(values.argmax())
+        return {
+            "file": name,
+            "class": network.class_names[best],
+            "probability": float(values[best]),
+            "probabilities": dict(zip(network.class_names, map(float, values), strict=True)),
+            "network_input": png_uri(image[0]),
+            "feature_maps": [png_uri(_stretched(each)) for each in np.moveaxis(maps, -1, 0)],
+            "seconds": time.perf_counter() - start,
+        }
 
     predict(png(black[0]), "a black image")
     return predict
 
 
-async def _in_a_thread_of_its_own(function: Callable[[], Any]) -> Any:
+def _in_a_thread_of_its_own(function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
     """What ``function`` returns; at its exit the program does not wait for it, as for a pool's."""
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()  # so that the thread can end it in any case
@@ -211,7 +206,7 @@ async def _in_a_thread_of_its_own(function: Callable[[], Any]) -> Any:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return await asyncio.wrap_future(future)
+    return future
 
 
 def find_samples(network: TrainedNetwork) -> list[dict[str, str]]:
