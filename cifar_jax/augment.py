@@ -25,7 +25,7 @@ def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
     margins = ((padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(image, margins, mode="reflect")
     top, left = _random_integers(key, jnp.full(2, 2 * padding + 1))
-    return lax.dynamic_slice(padded, (top, left, 0), image.shape)
+    return lax.dynamic_slice(padded, (top, left, jnp.zeros_like(top)), image.shape)
 
 
 def cutout(key: jax.Array, image: jax.Array, size: int, fill: jax.Array) -> jax.Array:

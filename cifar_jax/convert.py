@@ -134,13 +134,13 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 
 def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
     from cifar_jax import trained
-    from cifar_jax.state_dicts import check_finite, network_of, read_state_dict
+    from cifar_jax.state_dicts import check_numbers, network_of, read_state_dict
 
     if source.is_dir():
         network = trained.load(source)
     else:
         state_dict, metadata = read_state_dict(source)
-        check_finite(state_dict, source)
+        check_numbers(state_dict, source)
         if "config" not in metadata:
             return _from_tensors(source, state_dict, options)
         network = network_of(source, state_dict, metadata)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,14 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
     name = socket.gethostname() if config.process_id is None else config.process_id
     log = workdir / f"process-{name}.log"
     workdir.mkdir(parents=True, exist_ok=True)
-    with _advice_if_aborted(workdir, log):
+    with _advice_if_aborted(workdir, log) as withhold_advice:
         _keep_runtime_messages(log)
-        _meet(config)
+        if config.process_id:  # the first one is the coordinator
+            _wait_for_coordinator(str(config.coordinator))
+        with _bounded_meeting(config, withhold_advice):
+            _meet(config)
         try:
+            _check_device_counts()
             with contextlib.ExitStack() as stack:
                 if not is_first():
                     silence = stack.enter_context(open(os.devnull, "w"))
@@ -108,8 +112,16 @@ def check_agreement(facts: Mapping[str, str]) -> None:
                     ExitCode.USAGE,
                     f"process {process} differs from process 0 in its {name}: "
                     + _difference(other, first),
-                    fix="start all processes with the same command, code and data",
+                    fix="start all processes with the same command, code and data, on machines of "
+                    "one kind",
                 )
+
+
+def holds_for_all(fact: bool) -> bool:
+    """Whether it holds in every process; all of them must ask at the same place."""
+    if jax.process_count() == 1:
+        return fact
+    return bool(multihost_utils.process_allgather(np.array(fact)).all())
 
 
 def agreed_signal(received: int | None) -> int | None:
@@ -147,6 +159,33 @@ def _difference(ours: str, theirs: str) -> str:
     return "; ".join(pairs)[:300] or "more or fewer lines"
 
 
+@contextlib.contextmanager
+def _bounded_meeting(config: TrainConfig, withhold_advice: Callable[[], None]) -> Iterator[None]:
+    """End this process if the others do not come: JAX would abort it, and say another has died."""
+
+    def give_up() -> None:
+        withhold_advice()
+        error = CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--coordinator {config.coordinator}: not all processes came within "
+            f"{_MEETING_SECONDS} s"
+            + (f"; --num-processes is {config.num_processes}" if config.num_processes else ""),
+            fix="start the others too, with the same --coordinator, and see that they can reach it",
+        )
+        print(f"cifar_jax: error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+    if config.process_id == 0:
+        print(f"waiting for the others at {config.coordinator} ...", flush=True)
+    timer = threading.Timer(_MEETING_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _meet(config: TrainConfig) -> None:
     """Join the others, before JAX starts."""
     if "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
@@ -154,7 +193,7 @@ def _meet(config: TrainConfig) -> None:
         # that the others must compile, and XLA compiles for GPUs only with all of them.
         jax.config.update("jax_enable_compilation_cache", False)
     timing: dict[str, Any] = {
-        "initialization_timeout": _MEETING_SECONDS,
+        "initialization_timeout": 2 * _MEETING_SECONDS,  # longer than ours
         "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
         "shutdown_timeout_seconds": _MEETING_SECONDS,
     }
@@ -165,8 +204,6 @@ def _meet(config: TrainConfig) -> None:
             if _has_all_gpus_it_sees(os.environ):
                 jax.config.update("jax_cuda_visible_devices", "all")
         else:
-            if config.process_id:  # the first one is the coordinator
-                _wait_for_coordinator(str(config.coordinator))
             jax.distributed.initialize(
                 config.coordinator,
                 config.num_processes,
@@ -187,6 +224,20 @@ def _meet(config: TrainConfig) -> None:
             fix=fix,
         ) from error
     signal.signal(signal.SIGTERM, on_sigterm)  # JAX's own would note it, and no one would ask
+
+
+def _check_device_counts() -> None:
+    """Raise unless every process has as many devices: what JAX gathers from all is a rectangle."""
+    first, *others = (
+        len(jax.local_devices(process_index=index)) for index in range(jax.process_count())
+    )
+    for process, count in enumerate(others, start=1):
+        if count != first:
+            raise CifarJaxError(
+                ExitCode.ENVIRONMENT,
+                f"process {process} has {count} device(s), and process 0 has {first}",
+                fix="give each process as many, by CUDA_VISIBLE_DEVICES or JAX_LOCAL_DEVICE_IDS",
+            )
 
 
 def _has_all_gpus_it_sees(environment: Mapping[str, str]) -> bool:
@@ -282,8 +333,11 @@ def _keep_runtime_messages(log: Path) -> None:
 
 
 @contextlib.contextmanager
-def _advice_if_aborted(workdir: Path, log: Path) -> Iterator[None]:
-    """Have a helper process print what to do if this one is aborted inside."""
+def _advice_if_aborted(workdir: Path, log: Path) -> Iterator[Callable[[], None]]:
+    """Have a helper process print what to do if this one is aborted inside.
+
+    Gives a function after which it prints nothing.
+    """
     message = (
         "cifar_jax: error: this process was ended because another one is gone, or was killed "
         f"itself (the runtime's own words are in {log}). Fix: {_how_to_go_on(workdir)}."
@@ -293,10 +347,15 @@ def _advice_if_aborted(workdir: Path, log: Path) -> Iterator[None]:
     with subprocess.Popen(
         [sys.executable, "-ISc", script, message], stdin=subprocess.PIPE, start_new_session=True
     ) as speaker:
-        assert speaker.stdin is not None
-        try:
-            yield
-        finally:
+        stdin = speaker.stdin
+        assert stdin is not None
+
+        def withhold() -> None:
             with contextlib.suppress(OSError):
-                speaker.stdin.write(b"all is said")
-                speaker.stdin.flush()
+                stdin.write(b"all is said")
+                stdin.flush()
+
+        try:
+            yield withhold
+        finally:
+            withhold()

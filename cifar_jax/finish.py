@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from cifar_jax import checkpoint
-from cifar_jax.distributed import is_first
+from cifar_jax.distributed import holds_for_all, is_first
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.files import write_atomically
 from cifar_jax.metrics import best_row
@@ -22,10 +22,14 @@ def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
     """Score the best epoch on the test set, which nothing has seen before, and write the report."""
     config, dataset, history = run.config, run.dataset, progress.history
     best = best_row(history)
+    state, problem = progress.state, ""
     try:
         state = checkpoint.restore(run.checkpoints / str(best["step"]), like=progress.state).state
     except CifarJaxError as error:
-        print(f"warning: {error} The last epoch is scored in its place.")
+        problem = str(error)
+    if not holds_for_all(not problem):  # all must score the same
+        problem = problem or "Another process cannot read the best checkpoint."
+        print(f"warning: {problem} The last epoch is scored in its place.")
         best, state = history[-1], progress.state
     test = run.evaluate(replicate(state.variables, run.devices), dataset.test)
     report = {

@@ -262,14 +262,19 @@ def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progr
     """See that all processes are about to do the same, and have the first begin the workdir."""
     settings = to_json(config)
     where = ("data", "data_dir")  # may be another place on another machine
-    check_agreement(
-        {
-            "options": json.dumps({n: v for n, v in settings.items() if n not in where}, indent=2),
-            "packages": json.dumps(versions(), indent=2),
-            "data": f"{dataset.name} {dataset.digest}",
-            "checkpoint": f"step {progress.step}",
-        }
-    )
+    if jax.process_count() > 1:
+        weights = checkpoint.tree_sha256((progress.state, dataset.mean, dataset.std))
+        check_agreement(
+            {
+                "options": json.dumps(
+                    {n: v for n, v in settings.items() if n not in where}, indent=2
+                ),
+                "packages": json.dumps(versions(), indent=2),
+                "data": f"{dataset.name} {dataset.digest}",
+                "checkpoint": f"step {progress.step}",
+                "weights at the start": f"SHA-256 {weights[:16]}",
+            }
+        )
     if is_first():
         (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
         write_config(config, workdir)

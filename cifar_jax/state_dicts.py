@@ -118,14 +118,19 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     return _own_names(tensors), metadata
 
 
-def check_finite(state_dict: StateDict, source: Path) -> None:
-    """Raise ``CifarJaxError`` (checkpoint) if a number of ``source`` is NaN or infinite."""
+def check_numbers(state_dict: StateDict, source: Path) -> None:
+    """Raise ``CifarJaxError`` (checkpoint) if a number of ``source`` is none, or a variance < 0."""
     for name, array in state_dict.items():
         if bad := array.size - int(np.isfinite(array).sum()):
             raise _refuse(
                 f"{name} in {source} has {bad:,} of {array.size:,} numbers that are NaN, infinite "
                 "or too large for float32",
                 "use a file from before the training diverged",
+            )
+        if name.endswith("running_var") and array.min() < 0:
+            raise _refuse(
+                f"{name} in {source} has {array.min():g}, which no variance can be",
+                "use a file as PyTorch saved it",
             )
 
 
@@ -267,9 +272,42 @@ def _candidates(
     name: ModelName, state_dict: StateDict, image_size: int | None
 ) -> Iterator[Network]:
     """The networks called ``name`` with the widths of ``state_dict`` and each choice of options."""
-    ordered = [state_dict[n] for n in sorted(state_dict, key=_network_order)]
-    kernels = [array.shape for array in ordered if array.ndim == 4]  # [O, I, H, W]
-    weights = [array.shape for array in ordered if array.ndim == 2]  # [O, I]
+    for kernels, weights in _readings(state_dict):
+        yield from _of_widths(name, kernels, weights, image_size)
+
+
+def _readings(state_dict: StateDict) -> Iterator[tuple[list[Shape], list[Shape]]]:
+    """The shapes of the convolutions' kernels, and of the Dense layers' weights.
+
+    Where one is missing, the bias tells that there is a layer, and how wide; if its place does not
+    tell of which kind it is, both are tried.
+    """
+    shapes: list[Shape] = []
+    for name in sorted(state_dict, key=_network_order):
+        layer, _, what = name.rpartition(".")
+        shape = state_dict[name].shape
+        if what == "weight" and len(shape) in (2, 4):  # [O, I], [O, I, H, W]
+            shapes.append(shape)
+        elif what == "bias" and not {f"{layer}.weight", f"{layer}.running_mean"} & set(state_dict):
+            shapes.append(shape)  # [O]
+    for unknown in (4, 2):
+        kernels: list[Shape] = []
+        weights: list[Shape] = []
+        for index, shape in enumerate(shapes):
+            ndim = len(shape)
+            if ndim == 1:
+                conv_follows = any(len(later) == 4 for later in shapes[index:])
+                ndim = 4 if conv_follows else 2 if weights else unknown
+            whole = shape if len(shape) > 1 else (*shape, 3, 3, 3)[:ndim]
+            (kernels if ndim == 4 else weights).append(whole)
+        yield kernels, weights
+        if all(len(shape) > 1 for shape in shapes):
+            break
+
+
+def _of_widths(
+    name: ModelName, kernels: list[Shape], weights: list[Shape], image_size: int | None
+) -> Iterator[Network]:
     num_classes = weights[-1][0] if weights else 10
     own = create_model(TrainConfig(model=name), num_classes)
     widths: Shape = ()

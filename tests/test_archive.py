@@ -39,7 +39,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.listing import list_images
 from cifar_jax.sources import load_dataset
 from cifar_jax.state_dicts import (
-    check_finite,
+    check_numbers,
     identify,
     network_of,
     read_state_dict,
@@ -923,7 +923,7 @@ def read_binary(path: Path) -> None:
 
 def read_weights(path: Path) -> None:
     tensors, metadata = read_state_dict(path)
-    check_finite(tensors, path)
+    check_numbers(tensors, path)
     if {name: array.shape for name, array in tensors.items()} != WEIGHTS:
         variables_of(tensors, identify(tensors), path)
     if "config" in metadata:

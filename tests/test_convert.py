@@ -317,6 +317,17 @@ def test_missing_extra_and_mis_shaped_tensors_are_listed(tmp_path: Path) -> None
 
 
 @pytest.mark.fault("D18")
+@pytest.mark.parametrize("missing", ["network.0", "network.6", "network.10", "network.12"])
+def test_a_weight_that_is_missing_is_told_by_its_bias(missing: str, tmp_path: Path) -> None:
+    tensors = tutorial_state_dict()
+    del tensors[f"{missing}.weight"]
+    torch.save(tensors, tmp_path / "net.pth")
+    error = refusal(tmp_path / "net.pth", tmp_path / "run")
+    assert f"are not those of cnn: missing: {missing}.weight [" in str(error)
+    assert "extra" not in str(error)
+
+
+@pytest.mark.fault("D18")
 def test_the_closest_network_is_named_with_at_most_five_differences(tmp_path: Path) -> None:
     tensors = tutorial_state_dict(norm=True)
     torch.save(tensors, tmp_path / "net.pth")
@@ -558,6 +569,15 @@ def test_weights_that_are_no_finite_numbers_are_refused(
     error = refusal(path, tmp_path / "run")
     assert error.exit_code == ExitCode.CHECKPOINT
     assert f"network.3.bias in {path} has 1 of 6 numbers that are NaN, infinite" in str(error)
+
+
+@pytest.mark.fault("A14")
+def test_a_variance_below_zero_is_refused(tmp_path: Path) -> None:
+    tensors = tutorial_state_dict(norm=True)
+    tensors["network.1.running_var"][2] = -0.5
+    torch.save(tensors, tmp_path / "net.pth")
+    error = refusal(tmp_path / "net.pth", tmp_path / "run")
+    assert f"network.1.running_var in {tmp_path / 'net.pth'} has -0.5, which no" in str(error)
 
 
 def test_no_tensor_is_lost_to_another_of_its_name(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from cifar_jax import distributed
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
+from cifar_jax.evaluate import EvaluateOptions, evaluate
 from cifar_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,10 +41,17 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def start(process_id: int, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+def start(
+    process_id: int,
+    environment: dict[str, str],
+    *options: str,
+    launch: str = LAUNCH,
+    where: Path | None = None,
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, *RUN, *options],
+        [sys.executable, "-c", launch, *RUN, *options],
         env={**os.environ, **environment},
+        cwd=where,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -51,17 +59,24 @@ def start(process_id: int, environment: dict[str, str], *options: str) -> subpro
 
 
 def start_two(
-    workdir: Path, *options: str, of_second: tuple[str, ...] = ()
+    workdir: Path,
+    *options: str,
+    of_second: tuple[str, ...] = (),
+    launch: str = LAUNCH,
+    where: tuple[Path | None, Path | None] = (None, None),
+    environments: tuple[dict[str, str], dict[str, str]] = ({}, {}),
 ) -> list[subprocess.Popen[str]]:
     address = f"localhost:{free_port()}"
     return [
         start(
             i,
-            {},
+            environments[i],
             *("--workdir", str(workdir), "--coordinator", address),
             *("--num-processes", "2", "--process-id", str(i)),
             *options,
             *(of_second if i else ()),
+            launch=launch,
+            where=where[i],
         )
         for i in range(2)
     ]
@@ -155,6 +170,56 @@ def test_a_workdir_that_is_not_shared_is_noticed_before_training(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.fault("B4")
+def test_processes_with_other_weights_do_not_train(image_folder: Path, tmp_path: Path) -> None:
+    """The same option names another file on each machine."""
+    config = TrainConfig(data=str(image_folder), model="linear", batch_size=16, epochs=1)
+    machines = (tmp_path / "0", tmp_path / "1")
+    for seed, machine in enumerate(machines):
+        train_and_evaluate(dataclasses.replace(config, seed=seed), machine / "given")
+    options = ("--data", str(image_folder), "--initial-weights", "given")
+    for code, _, error in finish(start_two(tmp_path / "run", *options, where=machines)):
+        assert code == ExitCode.USAGE, error
+        assert "process 1 differs from process 0 in its weights at the start: SHA-256" in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("unreadable_in", [0, 1])
+def test_all_processes_score_the_same_network(
+    unreadable_in: int, image_folder: Path, tmp_path: Path
+) -> None:
+    """Also where one of them cannot read the best checkpoint."""
+    launch = f"""if True:
+        import sys
+        from cifar_jax import checkpoint, cli, train
+        from cifar_jax.errors import CifarJaxError, ExitCode
+        def unreadable(*arguments, **options):
+            raise CifarJaxError(ExitCode.CHECKPOINT, "it cannot be read", fix="wait")
+        if sys.argv[sys.argv.index("--process-id") + 1] == "{unreadable_in}":
+            checkpoint.restore = unreadable
+        cli.run(train.main)
+    """
+    workdir = tmp_path / "run"
+    # With such steps the first epoch is the best one.
+    options = ("--data", str(image_folder), "--learning-rate", "1")
+    first, second = finish(start_two(workdir, *options, launch=launch))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert "The last epoch is scored in its place." in first[1]
+    report = json.loads((workdir / "report.json").read_text())
+    last = evaluate(EvaluateOptions(str(workdir / "checkpoints" / str(report["steps"]))))
+    assert report["test_correct"] == last["correct"]
+    assert report["test_loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def test_unequal_numbers_of_devices_are_told(image_folder: Path, tmp_path: Path) -> None:
+    environments = ({}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    run = (tmp_path / "run", "--data", str(image_folder))
+    for code, _, error in finish(start_two(*run, environments=environments)):
+        assert code == ExitCode.ENVIRONMENT, error
+        assert "process 1 has 2 device(s), and process 0 has 1. Fix: give" in error
+        assert error.count("\n") == 1
+
+
 @pytest.mark.fault("B1")
 def test_one_that_fails_alone_says_why_and_the_others_do_not_wait(
     image_folder: Path, tmp_path: Path
@@ -210,7 +275,7 @@ def test_two_processes_on_one_gpu_are_told_so_and_not_to_start_again(tmp_path: P
     )
     told = [sys.executable, "-c", script, f"localhost:{free_port()}", str(tmp_path), message]
     done = subprocess.run(told, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(f"{int(ExitCode.ENVIRONMENT)} process 0 shares a GPU with"), done
+    assert f"\n{int(ExitCode.ENVIRONMENT)} process 0 shares a GPU with" in done.stdout, done
     assert "JAX_LOCAL_DEVICE_IDS" in done.stdout
     assert "--resume" not in done.stdout
 
@@ -347,6 +412,20 @@ def test_a_coordinator_that_does_not_answer_is_not_waited_for_long(
     with pytest.raises(CifarJaxError, match=r"no process 0 there after 0.3 s") as caught:
         distributed._wait_for_coordinator(f"localhost:{free_port()}")
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+@pytest.mark.fault("B3")
+def test_the_first_process_does_not_wait_long_for_the_others(tmp_path: Path) -> None:
+    launch = LAUNCH.replace(f"_HEARTBEAT_SECONDS = {PATIENCE_SECONDS}", "_MEETING_SECONDS = 2")
+    assert launch != LAUNCH
+    address = f"localhost:{free_port()}"
+    options = ("--workdir", str(tmp_path / "run"), "--coordinator", address)
+    alone = start(0, {}, *options, "--num-processes", "2", "--process-id", "0", launch=launch)
+    ((code, said, error),) = finish([alone])
+    assert code == ExitCode.ENVIRONMENT, error
+    assert said.endswith(f"waiting for the others at {address} ...\n")
+    assert "not all processes came within 2 s; --num-processes is 2. Fix: start" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
