@@ -13,24 +13,23 @@ out=$(realpath "$2")
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 export JAX_PLATFORMS=cuda,cpu # no GPU is an error
-decoded=$(mktemp -d)
-trap 'rm -rf "$decoded"' EXIT
-common=(--data "$data" --data-dir "$decoded" --input device)
+scratch=$(mktemp -d) # the decoded images, and the runs: only their numbers are kept
+trap 'rm -rf "$scratch"' EXIT
+common=(--data "$data" --data-dir "$scratch/data" --input device)
 status=0
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader > "$out/gpu.txt"
 python3 experiments/scaling.py --output "$out/scaling_gpu.json" || status=1
 for dtype in float32 bfloat16; do
     python3 experiments/accuracy.py --seeds 3 --output "$out/accuracy_cnn_gpu_$dtype.json" \
-        --workdirs "$out/runs" "${common[@]}" --dtype "$dtype" || status=1
+        --workdirs "$scratch/runs" "${common[@]}" --dtype "$dtype" || status=1
 done
 for option in --deterministic --no-deterministic; do
     for run in 1 2; do # each compiles for itself: kernels are chosen anew
         JAX_ENABLE_COMPILATION_CACHE=0 python3 -m cifar_jax.train "${common[@]}" --epochs 2 \
-            "$option" --workdir "$out/runs/$run$option" || status=1
+            "$option" --workdir "$scratch/runs/$run$option" || status=1
     done
 done
-grep params_sha256 "$out"/runs/?--*/report.json > "$out/deterministic.txt" || status=1
+(cd "$scratch/runs" && grep params_sha256 ?--*/report.json) > "$out/deterministic.txt" || status=1
 python3 experiments/nhwc_vs_nchw.py --quick --output "$out/nhwc_vs_nchw_gpu.json" || status=1
-rm -rf "$out"/runs/*/checkpoints
 exit $status

@@ -62,25 +62,38 @@ def main() -> None:
     check_source(source)  # like the folder: before minutes of work
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.output, {"quick": arguments.quick, "data": Path(source).name})
-    study.measure("models", lambda: compare_models(arguments.quick))
+    study.measure("models", _in_float32(lambda: compare_models(arguments.quick)))
     if not arguments.quick:
-        study.measure("optimizers", compare_optimizers)
+        study.measure("optimizers", _in_float32(compare_optimizers))
     study.measure("timings", lambda: time_all(arguments.quick))
     study.measure("hlo", lambda: inspect_hlo(arguments.quick))
     study.measure(
-        "training", lambda: train_in_both(source, arguments.data_dir, quick=arguments.quick)
+        "training",
+        _in_float32(lambda: train_in_both(source, arguments.data_dir, quick=arguments.quick)),
     )
-    study.measure("pitfalls", lambda: measure_pitfalls(study.results["training"]))
+    study.measure("pitfalls", _in_float32(lambda: measure_pitfalls(study.results["training"])))
     study.finish()
     figure = arguments.output.with_suffix(".png")
     draw(study.results, figure)
     print(f"wrote {arguments.output} and {figure}")
 
 
+def _in_float32(section: Callable[[], Any]) -> Callable[[], Any]:
+    """By its default a GPU computes products in TF32, and PyTorch's beside it are the CPU's."""
+
+    def measure() -> Any:
+        precision = None if jax.default_backend() == "cpu" else "highest"
+        with jax.default_matmul_precision(precision):
+            return section()
+
+    return measure
+
+
 class Study:
     """Results that are on the disk as soon as they are measured.
 
-    A file that is not ``complete`` is continued if it was begun with the same settings.
+    A file that is not ``complete`` is continued if it was begun with the same settings, on the same
+    machine, with the same versions.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -93,7 +106,8 @@ class Study:
         }
         if path.exists():
             found = self._read()
-            if not found["complete"] and settings.items() <= found.items():
+            begun = {**self.results, "date": found.get("date")}  # it may take more than a day
+            if not found["complete"] and begun.items() <= found.items():
                 self.results = found
 
     def _read(self) -> dict[str, Any]:

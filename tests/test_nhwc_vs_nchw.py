@@ -13,6 +13,7 @@ import pytest
 from conftest import EXPERIMENTS
 from test_layout import random_variables
 
+import nhwc_vs_nchw
 import paired_timing
 from cifar_jax import layout
 from cifar_jax.config import TrainConfig
@@ -104,7 +105,8 @@ def test_the_moves_of_a_program_are_counted() -> None:
 
 WORKER = """
     import json, sys, time
-    import paired_timing
+    import nhwc_vs_nchw
+import paired_timing
 
     def make(spec):
         if spec["ms"] < 0:
@@ -146,3 +148,15 @@ def _write_worker(folder: Path) -> list[str]:
     path = f"import sys\nsys.path.insert(0, {json.dumps(str(EXPERIMENTS))})\n"
     script.write_text(path + textwrap.dedent(WORKER))
     return [sys.executable, str(script)]
+
+
+@pytest.mark.parametrize("other", ["machine", "backend", "versions", "data", None])
+def test_a_study_is_continued_only_where_it_was_begun(other: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    begun = nhwc_vs_nchw.Study(path, {"quick": True, "data": "shapes"})
+    begun.measure("models", lambda: "measured before")
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "date": "2001-02-03", **({other: "x"} if other else {})}))
+    study = nhwc_vs_nchw.Study(path, {"quick": True, "data": "shapes"})
+    study.measure("models", lambda: "measured anew")
+    assert study.results["models"] == ("measured anew" if other else "measured before")

@@ -23,6 +23,7 @@ from flax import linen as nn
 from jax import lax
 
 import speedrun
+import speedrun_check
 import speedrun_gains
 from airbench import measure, run
 from airbench.fused import FusedAirbench
@@ -409,7 +410,9 @@ def test_the_count_of_operations_is_that_of_the_table() -> None:
     others += (7 * 7 + 6 * 6 + 3 * 3) * 256 * 9 * 256 + 256 * 10
     training = 50_000 * (8 * (whitening + 3 * (first + others)) - 5 * first)
     test = 6 * 10_000 * (whitening + first + others)
-    assert measure.run_flop(setting, 50_000, 10_000, (32, 32, 3)) == 2 * (training + test)
+    flop = measure.run_flop(setting, 50_000, 10_000, (32, 32, 3))
+    assert sum(flop.values()) == 2 * (training + test)
+    assert flop["convolutions: gradient of the kernel"] == 2 * 50_000 * 8 * (first + others)
     assert round((whitening + first + others) / 1e6, 1) == 105.4
     # With the rows and columns that the pools leave out: the published 118.1 and 290 TFLOP.
     rows = {row.name: row.macs for row in layer_table(setting.model, (32, 32, 3), 1)}
@@ -428,7 +431,8 @@ def test_a_recipe_is_a_program_of_the_work_that_is_told(name: str, tflop: int) -
     recipe = RECIPES[name]
     model = FusedAirbench(10, recipe.widths, recipe.deep, dtype=jnp.float16)
     setting = Setting(recipe, model, make_optimizer(recipe, 25), (0.5,) * 3, (0.25,) * 3)
-    assert round(measure.run_flop(setting, 50_000, 10_000, (32, 32, 3)) / 1e12) == tflop
+    flop = measure.run_flop(setting, 50_000, 10_000, (32, 32, 3))
+    assert round(sum(flop.values()) / 1e12) == tflop
     state = jax.eval_shape(
         functools.partial(initial_train_state, setting.model, setting.tx, (32, 32, 3)), 0
     )
@@ -478,6 +482,32 @@ def test_wrong_options_are_told_at_once(
 def test_widths_are_three_numbers(widths: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=f"{widths} is not of the form 16,64,64"):
         speedrun._widths(widths)
+
+
+@pytest.mark.long
+def test_steps_in_the_type_of_the_runs_are_near_those_of_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "check.json"
+    monkeypatch.setattr(sys, "argv", ["check", "--smoke", "--output", str(output)])
+    speedrun_check.main()
+    exact, half = json.loads(output.read_text())["rows"]
+    assert len(exact["steps"]) == len(half["steps"]) == 3
+    assert exact["steps"][2]["params"] < 1e-6
+    assert 0 < half["steps"][0]["loss"] < 1e-4
+
+
+def test_a_device_that_computes_something_else_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "check.json"
+    losses = iter((1.0, 1.01))
+    monkeypatch.setattr(speedrun_check, "_steps", lambda *_: [{"loss": np.array(next(losses))}])
+    monkeypatch.setattr(speedrun_check, "_first_state", lambda setting: {})
+    monkeypatch.setattr(sys, "argv", ["check", "--smoke", "--output", str(output)])
+    with pytest.raises(CifarJaxError, match=r"float32: the first loss on cpu is off by 1.0e-02"):
+        speedrun_check.main()
+    assert len(json.loads(output.read_text())["rows"]) == 1
 
 
 def test_each_choice_taken_away_is_another_program_for_a_gpu() -> None:

@@ -33,6 +33,10 @@ from cifar_jax.train_step import initial_train_state
 Run = Callable[[int], dict[str, Any]]
 
 _KERNELS_NAMED = 30
+_FORWARD, _INPUT_GRADIENT, _KERNEL_GRADIENT = (
+    f"convolutions: {what}"
+    for what in ("forward", "gradient of the input", "gradient of the kernel")
+)
 
 
 def make_setting(recipe: Recipe, train: Split, num_classes: int) -> Setting:
@@ -150,8 +154,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> float:
-    """Floating-point operations of convolutions and the head in a run.
+def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> dict[str, float]:
+    """Floating-point operations of convolutions and the head in a run, by kind.
 
     Convolutions are counted as they are written, in whatever form they are computed: Winograd's, on
     a CPU, multiplies less, and pairs of columns, on a GPU, more. A multiply-accumulate counts as
@@ -164,11 +168,14 @@ def run_flop(setting: Setting, n_train: int, n_test: int, image_shape: Any) -> f
     whitening, after, *_ = rows
     assert whitening.name == WHITENING
     forward = sum(row.macs for row in rows)
-    step = 3 * forward - 2 * whitening.macs
+    learned = forward - whitening.macs
     images = n_train // recipe.batch_size * recipe.batch_size
     later = max(recipe.epochs - recipe.whitening_epochs, 0)
-    training = images * (recipe.epochs * step - later * after.macs)
-    return 2.0 * (training + len(VIEW_WEIGHTS) * n_test * forward)
+    return {
+        _FORWARD: 2.0 * (images * recipe.epochs + len(VIEW_WEIGHTS) * n_test) * forward,
+        _INPUT_GRADIENT: 2.0 * images * (recipe.epochs * learned - later * after.macs),
+        _KERNEL_GRADIENT: 2.0 * images * recipe.epochs * learned,
+    }
 
 
 def ceiling_flops(dtype: str, side: int) -> float:
@@ -219,9 +226,9 @@ def kernels(run: Run) -> dict[str, Any]:
 
 def _kind(name: str) -> str:
     for start, kind in (
-        ("cudnn-conv-bw-input", "convolutions: gradient of the input"),
-        ("cudnn-conv-bw-filter", "convolutions: gradient of the kernel"),
-        ("cudnn-conv", "convolutions: forward"),
+        ("cudnn-conv-bw-input", _INPUT_GRADIENT),
+        ("cudnn-conv-bw-filter", _KERNEL_GRADIENT),
+        ("cudnn-conv", _FORWARD),
     ):
         if name.startswith(start):
             return kind

@@ -167,6 +167,8 @@ def make_torch_programs(spec: dict[str, Any]) -> Programs:
 
     torch.set_num_threads(os.cpu_count() or 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # products in TF32, as JAX has them; PyTorch's convolutions are so already
+        torch.set_float32_matmul_precision("high")
     model = create_model(TrainConfig(model=spec["model"]), CLASSES)
     memory = torch.channels_last if spec["layout"] == "channels_last" else torch.contiguous_format
     twin = torch_reference.make_twin(model, (32, 32, 3)).to(device, memory_format=memory)
