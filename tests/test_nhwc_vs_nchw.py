@@ -105,8 +105,7 @@ def test_the_moves_of_a_program_are_counted() -> None:
 
 WORKER = """
     import json, sys, time
-    import nhwc_vs_nchw
-import paired_timing
+    import paired_timing
 
     def make(spec):
         if spec["ms"] < 0:
