@@ -39,7 +39,9 @@ class TrainConfig(Options):
         "network of the record for 94 % there",
         group=_RUN,
     )
-    epochs: int = option(10, "passes over the training images", group=_RUN, at_least=1)
+    epochs: int = option(
+        10, "passes over the training images", group=_RUN, at_least=1, at_most=100_000
+    )
     batch_size: int = option(
         128, "global batch, over all devices", group=_RUN, unit="images", at_least=1
     )

@@ -11,8 +11,11 @@ import optax
 from numpy.typing import NDArray
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.initializers import WHITENING
 from cifar_jax.muon import muon
+
+_MOST_STEPS = 10_000_000  # the rates of so many are computed in a second, and take 80 MB
 
 
 def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -20,10 +23,20 @@ def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
 
     OneCycle is that of ``torch.optim.lr_scheduler.OneCycleLR``, whose peak may lie between two
     steps; optax would put it on the step before, and be 2 % of the peak away from it.
+
+    Raises:
+        CifarJaxError: usage; so many steps that their rates would fill the memory.
     """
     peak = config.learning_rate
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
+    if total_steps > _MOST_STEPS:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--epochs {config.epochs} with --batch-size {config.batch_size} are {total_steps:,} "
+            f"steps, and --schedule {config.schedule} takes {_MOST_STEPS:,} at most",
+            fix="give fewer --epochs, a larger --batch-size, or --schedule constant",
+        )
     steps = np.arange(total_steps)
     if config.schedule == "onecycle":
         top = 0.3 * total_steps - 1

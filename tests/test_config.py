@@ -45,6 +45,7 @@ def parse(*argv: str) -> TrainConfig:
         (["photos"], "unknown argument photos", "--help"),
         (["--epochs", "x"], "--epochs 'x' is not a whole number", "give a whole number"),
         (["--epochs", "0"], "--epochs 0 is out of range", "at least 1"),
+        (["--epochs", "9" * 20], "--epochs 999", "at least 1 and at most 100000"),
         (["--epochs"], "--epochs", "--help"),
         (["--learning-rate", "nan"], "--learning-rate nan", "above 0"),
         (["--learning-rate", "0"], "--learning-rate 0", "above 0"),

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError
 from cifar_jax.muon import orthogonalize
 from cifar_jax.optim import make_optimizer, make_schedule
 
@@ -26,6 +27,11 @@ def first_update(**options: object) -> dict[str, np.ndarray]:
 def test_a_constant_rate_takes_no_memory_a_step() -> None:
     """Very many epochs, that early stopping is to end."""
     assert make_schedule(TrainConfig(schedule="constant"), total_steps=10**15)(10**6) > 0
+
+
+def test_rates_that_would_fill_the_memory_are_not_computed() -> None:
+    with pytest.raises(CifarJaxError, match=r"--epochs 10 .* 84,000,000 steps.* Fix: give fewer"):
+        make_schedule(TrainConfig(), total_steps=84_000_000)
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "linear"])
