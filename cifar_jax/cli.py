@@ -32,6 +32,7 @@ from cifar_jax.compilation_cache import use_compilation_cache
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
 from cifar_jax.options import (
     REQUIRED,
+    check_not_empty,
     describe_bounds,
     describe_number,
     flag,
@@ -61,7 +62,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
             raise wrong_type(name, text, hint)
         return text
     if origin is tuple:
-        return tuple(_parse_value(name, arguments[0], item) for item in text.split(",") if item)
+        return tuple(_parse_value(name, arguments[0], item) for item in text.split(","))
     if hint is int or hint is float:
         try:
             return hint(text)
@@ -81,6 +82,10 @@ class Parser(argparse.ArgumentParser):
         """The options that were given, by field name; raises ``CifarJaxError`` (usage)."""
         namespace, unknown = self.parse_known_args(argv)
         vars(namespace).pop("debug", None)  # for run() alone
+        for action in self._actions:  # also those that are no fields of Options, such as --workdir
+            value = getattr(namespace, action.dest, None)
+            name = (*action.option_strings, action.metavar)[0]
+            check_not_empty(str(name), value if isinstance(value, list) else [value])
         if unknown:
             name = unknown[0].split("=")[0]
             options = list(self._option_string_actions)

@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -78,7 +78,7 @@ class Options:
     """Options that are checked when they are made.
 
     Raises:
-        CifarJaxError: usage; for the first field of another type, or out of bounds.
+        CifarJaxError: usage; for the first field of another type, empty, or out of bounds.
     """
 
     def __post_init__(self) -> None:
@@ -91,9 +91,10 @@ def _check(options: Options) -> None:
         value = getattr(options, field.name)
         if not is_of_type(value, hints[field.name]):
             raise wrong_type(flag(field.name), value, hints[field.name])
-        numbers = value if isinstance(value, tuple) else (value,)
+        values = value if isinstance(value, tuple) else (value,)
+        check_not_empty(flag(field.name), values)
         bounds = field.metadata["bounds"]
-        for number in numbers:
+        for number in values:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             holds = all(_BOUND_HOLDS[rule](number, limit) for rule, limit in bounds.items())
@@ -103,6 +104,15 @@ def _check(options: Options) -> None:
                     f"{flag(field.name)} {number} is out of range",
                     fix=f"give a number {describe_bounds(bounds) or 'that is finite'}",
                 )
+
+
+def check_not_empty(name: str, values: Sequence[Any]) -> None:
+    """Raise ``CifarJaxError`` (usage) if a text is empty, as of a shell's variable that is not set.
+
+    As a path it would be the current directory, and elsewhere the default.
+    """
+    if "" in values:
+        raise CifarJaxError(ExitCode.USAGE, f"{name} '' is empty", fix="give a text, or leave it out")
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:

@@ -24,7 +24,7 @@ from cifar_jax.config import (
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.lock import locked
 from cifar_jax.stop_signals import signals_held
-from cifar_jax.workdir import checkpoints_of, saved_steps
+from cifar_jax.workdir import checkpoints_of, saved_steps, step_folder
 
 DESCRIPTION = """\
 Train a network on CIFAR-10, or on a folder of images of your own, and score it on the test set.
@@ -69,6 +69,8 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             "--tensorboard needs the package tensorboardX",
             fix="pip install tensorboardX, or leave --tensorboard out: metrics.jsonl has the same",
         )
+    if config.initial_weights is not None and not saved_steps(checkpoints_of(workdir)):
+        step_folder(Path(config.initial_weights))  # soon: it is read after the imports
     with contextlib.ExitStack() as run:
         if config.coordinator is None:
             run.enter_context(locked(workdir))

@@ -58,6 +58,10 @@ def parse(*argv: str) -> TrainConfig:
         (["--devices", "two"], "--devices 'two' is not 'all' or a", "whole number"),
         (["--widths", "8,x"], "--widths 'x'", "whole number"),
         (["--widths", "0,8"], "--widths 0", "at least 1"),
+        (["--widths", ","], "--widths '' is not a whole number", "whole number"),
+        (["--widths", ""], "--widths '' is not a whole number", "whole number"),
+        (["--data", ""], "--data '' is empty", "leave it out"),
+        (["--initial-weights="], "--initial-weights '' is empty", "leave it out"),
         (["--batch-size", "100", "--devices", "3"], "--batch-size 100", "99 or 102"),
         (["--batch-size", "2", "--devices", "4"], "--batch-size 2", "--batch-size 4"),
         (["--batch-size", "10", "--accumulate", "4"], "4 micro-batch", "8 or 12"),
@@ -109,6 +113,8 @@ def test_a_bad_option_is_named_with_its_cure(argv: list[str], what: str, fix: st
         (TrainConfig, "learning_rate", None, "--learning-rate None", "give a number"),
         (TrainConfig, "flip", 1, "--flip 1 is not True or False", "True or False"),
         (TrainConfig, "data", Path("x"), "is not a text", "give a text"),
+        (TrainConfig, "data_dir", "", "--data-dir '' is empty", "give a text"),
+        (ConvertOptions, "classes", ("ant", ""), "--classes '' is empty", "give a text"),
         (TrainConfig, "devices", "2", "--devices '2' is not 'all' or a whole number", "'all'"),
         (TrainConfig, "widths", [4], "is not a tuple in which each is a whole", "a tuple"),
         (TrainConfig, "widths", (4.0,), "is not a tuple in which each is a whole", "a tuple"),
@@ -204,8 +210,12 @@ SLOW += ["jinja2", "starlette", "uvicorn"]
 WRONG = [
     ("train --epochs 0", "--epochs 0 is out of range"),
     ("train --resume", "--resume without --workdir"),
+    ("train --workdir ''", "--workdir '' is empty"),
+    ("train --initial-weights absent", "absent does not exist"),
     ("evaluate --checkpoint absent", "absent does not exist"),
     ("predict --checkpoint absent a.png", "absent does not exist"),
+    ("predict --checkpoint absent ''", "IMAGE '' is empty"),
+    ("report ''", "WORKDIR '' is empty"),
     ("report .", ". holds no run"),
     ("serve", "required: --checkpoint"),
     ("serve --port x", "--port 'x'"),
@@ -228,11 +238,11 @@ WRONG = [
 @pytest.mark.fault("B11")
 def test_help_and_errors_import_nothing_slow(tmp_path: Path) -> None:
     program = """if True:
-        import contextlib, importlib, io, json, sys
+        import contextlib, importlib, io, json, shlex, sys
         from cifar_jax.errors import CifarJaxError
         lines, slow = json.load(sys.stdin)
         for line in lines:
-            name, *argv = line.split()
+            name, *argv = shlex.split(line)
             module = importlib.import_module(f"cifar_jax.{name}")
             if hasattr(module, "__path__"):
                 module = importlib.import_module(f"cifar_jax.{name}.__main__")

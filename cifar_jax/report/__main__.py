@@ -98,11 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "workdirs",
         metavar="WORKDIR",
         nargs="+",
-        type=Path,
         help="a run's folder, as cifar_jax.train wrote it",
     )
     given = parser.parse_given(argv)
-    write_report(given.pop("workdirs"), ReportOptions(**given))
+    workdirs = [Path(workdir) for workdir in given.pop("workdirs")]
+    write_report(workdirs, ReportOptions(**given))
 
 
 if __name__ == "__main__":
