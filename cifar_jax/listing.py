@@ -106,17 +106,22 @@ def folders_and_files(
     return [e for e in entries if e.is_dir()], [e for e in entries if not e.is_dir()]
 
 
+def too_few_classes(root: Path, count: int) -> CifarJaxError:
+    """The error (data) that ``root`` has only ``count`` class folders."""
+    return CifarJaxError(
+        ExitCode.DATA,
+        f"{shown(root)} holds {count} class folder(s), where at least two are needed",
+        fix="put the images of each class into a folder of its own, such as "
+        f"{shown(root / 'frog' / '1.png')}",
+    )
+
+
 def _walk(root: Path, changed_at: dict[bytes, int]) -> Listing:
     """List ``root``, and note in ``changed_at`` when each folder on the way was last changed."""
     changed_at[os.fsencode(root)] = root.stat().st_mtime_ns
     folders, _ = folders_and_files(root)
     if len(folders) < 2:
-        raise CifarJaxError(
-            ExitCode.DATA,
-            f"{shown(root)} holds {len(folders)} class folder(s), where at least two are needed",
-            fix="put the images of each class into a folder of its own, such as "
-            f"{shown(root / 'frog' / '1.png')}",
-        )
+        raise too_few_classes(root, len(folders))
     # A class at a time into arrays: Python's own objects take a kilobyte an image.
     paths_of_classes: list[NDArray[np.bytes_]] = []
     sizes_of_classes: list[bytes] = []

@@ -28,7 +28,7 @@ from cifar_jax.dataset import (
 )
 from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.images import probe_shape
-from cifar_jax.listing import folders_and_files, list_images, reading
+from cifar_jax.listing import folders_and_files, list_images, reading, too_few_classes
 from cifar_jax.lock import alone_in
 
 NAMES = ("auto", "cifar10", "shapes")  # what --data may be besides a path
@@ -82,11 +82,24 @@ class Source:
     notice: str | None
 
 
-def check_source(source: str) -> None:
-    """Raise ``CifarJaxError`` (data) unless ``source`` is a name, a folder or an archive."""
+def check_source(source: str, image_size: int | None = None) -> None:
+    """What can be said of ``source`` at once; :func:`load_dataset` says the rest.
+
+    Raises:
+        CifarJaxError: data; it is no name, folder of folders, or archive. Usage; ``image_size`` is
+            given, and it is a name, whose images are not files.
+    """
+    if source in NAMES:
+        if image_size is not None:
+            raise _not_resized(source, image_size, (shapes.SIZE, shapes.SIZE))
+        return
     path = Path(os.path.expanduser(source))
-    is_archive = path.is_file() and path.name.endswith(archive.SUFFIXES)
-    if source in NAMES or path.is_dir() or is_archive:
+    if path.is_dir():
+        with reading(path):
+            if not folders_and_files(path)[0]:
+                raise too_few_classes(path, 0)
+        return
+    if path.is_file() and path.name.endswith(archive.SUFFIXES):
         return
     what = "is not a folder or .tar.gz archive" if path.exists() else "does not exist"
     raise CifarJaxError(
@@ -207,18 +220,21 @@ def load_dataset(
 
 def _check_trainable(source: str, splits: Source, image_size: int | None) -> None:
     if image_size is not None and not isinstance(splits.train.images, ImageFiles):
-        height, width, _ = splits.train.image_shape
-        raise CifarJaxError(
-            ExitCode.USAGE,
-            f"--image-size {image_size} with --data {source}, whose images are {height}x{width}",
-            fix="leave it out: only files of images are resized",
-        )
+        raise _not_resized(source, image_size, splits.train.image_shape[:2])
     if not len(splits.train):
         raise CifarJaxError(
             ExitCode.DATA,
             f"--data {source} leaves no image to train on beside {len(splits.val)} for validation",
             fix="give more images, or a smaller --val-fraction",
         )
+
+
+def _not_resized(source: str, image_size: int, size: tuple[int, int]) -> CifarJaxError:
+    return CifarJaxError(
+        ExitCode.USAGE,
+        f"--image-size {image_size} with --data {source}, whose images are {size[0]}x{size[1]}",
+        fix="leave it out: only files of images are resized",
+    )
 
 
 def _data_dir(data_dir: str | None) -> Path:

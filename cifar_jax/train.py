@@ -78,7 +78,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
         # start.
         from cifar_jax.sources import check_source
 
-        check_source(config.data)
+        check_source(config.data, config.image_size)
         _prepare_runtime(config)
         with signals_held():  # an exception amid JAX's import can abort the process
             from cifar_jax.distributed import is_first, joined

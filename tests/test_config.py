@@ -283,6 +283,28 @@ def test_help_and_errors_import_nothing_slow(tmp_path: Path) -> None:
     assert "python -m cifar_jax.export --checkpoint" in said["export --help"]
 
 
+def test_data_that_cannot_be_trained_on_is_said_before_jax_starts(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    program = """if True:
+        import sys
+        from cifar_jax.errors import CifarJaxError
+        from cifar_jax.train import main
+        for options in (["empty"], ["absent"], ["shapes", "--image-size", "16"]):
+            try:
+                main(["--data", *options])
+            except CifarJaxError as error:
+                print(error, {"jax", "tensorflow"} & sys.modules.keys())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    empty, absent, resized = done.stdout.splitlines()
+    assert "empty holds 0 class folder(s)" in empty
+    assert "--data absent does not exist" in absent
+    assert "--image-size 16 with --data shapes, whose images are 32x32" in resized
+    assert all(line.endswith(". set()") for line in (empty, absent, resized))
+
+
 def test_a_command_ends_in_one_line_and_its_exit_code() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cifar_jax.train", "--batch-size", "many"],
