@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import try_to_write
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_ENABLED = "JAX_ENABLE_COMPILATION_CACHE"
+_OFF = ("0", "n", "no", "f", "false", "off")  # as JAX reads it
 _MOST_BYTES = 1 << 30  # some hundred programs
 
 
@@ -21,7 +24,8 @@ def use_compilation_cache() -> None:
     """Tell JAX where to keep what it compiles.
 
     JAX's own variables have the last word: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
-    ``JAX_ENABLE_COMPILATION_CACHE=0`` does without.
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` does without. So does, after a warning, a folder that cannot be
+    written, of which JAX would warn at every program.
 
     Raises:
         CifarJaxError: environment; others could put programs into the folder, which JAX would run.
@@ -48,6 +52,21 @@ def use_compilation_cache() -> None:
                 f"{_FOLDER} {given} can be written by others, whose programs would then be run",
                 fix=f"chmod go-w {given}, or name another folder",
             )
+    if "://" in given or os.environ.get(_ENABLED, "").lower() in _OFF:  # a bucket; nothing is kept
+        return
+    try:
+        try_to_write(Path(given))
+    except OSError as error:
+        print(
+            f"warning: {_FOLDER} {given} cannot be written: {error.strerror or error}; each "
+            "program is compiled anew",
+            file=sys.stderr,
+        )
+        os.environ[_ENABLED] = "0"
+        if "jax" in sys.modules:
+            import jax
+
+            jax.config.update(_ENABLED.lower(), False)
 
 
 def _own_folder() -> Path:

@@ -26,6 +26,16 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def try_to_write(folder: Path) -> None:
+    """Make ``folder`` if need be, and a file in it, which is gone again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def check_is_new(destination: Path, option: str) -> None:
     """Raise ``CifarJaxError`` (usage) if there is a ``destination``, which ``option`` names."""
     if os.path.lexists(destination):

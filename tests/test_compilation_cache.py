@@ -96,4 +96,24 @@ def test_a_folder_that_is_named_is_taken(home: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "mine"))
     use_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(home / "mine")
-    assert list(home.iterdir()) == []
+    assert [path.name for path in home.rglob("*")] == ["mine"]
+
+
+@pytest.mark.fault("B13")
+@pytest.mark.parametrize("program", [PROGRAM, JAX_FIRST])
+def test_a_named_folder_that_cannot_be_written_is_done_without(
+    program: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, where JAX would warn of each program that it reads or writes."""
+    (home / "file").touch()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "file" / "mine"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "42.0\n"
+    assert done.stderr == (
+        f"warning: JAX_COMPILATION_CACHE_DIR {home}/file/mine cannot be written: Not a directory; "
+        "each program is compiled anew\n"
+    )
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("42.0\n", "")
