@@ -314,6 +314,9 @@ def train(
 # CVE-2025-32434 (up to 2.5.1) and CVE-2026-24747 (before 2.10) run code despite weights_only=True.
 _SAFE_TO_READ = (2, 10)
 
+# Of a zip, and of a pickle; torch's oldest files are tar archives, which it reads no longer.
+_STARTS = (b"PK", b"\x80")
+
 # Where training scripts keep the state_dict beside the optimizer's and the epoch.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
@@ -335,6 +338,9 @@ def read_pth(path: Path) -> StateDict:
         )
     content = path.read_bytes()
     try:
+        # Else torch takes a text for a pickle's instructions, and says that they are not allowed.
+        if not content.startswith(_STARTS) and content[257:262] != b"ustar":
+            raise ValueError(f"it begins with {content[:8]!r}")
         if content.startswith(b"PK"):
             with zipfile.ZipFile(io.BytesIO(content)) as records:
                 unpacked = sum(record.file_size for record in records.infolist())
@@ -348,7 +354,9 @@ def read_pth(path: Path) -> StateDict:
         raise _no_state_dict(path, f"holds {more}") from error
     except Exception as error:  # a damaged pickle ends in whatever its instructions run into
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise _no_state_dict(path, f"is damaged, or not of torch.save: {reason}") from error
+        raise _no_state_dict(
+            path, f"is damaged, or not of torch.save: {reason}", fix="use another copy"
+        ) from error
     if isinstance(payload, dict):
         payload = next((payload[key] for key in _STATE_DICT_KEYS if key in payload), payload)
     if not isinstance(payload, dict):
@@ -449,10 +457,11 @@ class _Classifier(nn.Module):
         return torch.softmax(self.twin(x.permute(0, 3, 1, 2).contiguous()), dim=1)
 
 
-def _no_state_dict(path: Path, reason: str) -> CifarJaxError:
+def _no_state_dict(path: Path, reason: str, fix: str | None = None) -> CifarJaxError:
     return CifarJaxError(
         ExitCode.CHECKPOINT,
         f"{path} {reason}",
-        fix="in PyTorch, load it where you trust it and save the weights alone: "
+        fix=fix
+        or "in PyTorch, load it where you trust it and save the weights alone: "
         "torch.save(model.state_dict(), path)",
     )
