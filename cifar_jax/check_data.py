@@ -12,8 +12,9 @@ from cifar_jax.options import Options, option
 
 DESCRIPTION = """\
 Look through all images of a data set as training would read them: name every file that cannot be
-used, not only the first; name images that are there twice, under whatever names; count those of
-each class. Nothing is changed. The exit code is 3 if a file cannot be used.
+used, not only the first, and every one of another size than the first; name images that are there
+twice, under whatever names; count those of each class. Nothing is changed. The exit code is 3 if a
+file cannot be used as it is.
 
 DATA is what --data of cifar_jax.train takes.
 
@@ -40,7 +41,7 @@ def check_data(data: str, options: CheckOptions) -> None:
     """Print what there is to say of ``data``.
 
     Raises:
-        CifarJaxError: data; a file cannot be used, or there is no such data.
+        CifarJaxError: data; a file cannot be used as it is, or there is no such data.
     """
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
@@ -52,15 +53,20 @@ def check_data(data: str, options: CheckOptions) -> None:
     from cifar_jax.images import decode_file
     from cifar_jax.sources import load_splits
 
-    def look(place: tuple[str, int]) -> bytes | CifarJaxError:
-        """A digest of the image, or what is wrong with it."""
+    def look(place: tuple[str, int]) -> bytes | tuple[CifarJaxError, bool]:
+        """A digest of the image; or what is wrong with it, and whether that is its size alone."""
         images = splits[place[0]].images
         if not isinstance(images, ImageFiles):
             return hashlib.sha256(images[place[1]].tobytes()).digest()
+        path = images.paths[place[1]]
         try:
-            return hashlib.sha256(decode_file(images, images.paths[place[1]]).tobytes()).digest()
+            return hashlib.sha256(decode_file(images, path).tobytes()).digest()
         except CifarJaxError as error:
-            return error
+            try:
+                decode_file(dataclasses.replace(images, resize=True), path)
+            except CifarJaxError:
+                return error, False
+            return error, True
 
     def described(name: str, i: int) -> str:
         images = splits[name].images
@@ -71,15 +77,19 @@ def check_data(data: str, options: CheckOptions) -> None:
         print(f"note: {' '.join(found.notice.split())}")
     splits = {"train": found.train, "val": found.val, "test": found.test}
     places = [(name, i) for name, split in splits.items() for i in range(len(split))]
-    n_bad, same = 0, defaultdict(list)
+    n_bad, of_another_size, same = 0, [], defaultdict(list)
     with ThreadPoolExecutor() as pool:
         looks = tqdm(pool.map(look, places), "looking", len(places), unit="images", disable=None)
-        for place, digest in zip(places, looks, strict=True):
-            if isinstance(digest, CifarJaxError):
-                print(f"bad: {str(digest).partition('. Fix: ')[0]}")
-                n_bad += 1
+        for place, found_there in zip(places, looks, strict=True):
+            if isinstance(found_there, bytes):
+                same[found_there].append(place)
+                continue
+            error, is_sound = found_there
+            print(f"{'another size' if is_sound else 'bad'}: {error.what}")
+            if is_sound:
+                of_another_size.append(error)
             else:
-                same[digest].append(place)
+                n_bad += 1
     # Also twice in one class: of these, another --seed would put one among the validation images.
     twice = [x for x in same.values() if len(x) > 1]
     for x in twice:
@@ -88,13 +98,19 @@ def check_data(data: str, options: CheckOptions) -> None:
     print(f"{'class':20s}{'train':>10s}{'val':>10s}{'test':>10s}")
     for class_name, row in zip(found.class_names, zip(*counts, strict=True), strict=True):
         print(f"{class_name:20s}" + "".join(f"{count:10,d}" for count in row))
-    print(f"{n_bad:,} bad file(s), {len(twice):,} image(s) that are there twice")
+    print(
+        f"{n_bad:,} bad file(s), {len(of_another_size):,} image(s) of another size, "
+        f"{len(twice):,} image(s) that are there twice"
+    )
+    wrong, fixes = [], []
     if n_bad:
-        raise CifarJaxError(
-            ExitCode.DATA,
-            f"{n_bad:,} file(s) of {data} cannot be used",
-            fix="mend or remove the files named above",
-        )
+        wrong.append(f"{n_bad:,} file(s) of {data} cannot be used")
+        fixes.append("mend or remove the bad files named above")
+    if of_another_size:
+        wrong.append(f"{len(of_another_size):,} image(s) of {data} are of another size than others")
+        fixes.append(of_another_size[0].fix)
+    if wrong:
+        raise CifarJaxError(ExitCode.DATA, ", and ".join(wrong), fix="; ".join(fixes))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -155,9 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"cifar_jax: {answer['error']}", file=sys.stderr)
         else:
             print(_describe(answer, options.top), flush=True)
-    milliseconds = 1000 * (time.perf_counter() - started) / len(files)
-    if not options.json:
-        print(f"{len(files)} image(s), {milliseconds:.1f} ms each, reading included")
+    n_answered = len(files) - n_refused
+    if n_answered and not options.json:
+        milliseconds = 1000 * (time.perf_counter() - started) / n_answered
+        print(f"{n_answered} image(s), {milliseconds:.1f} ms each, reading included")
     if n_refused:
         raise CifarJaxError(
             ExitCode.DATA,

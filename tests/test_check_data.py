@@ -29,7 +29,7 @@ def test_good_data_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -
         "bird                        27         3         7",
         "cat                         27         3         7",
         "frog                        27         3         7",
-        "0 bad file(s), 0 image(s) that are there twice",
+        "0 bad file(s), 0 image(s) of another size, 0 image(s) that are there twice",
     ]
 
 
@@ -44,7 +44,7 @@ def test_images_that_are_there_twice_are_named(
         image.save(data / "test" / "bird" / "2.png", compress_level=0)
     main([str(data)])
     *same, last = [line for line in capsys.readouterr().out.splitlines() if "image" in line]
-    assert last == "0 bad file(s), 3 image(s) that are there twice"
+    assert last == "0 bad file(s), 0 image(s) of another size, 3 image(s) that are there twice"
     across_splits, in_one, across_classes = sorted(
         same, key=lambda line: ("bird" in line, "again" in line)
     )
@@ -61,20 +61,37 @@ def test_every_bad_file_is_named(data: Path, capsys: pytest.CaptureFixture[str])
     for name in ("train/bird/003.png", "test/frog/004.png"):
         (data / name).write_bytes((data / name).read_bytes()[:-20])
     (data / "train" / "bird" / "000.png").write_bytes(b"")  # the first of all
-    with pytest.raises(CifarJaxError, match=r"4 file\(s\) of .*/data cannot be used") as caught:
+    with pytest.raises(CifarJaxError, match=r"3 file\(s\) of .*/data cannot be used") as caught:
         main([str(data)])
     assert caught.value.exit_code == ExitCode.DATA
+    assert caught.value.fix == (
+        "mend or remove the bad files named above; give --image-size 8 to resize all images to 8x8"
+    )
     printed = capsys.readouterr().out
-    assert printed.count("bad: ") == 4
+    assert printed.count("bad: ") == 3
     for line in (
-        f"bad: the image {data}/train/cat/007.png is 9x9, the first is 8x8",
+        f"another size: the image {data}/train/cat/007.png is 9x9, the first is 8x8",
         f"bad: the image {data}/train/bird/000.png is empty",
         f"bad: the image {data}/train/bird/003.png is cut short",
         f"bad: the image {data}/test/frog/004.png is cut short",
+        "3 bad file(s), 1 image(s) of another size, 0 image(s) that are there twice",
     ):
         assert line in printed.splitlines()
-    with pytest.raises(CifarJaxError, match=r"3 file\(s\)"):
+    with pytest.raises(CifarJaxError, match=r"3 file\(s\) of .*/data cannot be used\. Fix"):
         main([str(data), "--image-size", "8"])
+
+
+def test_sound_images_of_other_sizes_are_not_called_bad(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, size in enumerate((9, 11)):
+        Image.new("RGB", (size, size)).save(data / "train" / "cat" / f"{i:03d}.png")
+    with pytest.raises(CifarJaxError, match=r"^2 image\(s\) of .* of another size") as caught:
+        main([str(data)])
+    assert caught.value.exit_code == ExitCode.DATA
+    assert caught.value.fix == "give --image-size 8 to resize all images to 8x8"
+    assert "bad: " not in capsys.readouterr().out
+    main([str(data), "--image-size", "8"])
 
 
 def test_it_runs_without_tensorflow(image_folder: Path) -> None:

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from cifar_jax import inference, parallel, trained
-from cifar_jax.errors import ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.inference import make_logits, softmax
-from cifar_jax.predict import BATCH_SIZE, _describe, find_images, predict
+from cifar_jax.predict import BATCH_SIZE, _describe, find_images, main, predict
 
 
 def run(
@@ -113,6 +113,18 @@ def test_words_for_people_and_no_tensorflow(trained_run: Path, image_folder: Pat
     assert answer.startswith(f"{file}: ")
     assert answer.count("%") == 2
     assert time.startswith("1 image(s), ")
+
+
+@pytest.mark.parametrize("n_sound", [0, 1])
+def test_only_what_was_answered_is_counted(
+    trained_run: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], n_sound: int
+) -> None:
+    sound = [str(image_folder / "test" / "frog" / "000.png")][:n_sound]
+    with pytest.raises(CifarJaxError, match=rf"^1 of {1 + n_sound} image\(s\) could not be read"):
+        main(["--checkpoint", str(trained_run), "absent.png", *sound])
+    counted = [line for line in capsys.readouterr().out.splitlines() if "ms each" in line]
+    assert len(counted) == n_sound
+    assert all(line.startswith("1 image(s), ") for line in counted)
 
 
 def test_more_images_than_one_batch(trained_run: Path, image_folder: Path, tmp_path: Path) -> None:
