@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
 import hashlib
 import os
@@ -19,6 +18,7 @@ from typing import Self
 from tqdm import tqdm
 
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import fix_of, lacks_room
 from cifar_jax.lock import alone_in
 
 SUFFIXES = (".tar.gz", ".tgz")
@@ -41,8 +41,6 @@ _PAX_RECORD = re.compile(rb"(\d{1,6}) ([^=]+)=")
 _DOWNLOAD_AGAIN = "download it again, or give another --data"
 _GIVE_ANOTHER = "do not trust this archive; give another --data"
 _UNPACK_IT = "if you trust it, unpack it with tar and give --data the folder"
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TarGz:
@@ -266,13 +264,14 @@ def extract_once(archive: Path, into: Path) -> Path:
                     _extract(members, folder, alone)
         except OSError as error:  # of writing: what reading raises is not an OSError any more
             what = f"cannot write to --data-dir {into}: {error.strerror or error}"
-            if error.errno in _NO_ROOM:
+            if lacks_room(error):
                 needed = members.unpacked_size() / 2**20
                 there = next(place for place in (into, *into.parents) if place.exists())
                 free = shutil.disk_usage(there).free / 2**20
                 what += f"; {archive} needs {needed:,.1f} MB, and {free:,.1f} MB are free"
-            fix = "make room there, or give another --data-dir"
-            raise CifarJaxError(ExitCode.ENVIRONMENT, what, fix=fix) from error
+            raise CifarJaxError(
+                ExitCode.ENVIRONMENT, what, fix=fix_of(error, "another --data-dir")
+            ) from error
     return folder
 
 

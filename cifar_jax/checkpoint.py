@@ -304,5 +304,5 @@ def _damaged(path: Path, reason: str) -> CifarJaxError:
     return CifarJaxError(
         ExitCode.CHECKPOINT,
         f"the checkpoint {path} cannot be used: {reason}",
-        fix="use an older step, or a copy",
+        fix="use another step, or a copy",
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cifar_jax import cli
 from cifar_jax.config import SplitName
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.files import write_atomically
+from cifar_jax.files import fix_of, write_atomically
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder, workdir_of
 
@@ -119,7 +119,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
             f"cannot write to {output}: {error}",
-            fix="make room there, or give another --output",
+            fix=fix_of(error, "another --output"),
         ) from error
     print(f"in {output}: {', '.join(written)}")
     return evaluation

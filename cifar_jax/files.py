@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cifar_jax.errors import CifarJaxError, ExitCode
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -34,6 +37,16 @@ def try_to_write(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
+
+
+def lacks_room(error: OSError) -> bool:
+    """Whether ``error`` is of a full disk, a quota or the like."""
+    return error.errno in _NO_ROOM
+
+
+def fix_of(error: OSError, another: str) -> str:
+    """What to do where something cannot be written: make room if it lacks, or give ``another``."""
+    return f"make room there, or give {another}" if lacks_room(error) else f"give {another}"
 
 
 def check_is_new(destination: Path, option: str) -> None:
@@ -67,7 +80,7 @@ def new_path(destination: Path, option: str) -> Iterator[Path]:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
             f"cannot write {option} {destination}: {error}",
-            fix="make room there, or give another place",
+            fix=fix_of(error, "another place"),
         ) from error
     finally:
         if folder is not None:

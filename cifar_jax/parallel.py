@@ -58,10 +58,11 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, bare, of a jax without CUDA
+        reason = f": {first_line(error)}" if str(error) else ""
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
-            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, and jax finds no such device: "
-            f"{first_line(error)}",
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, and jax finds no such device"
+            f"{reason}",
             fix="install the extra for that device, or unset JAX_PLATFORMS to use what there is",
         ) from error
     if count == "all":

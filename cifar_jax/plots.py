@@ -41,7 +41,7 @@ def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
             label=f"best validation accuracy: {100 * best['val_accuracy']:.1f} %",
         )
         axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
 

@@ -230,6 +230,31 @@ def test_pictures_stay_small_whatever_the_classes_are(tmp_path: Path) -> None:
             assert max(image.size) <= 2400
 
 
+def test_an_output_that_cannot_be_written_is_said_behind_the_scores(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CifarJaxError, match="cannot write to") as caught:
+        evaluate(EvaluateOptions(str(trained_run), output=str(tmp_path / "file")))
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert caught.value.fix == "give another --output", "room is not what it lacks"
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_one_epoch_is_drawn_at_a_whole_number(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cifar_jax import plots
+    from cifar_jax.metrics import read_history
+
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.save_curves(read_history(trained_run / "metrics.jsonl")[:1], "one", tmp_path / "a.png")
+    for axes in figures[0].axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(CifarJaxError, match="--checkpoint") as caught:
         main([])

@@ -321,6 +321,16 @@ def test_a_run_before_its_first_epoch(trained_run: Path, tmp_path: Path) -> None
     assert "All that the network shows" in page.text
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_whose_history_is_lost(trained_run: Path, tmp_path: Path, is_finished: bool) -> None:
+    workdir = copy_of(trained_run, tmp_path / "run")
+    (workdir / "metrics.jsonl").write_text("")
+    if not is_finished:
+        (workdir / "report.json").unlink()
+    page = make_page(workdir, output=tmp_path / "page.html")
+    assert "The curves: metrics.jsonl is missing or empty." in page.text
+
+
 def test_without_its_data_the_page_shows_the_rest(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -593,8 +603,12 @@ def test_wrong_usage(arguments: list[str], what: str, trained_run: Path) -> None
     assert raised.value.exit_code == ExitCode.USAGE
 
 
-def test_an_output_that_cannot_be_written(trained_run: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_said_at_once(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CifarJaxError, match="cannot write") as raised:
         write_report([trained_run] * 2, ReportOptions(output=str(tmp_path / "file" / "page.html")))
     assert raised.value.exit_code == ExitCode.ENVIRONMENT
+    assert raised.value.fix == "give another --output"
+    assert "reading" not in capsys.readouterr().out

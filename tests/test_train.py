@@ -775,6 +775,7 @@ def test_commands_that_do_not_train_say_so_too(trained_run: Path, tmp_path: Path
     said = done.stdout.splitlines()
     assert len(said) == 3, done
     assert all(line.startswith("6 JAX_PLATFORMS=cuda, and jax finds no") for line in said), said
+    assert "AssertionError" not in done.stdout
 
 
 @pytest.mark.fault("B14")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.files import write_atomically
+from cifar_jax.files import fix_of, try_to_write, write_atomically
 from cifar_jax.options import Options, flag, option
 from cifar_jax.report.run import read_run
 
@@ -67,6 +68,8 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
             ExitCode.USAGE, f"--output {output} is a folder", fix="give the name of a file"
         )
     runs = [read_run(workdir) for workdir in workdirs]
+    with _writing(output):
+        try_to_write(output.parent)
 
     # As late as can be: what is wrong with the command is said before JAX starts.
     print(f"reading {', '.join(map(str, workdirs))} ...", flush=True)
@@ -78,16 +81,23 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
         text = html.render_run(content)
     else:
         text = html.render_comparison(page.gather_comparison(runs))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(output):
         # ASCII, so that neither the locale nor a file name of odd bytes can spoil it.
         write_atomically(output, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
-    except OSError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT, f"cannot write {output}: {error}", fix="give another --output"
-        ) from error
     print(f"the page is {output}")
     return output
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"cannot write {output}: {error}",
+            fix=fix_of(error, "another --output"),
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -188,6 +188,8 @@ def gather_run(run: StoredRun, *, data: str | None, data_dir: str | None) -> Run
     page = RunPage(summary)
     if not run.history:
         why = "a converted network has none" if run.is_converted else "no epoch is done yet"
+        if summary.epochs:
+            why = "metrics.jsonl is missing or empty"
         _miss(page, f"The curves: {why}.")
     try:
         network = _load(run)
@@ -265,6 +267,8 @@ def summarize(run: StoredRun) -> Summary:
     metadata, n_params = _newest(run)
     history = run.history
     data, versions = (_texts(metadata.get(name)) for name in ("data", "versions"))
+    saved = metadata.get("history")
+    saved_history = saved if isinstance(saved, list) else []
     speeds = [row["images_per_second"] for row in history]
     return Summary(
         run=run,
@@ -276,7 +280,7 @@ def summarize(run: StoredRun) -> Summary:
         test_accuracy=None,
         test_interval=None,
         test_loss=None,
-        epochs=len(history),
+        epochs=len(history or saved_history),
         steps=history[-1]["step"] if history else None,
         seconds=sum(row["seconds"] for row in history) if history else None,
         images_per_second=statistics.harmonic_mean(speeds) if speeds else None,
