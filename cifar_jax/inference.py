@@ -26,8 +26,9 @@ def make_logits(network: TrainedNetwork) -> Logits:
     It runs in batches whose sizes are powers of two, the last one padded, and compiles each size
     when it first comes.
 
-    The function raises ``CifarJaxError`` (numerics) where a logit is not finite, as of weights that
-    are too large: the highest of such would be called class 0.
+    The function raises ``ValueError`` for images of another shape or type, and ``CifarJaxError``
+    (numerics) where a logit is not finite, as of weights that are too large: the highest of such
+    would be called class 0.
     """
     model = network.model
     variables = jax.device_put(network.variables)
@@ -41,6 +42,13 @@ def make_logits(network: TrainedNetwork) -> Logits:
         return compile_lowered(jax.jit(forward).lower(variables, images), jax.default_backend())
 
     def logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != network.image_shape:
+            wanted = ", ".join(map(str, network.image_shape))
+            raise ValueError(
+                f"images must be uint8 [N, {wanted}], from 0 to 255: these are {images.dtype} "
+                f"{list(images.shape)}"
+            )
         found = [np.zeros((0, len(network.class_names)), np.float32)]
         for start in range(0, len(images), _LARGEST_BATCH):
             batch = images[start : start + _LARGEST_BATCH]

@@ -279,10 +279,10 @@ def _shapes_notice(data_dir: Path, obstacle: str) -> str:
     return (
         f"CIFAR-10 is missing: it is not prepared in {data_dir}, and it cannot be\n"
         f"downloaded: {obstacle}.\n"
-        "This run trains on 'shapes' instead, ten classes of drawn figures.\n"
-        "ITS ACCURACY SAYS NOTHING ABOUT CIFAR-10.\n"
-        "For CIFAR-10, with a network:   python -m cifar_jax.train --data cifar10\n"
-        "or with an archive or folder:   python -m cifar_jax.train --data cifar-10-binary.tar.gz"
+        "In its place is 'shapes', ten classes of drawn figures.\n"
+        "ACCURACY ON THEM SAYS NOTHING ABOUT CIFAR-10.\n"
+        "For CIFAR-10, with a network:   --data cifar10\n"
+        "or with an archive or folder:   --data cifar-10-binary.tar.gz"
     )
 
 

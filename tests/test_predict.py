@@ -76,6 +76,22 @@ def test_predictions_are_of_float32_on_a_gpu_too(
     assert all("HIGHEST" in product and "DEFAULT" not in product for product in products)
 
 
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), r"these are float32 \[2, 8, 8, 3\]"),
+        (np.zeros((8, 8, 3), np.uint8), r"these are uint8 \[8, 8, 3\]"),
+        (np.zeros((1, 9, 9, 3), np.uint8), r"these are uint8 \[1, 9, 9, 3\]"),
+        (np.zeros((1, 8, 8, 3)).tolist(), r"these are float64 \[1, 8, 8, 3\]"),
+        ([], r"these are float64 \[0\]"),
+    ],
+)
+def test_images_of_another_kind_are_refused(trained_run: Path, images: Any, said: str) -> None:
+    logits = make_logits(trained.load(trained_run))
+    with pytest.raises(ValueError, match=rf"^images must be uint8 \[N, 8, 8, 3\], .*{said}"):
+        logits(images)
+
+
 def test_a_program_gets_images_where_it_can_read_them(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

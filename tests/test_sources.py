@@ -329,9 +329,10 @@ def test_auto_offline_is_shapes_under_a_notice(tmp_path: Path) -> None:
         str(tmp_path),
         "no route to host",
         "SAYS NOTHING ABOUT CIFAR-10",
-        "python -m cifar_jax.train --data cifar10",
+        "--data cifar10",
     ):
         assert said in dataset.notice
+    assert "train" not in dataset.notice, "evaluate prints it too"
     plain = load_dataset("shapes")
     assert plain.notice is None
     assert plain.digest == dataset.digest
