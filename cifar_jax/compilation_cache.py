@@ -24,8 +24,8 @@ def use_compilation_cache() -> None:
     """Tell JAX where to keep what it compiles.
 
     JAX's own variables have the last word: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
-    ``JAX_ENABLE_COMPILATION_CACHE=0`` does without. So does, after a warning, a folder that cannot be
-    written, of which JAX would warn at every program.
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` does without. A folder that cannot be written is done without
+    too, after one warning: JAX would give one for each program.
 
     Raises:
         CifarJaxError: environment; others could put programs into the folder, which JAX would run.

@@ -112,7 +112,9 @@ def check_not_empty(name: str, values: Sequence[Any]) -> None:
     As a path it would be the current directory, and elsewhere the default.
     """
     if "" in values:
-        raise CifarJaxError(ExitCode.USAGE, f"{name} '' is empty", fix="give a text, or leave it out")
+        raise CifarJaxError(
+            ExitCode.USAGE, f"{name} '' is empty", fix="give a text, or leave it out"
+        )
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:

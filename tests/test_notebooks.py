@@ -1,18 +1,30 @@
-"""Each notebook runs from top to bottom, in a real kernel."""
+"""Each notebook runs from top to bottom, in a real kernel; and so does the README's Python."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
+import jax
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
+
+import cifar_jax.train
+from cifar_jax import trained
+from cifar_jax.config import TrainConfig
+from cifar_jax.convert import ConvertOptions, convert
+from cifar_jax.shapes import CLASS_NAMES
+from cifar_jax.trained import TrainedNetwork
 
 # Of the runs in them, which are there for the pictures.
 FULL, SMALL = "epochs=6, max_train_examples=5000", "epochs=1, max_train_examples=500"
 
+README = Path(__file__).parent.parent / "README.md"
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -31,3 +43,25 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     notebook = nbformat.reads(path.read_text().replace(FULL, SMALL), as_version=4)
     NotebookClient(notebook, timeout=200, kernel_name="python3").execute(cwd=tmp_path)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is typed, but for the training, whose place a small network takes."""
+    config = TrainConfig(model="linear")
+    network = TrainedNetwork(config, CLASS_NAMES, (32, 32, 3), (0.5,) * 3, (0.25,) * 3, {})
+    variables = network.model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    network = dataclasses.replace(network, variables={"batch_stats": {}, **variables})
+
+    def train(config: TrainConfig, workdir: str) -> dict[str, float]:
+        trained.save(network, Path(workdir), source="a test")
+        return {"test_accuracy": 0.1}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cifar_jax.train, "train_and_evaluate", train)
+    run = Path("runs/20261122-101500-cnn")
+    trained.save(network, run, source="a test")
+    convert(run, Path("net.safetensors"), ConvertOptions())
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
