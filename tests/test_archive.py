@@ -106,9 +106,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------- archives of image folders
 
 
-def test_an_archive_is_extracted_once(image_folder: Path, tmp_path: Path) -> None:
+def test_an_archive_is_extracted_once(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tgz_of(image_folder, tmp_path / "images.tar.gz")
     data_dir = tmp_path / "data"
+    put_on_the_disk: list[set[bytes]] = []
+    monkeypatch.setattr(
+        os, "sync", lambda: put_on_the_disk.append(set(contents(data_dir).values()))
+    )
     dataset = load_dataset(str(path), data_dir=str(data_dir))
     assert dataset.name == "images.tar.gz"
     assert dataset.digest == load_dataset(str(image_folder)).digest
@@ -117,6 +123,8 @@ def test_an_archive_is_extracted_once(image_folder: Path, tmp_path: Path) -> Non
     before = {file: file.stat().st_mtime_ns for file in extracted.rglob("*")}
     load_dataset(str(path), data_dir=str(data_dir))
     assert {file: file.stat().st_mtime_ns for file in extracted.rglob("*")} == before
+    (on_the_disk,) = put_on_the_disk
+    assert on_the_disk >= set(contents(image_folder).values())
 
 
 def test_what_is_wrong_with_images_is_told_of_their_archive(tmp_path: Path) -> None:
@@ -394,7 +402,8 @@ def test_extensions_in_a_row_are_read_as_one(tmp_path: Path) -> None:
     """With ``tarfile``, each is a call deeper."""
     long = member("long", b"of no one\0", type=tarfile.GNUTYPE_LONGNAME)
     last = pax(("path", b"a/1.png"), ("size", b"3"))
-    path = tgz(tmp_path / "x.tgz", *[long] * 3000, last, member("b", b"abc", size=0))
+    of_all = pax(("path", b"all"), kind=tarfile.XGLTYPE)
+    path = tgz(tmp_path / "x.tgz", *[long] * 3000, last, of_all, member("b", b"abc", size=0))
     assert contents(archive.extract_once(path, tmp_path / "into")) == {"a/1.png": b"abc"}
 
 

@@ -50,6 +50,24 @@ def test_cutout_fills_a_square_and_nothing_else() -> None:
         assert (image[changed] == np.asarray(fill)).all()
 
 
+def test_cutout_is_of_the_mean_colour() -> None:
+    white = np.full((6, 6, 2), 255, np.uint8)
+    augment = make_augmentation(TrainConfig(flip=False, crop=0, cutout=3), (0.5, 0.25))
+    image = np.asarray(augment(KEYS[0], white))
+    assert (image[(image != white).any(axis=-1)] == [128, 64]).all()
+    assert (image != white).any()
+
+
+def test_whether_an_image_is_mirrored_says_nothing_of_its_shift() -> None:
+    rows, columns = np.indices((8, 8))
+    image = np.stack([16 * rows, 16 * columns], axis=-1).astype(np.uint8)
+    augment = make_augmentation(TrainConfig(flip=True, crop=3), (0.5, 0.5))
+    seen = np.asarray(jax.vmap(augment, (0, None))(KEYS, image)).astype(int)
+    mirrored = seen[:, 4, 4, 1] < seen[:, 4, 3, 1]
+    shift = seen[:, 4, 4, 0]
+    assert abs(shift[mirrored].mean() - shift[~mirrored].mean()) < 0.4 * shift.std()
+
+
 def test_what_is_switched_off_leaves_the_image_alone() -> None:
     off = make_augmentation(TrainConfig(flip=False, crop=0, cutout=0), (0.5, 0.5))
     assert np.array_equal(off(KEYS[0], IMAGE), IMAGE)

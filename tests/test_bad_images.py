@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from conftest import GREY, RGB, write_images
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from cifar_jax import host_input, images, input_pipeline
 from cifar_jax.config import TrainConfig
@@ -49,11 +49,12 @@ def encode(pixels: NDArray[Any] | Image.Image, kind: str, **options: Any) -> byt
     return buffer.getvalue()
 
 
-def png_of(*sizes: tuple[int, int], pixels: bytes, bits: int = 8) -> bytes:
+def png_of(*sizes: tuple[int, int], pixels: bytes, bits: int = 8, exif: bytes = b"") -> bytes:
     """An RGB PNG with a header for each (width, height), whose compressed pixels are ``pixels``."""
-    headers = [(b"IHDR", struct.pack(">IIBBBBB", *size, bits, 2, 0, 0, 0)) for size in sizes]
+    before = [(b"IHDR", struct.pack(">IIBBBBB", *size, bits, 2, 0, 0, 0)) for size in sizes]
+    before += [(b"eXIf", exif)] if exif else []
     content = b"\x89PNG\r\n\x1a\n"
-    for name, part in (*headers, (b"IDAT", pixels), (b"IEND", b"")):
+    for name, part in (*before, (b"IDAT", pixels), (b"IEND", b"")):
         content += struct.pack(">I", len(part)) + name + part + bytes(4)
     return bytes(with_right_checksums(bytearray(content)))
 
@@ -99,6 +100,9 @@ TURNED_CMYK = CMYK_IMAGE.transpose(Image.Transpose.ROTATE_90)
 CMYK = encode(CMYK_IMAGE, "JPEG")
 TURNED = Image.Exif()
 TURNED[ExifTags.Base.Orientation] = 6  # the camera was held upright: turn by 90 degrees
+EXIF_AS_TEXT, XMP = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+EXIF_AS_TEXT.add_text("Raw profile type exif", f"\nexif\n\n{TURNED.tobytes().hex()}\n")
+XMP.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
 JPEG = encode(RGB, "JPEG")
 SIXTEEN_BITS = (RGB.astype(np.uint16) * 256 + 255).astype(">u2")
 ODD: dict[str, tuple[bytes, NDArray[Any] | None]] = {  # a JPEG's pixels are what both say
@@ -125,6 +129,8 @@ ODD: dict[str, tuple[bytes, NDArray[Any] | None]] = {  # a JPEG's pixels are wha
     "animated.png": (encode(RGB, "PNG", **FRAMES), RGB),
     "turned.jpg": (encode(np.rot90(RGB), "JPEG", exif=TURNED), None),
     "turned.png": (encode(np.rot90(RGB), "PNG", exif=TURNED), RGB),
+    "turned-by-a-text.png": (encode(np.rot90(RGB), "PNG", pnginfo=EXIF_AS_TEXT), RGB),
+    "turned-by-xmp.png": (encode(np.rot90(RGB), "PNG", pnginfo=XMP), RGB),
     "turned-grey.png": (encode(np.rot90(GREY), "PNG", exif=TURNED), THREE_GREY),
     "turned-cmyk.jpg": (encode(TURNED_CMYK, "JPEG", exif=TURNED), None),
     "jpeg-in-truth.png": (encode(RGB, "JPEG"), None),
@@ -282,6 +288,10 @@ BAD = {
     ),
     "turned-by-a-second-header.png": (
         png_of((20, 24), (24, 20), pixels=black(24, 20)),
+        "is damaged: its pixels cannot be decoded",
+    ),
+    "turned-by-a-second-header-and-back-by-exif.png": (
+        png_of((20, 24), (24, 20), pixels=black(24, 20), exif=TURNED.tobytes()[6:]),
         "is damaged: its pixels cannot be decoded",
     ),
     **BOMBS,

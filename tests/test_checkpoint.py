@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import tensorstore
 from cifar_jax import checkpoint
 from cifar_jax.checkpoint import restore, restore_newest, save, tree_sha256
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
+from cifar_jax.files import write_atomically
 from cifar_jax.train_step import TrainState
 from cifar_jax.workdir import saved_steps
 
@@ -131,6 +134,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage
     save_steps(tmp_path, 20)
     assert_equal(restore(tmp_path / "20", make_state(0)).state, make_state(20))
     assert (tmp_path / "20.damaged").is_dir()
+    assert checkpoint.strangers(tmp_path) == []
+    damage(tmp_path / "20")  # once more
+    newest, _ = restore_newest(tmp_path, make_state(0))
+    assert newest is not None
+    assert newest.path == tmp_path / "10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20.damaged"]
 
 
 @pytest.mark.fault("A7")
@@ -212,6 +221,47 @@ def test_a_kill_in_any_part_of_a_save_leaves_whole_checkpoints(
         assert_equal(restore(tmp_path / str(step), make_state(0)).state, make_state(step))
     save_steps(tmp_path, 20, 30)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["20", "30"], "nothing is left"
+
+
+@contextlib.contextmanager
+def noted_fsyncs(monkeypatch: pytest.MonkeyPatch, note: Callable[[Path], None]) -> Iterator[None]:
+    """``note`` is told of each file and folder that is put on the disk."""
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        note(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", noted)
+        yield
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power may keep a name, and lose what it stands for."""
+    unfinished, path = tmp_path / ".unfinished-10", tmp_path / "10"
+    on_disk: dict[Path, bool] = {}  # and whether it had its name already
+    with noted_fsyncs(monkeypatch, lambda file: on_disk.update({file: path.exists()})):
+        save_steps(tmp_path, 10)
+    files = {unfinished / file.relative_to(path) for file in path.rglob("*")}
+    assert len(files) > 5
+    assert {file for file, named in on_disk.items() if not named} >= {unfinished, *files}
+    assert on_disk[tmp_path]
+
+
+def test_a_text_is_on_the_disk_before_it_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.json"
+    found: list[tuple[str, str]] = []
+    path.write_text("old")
+    with noted_fsyncs(monkeypatch, lambda f: found.append((f.read_text(), path.read_text()))):
+        write_atomically(path, "new")
+    assert found == [("new", "old")]
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.fault("A6")

@@ -52,6 +52,15 @@ def test_programs_are_kept_for_the_next_command(
     assert run_program(program) == "42.0\n"
 
 
+def test_each_kind_of_processor_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home may be shared by several, and a program is made for one."""
+    folders = set()
+    for flags in ("avx2", "avx2 avx512f"):
+        monkeypatch.setattr(Path, "read_text", lambda path, flags=flags: f"flags\t: {flags}\n")
+        folders.add(compilation_cache._own_folder())
+    assert len(folders) == 2
+
+
 def test_the_oldest_are_deleted_where_all_take_too_much(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

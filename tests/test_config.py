@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
 import re
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,6 +178,33 @@ def test_every_preset_has_the_name_it_is_listed_under() -> None:
     assert tuple(PRESETS) == typing.get_args(config_module.PresetName)
 
 
+def test_each_preset_is_the_default_but_for_what_it_is_known_for() -> None:
+    default = to_json(PRESETS["default"])
+    assert default == to_json(TrainConfig())
+    own = {
+        name: {n: v for n, v in to_json(preset).items() if v != default[n] and n != "preset"}
+        for name, preset in PRESETS.items()
+    }
+    muon: dict[str, Any] = {"optimizer": "muon", "momentum": 0.6, "schedule": "linear"}
+    assert own == {
+        "default": {},
+        "tutorial": {"learning_rate": 1e-3, "schedule": "constant", "flip": False, "crop": 0},
+        "fast": {
+            **muon, "model": "cnn-gap", "patch_size": 2, "batch_norm": True, "epochs": 3,
+            "batch_size": 256, "learning_rate": 0.1, "label_smoothing": 0.1,
+        },
+        "airbench": {
+            **muon, "model": "airbench", "epochs": 8, "batch_size": 2000, "learning_rate": 0.24,
+            "label_smoothing": 0.2,
+        },
+    }  # fmt: skip
+
+
+def test_a_bound_is_itself_allowed() -> None:
+    for options in ({"image_size": 1}, {"image_size": 10_000}):
+        assert SummaryOptions(**options).image_size == options["image_size"]
+
+
 def test_a_preset_that_is_only_named_is_refused(tmp_path: Path) -> None:
     """Its options are another config: ``config.json`` would tell of a run that was not."""
     with pytest.raises(CifarJaxError, match=r"says preset 'fast'.*Fix: .*PRESETS\['fast'\]"):
@@ -201,6 +231,17 @@ def test_resume_may_change_where_a_run_is_but_not_what_it_computes() -> None:
     longer = {"epochs": saved.epochs + 1}
     with pytest.raises(CifarJaxError, match=r"--epochs 11 \(was 10\)"):
         check_resumable(dataclasses.replace(saved, **longer), saved)
+    may_change = set()
+    for field in dataclasses.fields(TrainConfig):
+        other = copy.copy(saved)
+        object.__setattr__(other, field.name, "another")
+        with contextlib.suppress(CifarJaxError):
+            check_resumable(other, saved)
+            may_change.add(field.name)
+    assert may_change == {
+        "resume", "coordinator", "num_processes", "process_id", "data", "data_dir", "input",
+        "cache_mb", "devices", "checkpoint_every", "tensorboard",
+    }  # fmt: skip
     constant = dataclasses.replace(saved, schedule="constant")
     check_resumable(dataclasses.replace(constant, **longer), constant)
 

@@ -674,6 +674,11 @@ def test_options_that_contradict_the_network_are_refused(tmp_path: Path) -> None
         error = refusal(path, tmp_path / "run", options)
         assert error.exit_code == ExitCode.USAGE
         assert message in str(error)
+    airbench = make_twin(create_model(ZOO["airbench"], 10), (32, 32, 3)).state_dict()
+    tensors = {name: tensor.numpy() for name, tensor in airbench.items()}
+    assert identify(tensors, image_size=9).image_shape == (9, 9, 3)
+    with pytest.raises(CifarJaxError, match=r"size 8 is too small for airbench.*Fix: give 9 or mo"):
+        identify(tensors, image_size=8)
     error = refusal(path, tmp_path / "run", ConvertOptions(image_size=64))
     assert "network.10.weight [16, 128] instead of [16, 512]" in str(error)
     with pytest.raises(CifarJaxError, match="--std 0"):

@@ -220,6 +220,15 @@ def test_an_accelerators_room_is_what_it_and_the_host_have_free(
     assert room == int(device_input._SHARE_FOR_IMAGES * room_gb * 1024)
 
 
+def test_the_devices_of_a_cpu_share_the_hosts_memory_with_the_decoded_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_input, "_available_bytes", lambda: 10 << 30)
+    for devices, room_gb in ((1, 5), (4, 2)):
+        room = device_input.room_mb(jax.devices()[:devices])
+        assert room == int(device_input._SHARE_FOR_IMAGES * room_gb * 1024)
+
+
 def test_where_the_host_does_not_tell_its_memory_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

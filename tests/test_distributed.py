@@ -14,13 +14,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from cifar_jax import distributed
+from cifar_jax import start as start_module
 from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import Dataset, Split
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.evaluate import EvaluateOptions, evaluate
+from cifar_jax.run import Progress
 from cifar_jax.train import train_and_evaluate
+from cifar_jax.train_step import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ("--model", "linear", "--batch-size", "16", "--epochs", "2", "--input", "device")
@@ -157,6 +163,36 @@ def test_a_process_that_differs_is_named(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.fault("B4")
+def test_processes_compare_all_that_they_must_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def gather(fact: str) -> list[str]:
+        compared.append(fact)
+        return [fact, fact]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_gather", gather)
+    monkeypatch.setattr(start_module, "wait_for_all", lambda where: None)
+    split = Split(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int32))
+    dataset = Dataset("photos", "f00d", ("a", "b"), split, split, split, (0.5,) * 3, (0.2,) * 3)
+    state: Any = TrainState(np.int32(7), {}, {}, ())
+    config = TrainConfig(data="/elsewhere/photos")
+    start_module._agree(config, tmp_path, dataset, Progress(state))
+    said = "\n".join(compared)
+    for fact in (
+        '"optimizer": "adam"',
+        f'"jax": "{jax.__version__}"',
+        "photos f00d",
+        "step 7",
+        distributed._code_digest(),
+    ):
+        assert fact in said
+    assert "elsewhere" not in said, "it may be another place on each machine"
+
+
 def test_a_workdir_that_is_not_shared_is_noticed_before_training(
     image_folder: Path, tmp_path: Path
 ) -> None:
@@ -280,18 +316,31 @@ def test_two_processes_on_one_gpu_are_told_so_and_not_to_start_again(tmp_path: P
     assert "--resume" not in done.stdout
 
 
-@pytest.mark.fault("B5")
+@pytest.mark.fault("A17", "B5")
 def test_a_signal_to_one_stops_both_at_the_same_step(image_folder: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     processes = start_two(workdir, "--data", str(image_folder), "--epochs", "100000")
     wait_for_an_epoch(workdir, processes)
+    locks = [lock.read_text() for lock in workdir.glob(".lock")]
     processes[1].send_signal(signal.SIGTERM)
     first, second = finish(processes)
     assert (first[0], second[0]) == (143, 143), (first, second)
+    assert locks == [f"process {processes[0].pid} on {socket.gethostname()}\n"]
     (stopped,) = {
         re.search(r"SIGTERM: step \d+ is saved", said)[0] for _, _, said in (first, second)
     }  # type: ignore[index]
     assert int(re.findall(r"\d+", stopped)[0]) == max(map(int, os.listdir(workdir / "checkpoints")))
+
+
+@pytest.mark.fault("B5")
+def test_a_signal_to_one_is_a_signal_to_all_between_epochs_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda x: np.stack([x, signal.SIGTERM])
+    )
+    assert distributed.agreed_signal(None) == signal.SIGTERM
 
 
 @pytest.mark.fault("B2")

@@ -14,12 +14,13 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from cifar_jax import trained
+from cifar_jax import plots, trained
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.evaluate import EvaluateOptions, describe, evaluate, main
 from cifar_jax.inference import make_logits
 from cifar_jax.labelled import load_labelled
 from cifar_jax.scores import score
+from cifar_jax.sources import load_splits
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,20 @@ def test_no_split_is_drawn_from_other_data_than_in_training(
         load_labelled(network, "test", data=str(data / "train"), data_dir=None)
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"val_fraction": 0.3}, {"max_train_examples": 30}])
+def test_images_are_split_as_the_networks_own_run_split_them(
+    trained_run: Path, image_folder: Path, change: dict[str, Any]
+) -> None:
+    """Or images that were trained on pass for a test set."""
+    data = str(image_folder / "train")  # flat: all three splits are drawn
+    expected, network = load_splits(data, **change), trained.load(trained_run)
+    config = dataclasses.replace(network.config, data=data, **change)
+    network = dataclasses.replace(network, config=config, data_digest=expected.digest)
+    for name in ("train", "val", "test"):
+        found = load_labelled(network, name, data=None, data_dir=None).split.images
+        assert found.paths.tolist() == getattr(expected, name).images.paths.tolist(), name
+
+
 def test_arrays_of_another_shape_are_refused(trained_run: Path, tmp_path: Path) -> None:
     network = trained.load(trained_run)
     from cifar_jax.shapes import CLASS_NAMES
@@ -200,6 +215,20 @@ def test_a_class_without_images_or_answers_has_no_share() -> None:
         ["b", "0", "0.0", "%", "-"],
         ["c", "0", "-", "-"],
     ]
+
+
+def test_the_picture_of_the_confusion_matrix_has_the_true_class_in_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    scores = score(np.array([[0.0, 1], [0, 1], [0, 1]]), np.array([0, 0, 1], np.int32))
+    plots.save_confusion(scores, ["a", "b"], "", tmp_path / "confusion.png")
+    (axes,) = figures[0].axes
+    x, y = 1, 0  # of "a", taken for "b"
+    assert {text.get_position(): text.get_text() for text in axes.texts}[x, y] == "2"
+    assert axes.images[0].get_array()[y, x] == 1
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:

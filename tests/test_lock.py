@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,8 @@ COUNT = """if True:
 @pytest.mark.fault("A17")
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / ".lock").write_text(f"process 123456789 on {'a' * 99}\n")  # of one that was killed
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(workdir)], stdout=subprocess.PIPE, text=True
     )
@@ -53,7 +56,8 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: P
     )
     assert time.monotonic() - started < 20, "it does not wait"
     assert second.returncode == ExitCode.ENVIRONMENT
-    assert f"--workdir {workdir} is locked by process {first.pid} on" in second.stderr
+    holder = f"process {first.pid} on {socket.gethostname()}"
+    assert f"--workdir {workdir} is locked by {holder}. Fix: " in second.stderr
     assert second.stderr.count("\n") == 1
     assert second.stdout == "", "before anything slow is started"
     first.kill()

@@ -114,16 +114,27 @@ def test_batch_norm_normalises_in_training_and_remembers_for_evaluation() -> Non
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * y.var(axis=(0, 1, 2)), rtol=1e-4)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = create_model(TrainConfig(model="mlp", hidden=(8,), dropout=0.5), 10)
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(model="mlp", hidden=(8,), dropout=0.5),
+        TrainConfig(model="resnet9", widths=(4, 4, 4, 4), dropout=0.5),
+    ],
+    ids=["mlp", "resnet9"],
+)
+def test_dropout_acts_in_training_only(config: TrainConfig) -> None:
+    model = create_model(config, 10)
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
 
-    def train(seed: int) -> jax.Array:
-        return model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(seed)})
+    @jax.jit
+    def train(key: jax.Array) -> jax.Array:
+        rngs = {"dropout": key}
+        return model.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])[0]
 
-    assert not np.allclose(train(0), train(1))
-    assert np.array_equal(model.apply(variables, x), model.apply(variables, x))
+    evaluate = jax.jit(model.apply)
+    assert not np.allclose(train(jax.random.key(0)), train(jax.random.key(1)))
+    assert np.array_equal(evaluate(variables, x), evaluate(variables, x))
 
 
 @pytest.mark.parametrize("name", ["cnn", "linear", "cnn-wide"])

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +23,7 @@ from cifar_jax import checkpoint, trained
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.layers import trace_layers
+from cifar_jax.metrics import best_row
 from cifar_jax.models import create_model, space_to_depth
 from cifar_jax.report import figures as report_figures
 from cifar_jax.report import page as report_page
@@ -201,6 +203,14 @@ def test_the_curves_are_those_of_metrics(trained_run: Path) -> None:
     assert_drawn(line(loss, "--other"), [row["train_loss"] for row in history])
     assert_drawn(line(accuracy, "--accent"), [row["val_accuracy"] for row in history])
     assert_drawn(line(accuracy, "--other"), [row["train_accuracy"] for row in history])
+
+    def markers(svg: str) -> Counter[tuple[str, ...]]:
+        return Counter(re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', svg))
+
+    best = best_row(history)
+    ((dot, _),) = (markers(report_figures.loss_curves(history, best)) - markers(loss)).items()
+    place = line(loss, "--accent")[best["epoch"] - 1]
+    np.testing.assert_allclose(np.array(dot, float), place, atol=1e-3)
     gaps = [row["train_accuracy"] - row["val_accuracy"] for row in history]
     assert_drawn(line(report_figures.gap_curve(history, None), "--accent"), gaps)
     rates = [row["learning_rate"] for row in history]

@@ -52,6 +52,14 @@ def test_the_split_is_a_function_of_the_seed(image_folder: Path) -> None:
     assert val_bytes(0) == val_bytes(0)
     assert val_bytes(0) != val_bytes(1)
 
+    def drawn_for_the_test(seed: int) -> Any:
+        images = load_splits(str(image_folder / "train"), seed=seed).test.images
+        assert isinstance(images, ImageFiles)
+        return images.paths.tolist()
+
+    assert drawn_for_the_test(0) == drawn_for_the_test(0)
+    assert drawn_for_the_test(0) != drawn_for_the_test(1)
+
 
 def test_a_flat_folder_is_split_three_ways(image_folder: Path) -> None:
     dataset = load_dataset(str(image_folder / "train"), val_fraction=0.2)
@@ -168,6 +176,16 @@ def test_one_image_in_colour_makes_a_data_set_colour(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("C5")
+def test_of_each_class_an_image_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_SHAPE_SAMPLE", 1)
+    write_images(tmp_path, {"a": 3, "b": 3}, mode="L")
+    write_images(tmp_path, {"c": 3})
+    assert load_splits(str(tmp_path)).train.image_shape == (8, 8, 3)
+
+
+@pytest.mark.fault("C5")
 def test_one_that_was_passed_over_is_not_made_grey_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,8 +242,11 @@ def test_the_digest_follows_names_and_sizes(image_folder: Path, tmp_path: Path) 
     shutil.copytree(image_folder, tmp_path / "copy")
     digest = load_dataset(str(image_folder)).digest
     assert load_dataset(str(tmp_path / "copy")).digest == digest
+    (tmp_path / "copy" / "test" / "cat" / "003.png").unlink()
+    without_one = load_dataset(str(tmp_path / "copy")).digest
+    assert without_one != digest
     (tmp_path / "copy" / "train" / "cat" / "003.png").unlink()
-    assert load_dataset(str(tmp_path / "copy")).digest != digest
+    assert load_dataset(str(tmp_path / "copy")).digest not in (digest, without_one)
 
 
 def remove_it(root: Path) -> None:
@@ -363,7 +384,9 @@ def test_a_host_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("source", ["cifar10", "auto"])
-def test_cifar10_prepared_by_tfds(tmp_path: Path, prepared: tuple[Path, Any], source: str) -> None:
+def test_cifar10_prepared_by_tfds(
+    prepared: tuple[Path, Any], source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_dir, expected = prepared
     dataset: Dataset = load_dataset(source, data_dir=str(data_dir))
     assert dataset.name == "cifar10"
@@ -374,6 +397,8 @@ def test_cifar10_prepared_by_tfds(tmp_path: Path, prepared: tuple[Path, Any], so
     assert np.array_equal(dataset.test.labels[order], expected.labels)
     assert np.array_equal(dataset.test.pixels[order], expected.pixels)
     assert len(dataset.train) + len(dataset.val) == 20
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    assert load_dataset(source).digest == dataset.digest
 
 
 @pytest.fixture(scope="module")

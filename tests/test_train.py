@@ -24,12 +24,15 @@ import pytest
 from conftest import write_images
 from jax import lax
 
-from cifar_jax import checkpoint, cli, host_input, trained
+from cifar_jax import checkpoint, cli, host_input, plots, trained
+from cifar_jax import start as start_module
 from cifar_jax.__main__ import COMMANDS
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.convert import main as convert_main
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
-from cifar_jax.metrics import EpochRow, best_row, epochs_without_progress
+from cifar_jax.labelled import load_labelled, logits_of
+from cifar_jax.metrics import EpochRow, RunningSums, best_row, epochs_without_progress
+from cifar_jax.scores import score
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import signals_held
 from cifar_jax.train import _saved_report, main, train_and_evaluate
@@ -107,6 +110,8 @@ def test_the_workdir_holds_what_it_should(reference: tuple[dict[str, Any], Path]
         "learning_rate", "images_per_second", "seconds",
     } == set(rows[0])  # fmt: skip
     assert report["val_accuracy"] == max(row["val_accuracy"] for row in rows)
+    computing = sum(16 * STEPS_PER_EPOCH / row["images_per_second"] for row in rows)
+    assert report["images_per_second"] == pytest.approx(3 * 16 * STEPS_PER_EPOCH / computing)
 
     assert (workdir / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert saved_steps(workdir / "checkpoints")[-1] == 15
@@ -149,6 +154,29 @@ def test_the_seed_decides_the_run(
     """That the same seed gives the same bits, the runs above and below show."""
     other = train_and_evaluate(dataclasses.replace(config, seed=1), tmp_path)
     assert other["params_sha256"] != reference[0]["params_sha256"]
+
+
+def test_bfloat16_is_trained_in_and_not_scored_in(image_folder: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=str(image_folder), model="mlp", hidden=(8,), batch_size=27, epochs=1, dtype="bfloat16"
+    )
+    report = train_and_evaluate(config, tmp_path / "half")
+    whole = train_and_evaluate(dataclasses.replace(config, dtype="float32"), tmp_path / "whole")
+    assert report["params_sha256"] != whole["params_sha256"]
+    network = trained.load(tmp_path / "half")
+    test = load_labelled(network, "test", data=None, data_dir=None)
+    in_float32 = score(logits_of(network, test), test.split.labels)
+    assert report["test_loss"] == pytest.approx(in_float32.loss, rel=1e-6)
+
+
+def test_the_rate_is_that_of_each_epochs_last_step(image_folder: Path, tmp_path: Path) -> None:
+    """Of 81 images, 30 a step: six steps in three epochs, though 3 * 81 are eight times 30."""
+    config = TrainConfig(
+        data=str(image_folder), model="linear", batch_size=30, epochs=3, schedule="linear"
+    )
+    train_and_evaluate(config, tmp_path)
+    rates = [row["learning_rate"] for row in read_rows(tmp_path)]
+    assert rates == pytest.approx([3e-3 * (1 - step / 6) for step in (1, 3, 5)])
 
 
 @pytest.mark.fault("A5")
@@ -220,7 +248,8 @@ def test_a_constant_rate_allows_more_epochs(config: TrainConfig, tmp_path: Path)
     assert json.loads((tmp_path / "a" / "report.json").read_text()) == more, "left as it was"
 
 
-def test_a_damaged_report_is_made_anew(
+@pytest.mark.fault("A22")
+def test_a_damaged_report_or_history_is_made_anew(
     reference: tuple[dict[str, Any], Path], config: TrainConfig, tmp_path: Path
 ) -> None:
     shutil.copytree(reference[1], tmp_path / "run")
@@ -228,27 +257,61 @@ def test_a_damaged_report_is_made_anew(
     for text in ("{}", "[1]", '{"steps": ', ""):
         path.write_text(text)
         assert _saved_report(path.parent) is None, text
+    history = path.parent / "metrics.jsonl"
+    whole = history.read_text()
+    history.write_text(whole[: len(whole) // 2])
     again = train_and_evaluate(dataclasses.replace(config, resume=True), path.parent)
     assert again == reference[0] == json.loads(path.read_text())
+    assert history.read_text() == whole
 
 
 def test_saving_is_no_part_of_the_rate(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs that save more or less often are to be comparable."""
+    """Runs that save more or less often are to be comparable. Validation is of the time alone."""
     perf_counter, save, late = time.perf_counter, checkpoint.save, [0]
+    make_evaluate = host_input.make_evaluate
 
     def slow(*args: Any, **options: Any) -> None:
         save(*args, **options)
         late[0] += 1_000_000
 
+    def slow_to_evaluate(*args: Any, **options: Any) -> Any:
+        evaluate = make_evaluate(*args, **options)
+
+        def slow(*args: Any) -> Any:
+            late[0] += 1000
+            return evaluate(*args)
+
+        return slow
+
     monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + late[0])
     monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(host_input, "make_evaluate", slow_to_evaluate)
     config = dataclasses.replace(config, model="linear", widths=(), hidden=(), dropout=0.0)
     train_and_evaluate(dataclasses.replace(config, checkpoint_every=2), tmp_path)
-    assert late[0] == 9 * 1_000_000
-    assert max(row["seconds"] for row in read_rows(tmp_path)) < 1_000_000
+    assert late[0] == 9 * 1_000_000 + 4 * 1000
+    assert all(1000 < row["seconds"] < 1_000_000 for row in read_rows(tmp_path))
     assert min(row["images_per_second"] for row in read_rows(tmp_path)) > 1
+
+
+def test_the_time_of_an_epoch_is_that_of_all_its_parts(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(data=str(image_folder), model="linear", batch_size=16, epochs=1)
+    perf_counter, late = time.perf_counter, [0]
+    monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + late[0])
+
+    def be_late_and_stop() -> None:
+        late[0] += 1000
+        signal.raise_signal(signal.SIGTERM)
+
+    with at_step(1, be_late_and_stop), pytest.raises(Stopped, match=r"step [1-4] is saved"):
+        train_and_evaluate(config, tmp_path)
+    train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path)
+    (row,) = read_rows(tmp_path)
+    assert row["seconds"] > 1000
+    assert row["images_per_second"] < 1
 
 
 @pytest.mark.fault("A13")
@@ -266,7 +329,7 @@ def test_a_diverging_run_says_where_and_what_to_do(
     config: TrainConfig, tmp_path: Path, source: Any, decay: float, checkpoint_every: int
 ) -> None:
     config = dataclasses.replace(
-        config, optimizer="sgd", schedule="constant", learning_rate=1e30, weight_decay=decay,
+        config, optimizer="sgd", schedule="linear", learning_rate=1e30, weight_decay=decay,
         input=source, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     with pytest.raises(
@@ -274,11 +337,43 @@ def test_a_diverging_run_says_where_and_what_to_do(
     ) as caught:
         train_and_evaluate(config, tmp_path)
     if not checkpoint_every:  # of that very step, however many are dispatched at once
-        assert "step 2, learning rate 1e+30;" in str(caught.value)
+        assert "step 2, learning rate 9.33333e+29;" in str(caught.value)
     assert caught.value.exit_code == ExitCode.NUMERICS
     for step in saved_steps(tmp_path / "checkpoints"):
         saved = trained.load(tmp_path / "checkpoints" / str(step)).variables
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved)), step
+
+
+@pytest.mark.fault("A13")
+def test_a_validation_loss_that_is_not_finite_ends_a_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = RunningSums(loss=math.inf, correct=1, count=9)
+    monkeypatch.setattr(host_input, "make_evaluate", lambda *_, **__: lambda *_: endless)
+    config = dataclasses.replace(config, model="linear", widths=(), hidden=(), dropout=0.0)
+    with pytest.raises(CifarJaxError, match="the validation loss is inf after step 5") as caught:
+        train_and_evaluate(config, tmp_path)
+    assert caught.value.exit_code == ExitCode.NUMERICS
+
+
+@pytest.mark.fault("A13")
+def test_nothing_is_saved_that_is_not_finite(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a batch norm's statistics, of which no training loss tells."""
+    initial = start_module.create_train_state
+
+    def with_nan(*args: Any) -> Any:
+        state = initial(*args)
+        nan = jax.tree.map(lambda x: x * np.nan, state.batch_stats)
+        return state.replace(batch_stats=nan)
+
+    monkeypatch.setattr(start_module, "create_train_state", with_nan)
+    config = dataclasses.replace(
+        config, model="cnn-gap", hidden=(), batch_norm=True, checkpoint_every=1
+    )
+    with pytest.raises(CifarJaxError, match="is not finite after step 1; nothing is saved"):
+        train_and_evaluate(config, tmp_path)
 
 
 @pytest.mark.fault("B8", "B9")
@@ -329,6 +424,22 @@ def rows_of(*val: tuple[float, float]) -> list[EpochRow]:
     ]  # fmt: skip
 
 
+def test_the_curves_are_of_training_and_of_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.save_curves(rows_of((0.9, 0.5), (0.7, 0.75)), "", tmp_path / "curves.png")
+    drawn = [
+        {line.get_label().split()[0]: list(line.get_ydata()) for line in axes.lines[:2]}
+        for axes in figures[0].axes
+    ]
+    assert drawn == [
+        {"training": [0, 0], "validation": [0.9, 0.7]},
+        {"training": [0, 0], "validation": [50, 75]},
+    ]
+
+
 def test_what_follows_from_a_history() -> None:
     history = rows_of((0.9, 0.5), (0.7, 0.6), (0.8, 0.7), (0.9, 0.7))
     assert best_row(history)["epoch"] == 3, "the earliest of the most accurate"
@@ -349,6 +460,20 @@ def test_greyscale_on_four_devices_resumes_on_one(tmp_path: Path) -> None:
     resumed = dataclasses.replace(config, devices=1, resume=True)
     report = train_and_evaluate(resumed, tmp_path / "four")
     assert math.isclose(report["test_loss"], whole["test_loss"], rel_tol=1e-4)
+
+
+def test_batch_norm_is_over_all_devices_unless_told_otherwise(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        data=str(image_folder), model="cnn-gap", widths=(4,), batch_norm=True, batch_size=16,
+        epochs=1, devices=2,
+    )  # fmt: skip
+    together, apart = (
+        train_and_evaluate(dataclasses.replace(config, sync_batch_norm=sync), tmp_path / str(sync))
+        for sync in (True, False)
+    )
+    assert together["params_sha256"] != apart["params_sha256"]
 
 
 @pytest.mark.fault("A19")
@@ -493,6 +618,7 @@ def test_deterministic_is_of_one_run_and_also_where_jax_is_in_use_already(
     assert len(others) >= 3, "whitening, training, scoring"
     assert all(options == report["compiler_options"] for options in others)
     assert report["compiler_options"]["xla_gpu_deterministic_ops"] is True
+    assert report["compiler_options"]["xla_gpu_per_fusion_autotune_cache_dir"] == "", "none found"
     assert os.environ.get("XLA_FLAGS") == flags
     other = train_and_evaluate(dataclasses.replace(config, deterministic=False), tmp_path / "other")
     assert "xla_gpu_deterministic_ops" not in other["compiler_options"]
@@ -807,9 +933,10 @@ def test_tensorflow_is_imported_without_keras() -> None:
     "where", [{"input": "device"}, {"cache_mb": 0}], ids=["device", "streamed"]
 )
 def test_airbench_whitens_its_own_training_images(
-    where: dict[str, Any], image_folder: Path, tmp_path: Path
+    where: dict[str, Any], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decoded beforehand or not; training leaves that kernel as it is, and so does resuming."""
+    monkeypatch.setattr("cifar_jax.start.whitening_stride", lambda n: 3)  # as of many images
     preset = PRESETS["airbench"]
     config = dataclasses.replace(
         preset, data=str(image_folder), widths=(4,), batch_size=16, epochs=2, **where
@@ -820,7 +947,7 @@ def test_airbench_whitens_its_own_training_images(
     assert len(read_rows(tmp_path / "run")) == 2
     kernel = trained.load(tmp_path / "run").variables["params"]["Whitening"]["kernel"]
     dataset = load_dataset(str(image_folder))
-    images = normalize(dataset.train.pixels, dataset.mean, dataset.std)
+    images = normalize(dataset.train.pixels[::3], dataset.mean, dataset.std)
     outputs = lax.conv_general_dilated(
         images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     ).reshape(-1, 24)[:, :12]

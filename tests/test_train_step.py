@@ -194,6 +194,27 @@ def test_micro_batches_do_not_change_the_step() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_running_statistics_follow_each_micro_batch() -> None:
+    """As if they were batches, at a rate that changes nothing else."""
+    config = TrainConfig(
+        model="cnn-gap", widths=(4,), batch_norm=True, flip=False, crop=0, learning_rate=1e-12
+    )
+    (batch,) = make_batches(1, 16)
+    step, state = make_step(config, None)
+    micro = jax.jit(functools.partial(step, accumulate=2))
+    found = micro(state, batch)[0].batch_stats["BatchNorm_0"]
+    step = jax.jit(step)
+    for half in (slice(0, 8), slice(8, 16)):
+        state, _ = step(state, {name: x[half] for name, x in batch.items()})
+    for name, expected in state.batch_stats["BatchNorm_0"].items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_are_added_in_double_precision() -> None:
+    sums: Any = {"loss": np.array([2**24, 1, 1], np.float32)}
+    assert sum_on_host(sums) == {"loss": 2**24 + 2}
+
+
 def test_micro_batches_save_memory() -> None:
     """By XLA's own count of what a step needs beside its arguments and results."""
 
@@ -278,14 +299,30 @@ def test_each_step_and_each_device_drops_units_of_its_own() -> None:
     assert all(abs(a - b) > 1e-3 for a, b in zip(first_steps, second_steps, strict=True))
 
 
-def test_augmentation_changes_from_step_to_step() -> None:
-    config = TrainConfig(widths=(4,), hidden=(8,), crop=2, learning_rate=1e-12)
+def test_each_micro_batch_drops_units_of_its_own() -> None:
+    """The same image everywhere: with one mask for all, each would add the same to the loss."""
+    config = TrainConfig(
+        model="mlp", hidden=(64,), dropout=0.5, flip=False, crop=0, learning_rate=1e-9
+    )
+    (batch,) = make_batches(1, 1)
+    same = {name: np.repeat(x, 4, axis=0) for name, x in batch.items()}
     step, state = make_step(config, None)
+    micro = functools.partial(step, accumulate=4)
+    one, four = (jax.jit(f)(state, x)[1]["loss"] for f, x in ((step, batch), (micro, same)))
+    assert abs(four - 4 * one) > 1e-3
+
+
+def test_augmentation_changes_from_step_to_step_and_with_the_seed() -> None:
+    config = TrainConfig(widths=(4,), hidden=(8,), crop=2, learning_rate=1e-12)
+    step, begun = make_step(config, None)
+    of_another_seed = jax.jit(functools.partial(step, seed=config.seed + 1))
     step = jax.jit(step)
     (batch,) = make_batches(1, 16)
-    state, first = step(state, batch)
+    state, first = step(begun, batch)
     state, second = step(state, batch)
+    _, other = of_another_seed(begun, batch)
     assert abs(first["loss"] - second["loss"]) > 1e-4
+    assert abs(first["loss"] - other["loss"]) > 1e-4
 
 
 @pytest.fixture(scope="module")
