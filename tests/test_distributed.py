@@ -131,7 +131,7 @@ def test_only_the_first_process_speaks_and_writes(
     assert "test on images" in first[1]
     assert second[1].splitlines() == [line for line in first[1].splitlines() if "starting" in line]
     assert first[2] == second[2] == ""
-    assert not cache.exists(), "it would be of process 0 alone"
+    assert not list(cache.iterdir()), "it would be of process 0 alone"
     report = json.loads((workdir / "report.json").read_text())
     assert report["processes"] == report["devices"] == 2
     config = TrainConfig(
@@ -260,7 +260,8 @@ def test_unequal_numbers_of_devices_are_told(image_folder: Path, tmp_path: Path)
 def test_one_that_fails_alone_says_why_and_the_others_do_not_wait(
     image_folder: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "empty").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "empty" / name).mkdir(parents=True)
     of_second = ("--data", str(tmp_path / "empty"))
     first, second = finish(
         start_two(tmp_path / "run", "--data", str(image_folder), of_second=of_second)
