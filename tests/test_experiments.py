@@ -115,7 +115,7 @@ def test_data_by_name_stay_a_name_and_a_path_holds_from_anywhere(
     runs_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("photos").mkdir()
+    Path("photos", "frog").mkdir(parents=True)
     Path("cifar10").mkdir()  # as in cifar_jax.train, the name is meant
     for given, passed in (("cifar10", "cifar10"), ("photos", str(tmp_path / "photos"))):
         output = f"{given}.json"
