@@ -62,7 +62,9 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
             raise wrong_type(name, text, hint)
         return text
     if origin is tuple:
-        return tuple(_parse_value(name, arguments[0], item) for item in text.split(","))
+        return tuple(
+            _parse_value(name, arguments[0], item) for item in text.removesuffix(",").split(",")
+        )
     if hint is int or hint is float:
         try:
             return hint(text)

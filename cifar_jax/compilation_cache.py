@@ -24,8 +24,8 @@ def use_compilation_cache() -> None:
     """Tell JAX where to keep what it compiles.
 
     JAX's own variables have the last word: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
-    ``JAX_ENABLE_COMPILATION_CACHE=0`` does without. A folder that cannot be written is done without
-    too, after one warning: JAX would give one for each program.
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` does without. Where it cannot be written there is one
+    warning: JAX would give one for each program.
 
     Raises:
         CifarJaxError: environment; others could put programs into the folder, which JAX would run.
@@ -37,13 +37,9 @@ def use_compilation_cache() -> None:
             _make_room(folder)
         except (OSError, RuntimeError):  # no home, or a full one: then each command compiles again
             return
-        os.environ[_FOLDER] = str(folder)
-        os.environ.setdefault(_LEAST_SECONDS, "0.3")
-        if "jax" in sys.modules:  # which reads its variables when it is imported
-            import jax
-
-            jax.config.update(_FOLDER.lower(), os.environ[_FOLDER])
-            jax.config.update(_LEAST_SECONDS.lower(), float(os.environ[_LEAST_SECONDS]))
+        _tell(_FOLDER, str(folder))
+        if _LEAST_SECONDS not in os.environ:
+            _tell(_LEAST_SECONDS, 0.3)
     if os.path.isdir(given := os.environ[_FOLDER]):
         found = os.stat(given)
         if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
@@ -52,21 +48,32 @@ def use_compilation_cache() -> None:
                 f"{_FOLDER} {given} can be written by others, whose programs would then be run",
                 fix=f"chmod go-w {given}, or name another folder",
             )
-    if "://" in given or os.environ.get(_ENABLED, "").lower() in _OFF:  # a bucket; nothing is kept
+    is_off = not given or os.environ.get(_ENABLED, "").lower() in _OFF
+    if is_off or "://" in given:  # a bucket
         return
     try:
         try_to_write(Path(given))
     except OSError as error:
+        if os.path.isdir(given):  # perhaps filled by others: it is read, and no program is written
+            consequence = "what is compiled is not kept"
+            _tell(_LEAST_SECONDS, 1e9)
+        else:
+            consequence = "each program is compiled anew"
+            _tell(_ENABLED, False)
         print(
-            f"warning: {_FOLDER} {given} cannot be written: {error.strerror or error}; each "
-            "program is compiled anew",
+            f"warning: {_FOLDER} {given} cannot be written: {error.strerror or error}; "
+            f"{consequence}",
             file=sys.stderr,
         )
-        os.environ[_ENABLED] = "0"
-        if "jax" in sys.modules:
-            import jax
 
-            jax.config.update(_ENABLED.lower(), False)
+
+def _tell(variable: str, value: str | float | bool) -> None:
+    """Set what JAX reads when it is imported, or what it has read."""
+    os.environ[variable] = str(value)
+    if "jax" in sys.modules:
+        import jax
+
+        jax.config.update(variable.lower(), value)
 
 
 def _own_folder() -> Path:

@@ -411,6 +411,9 @@ def from_json(values: Any, where: str) -> TrainConfig:
                 f"did you mean {near[0]}?" if near else "use the version that wrote it",
             )
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    for name in ("data_dir", "initial_weights"):  # "" was taken for None before 2026-11-29
+        if fields.get(name) == "":
+            fields[name] = None
     try:
         return TrainConfig(**fields)
     except CifarJaxError as error:

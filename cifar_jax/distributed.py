@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
+from cifar_jax.parallel import select_devices
 
 # How long a process may be silent before the others take it for dead; and how long they wait for
 # each other at the start and at the end.
@@ -55,6 +56,7 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
         with _bounded_meeting(config, withhold_advice):
             _meet(config)
         try:
+            select_devices(config.devices)  # before anything else starts them
             _check_device_counts()
             with contextlib.ExitStack() as stack:
                 if not is_first():

@@ -288,7 +288,11 @@ def _readings(state_dict: StateDict) -> Iterator[tuple[list[Shape], list[Shape]]
         shape = state_dict[name].shape
         if what == "weight" and len(shape) in (2, 4):  # [O, I], [O, I, H, W]
             shapes.append(shape)
-        elif what == "bias" and not {f"{layer}.weight", f"{layer}.running_mean"} & set(state_dict):
+        elif (
+            what == "bias"
+            and len(shape) == 1
+            and not {f"{layer}.weight", f"{layer}.running_mean"} & set(state_dict)
+        ):
             shapes.append(shape)  # [O]
     for unknown in (4, 2):
         kernels: list[Shape] = []

@@ -108,6 +108,39 @@ def test_a_folder_that_is_named_is_taken(home: Path, monkeypatch: pytest.MonkeyP
     assert [path.name for path in home.rglob("*")] == ["mine"]
 
 
+def test_a_named_folder_that_others_have_filled_is_read(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "theirs"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    program = (
+        "import errno, os, sys; from cifar_jax import compilation_cache\n"
+        "def refuse(folder): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))\n"
+        "if sys.argv[1:]: compilation_cache.try_to_write = refuse\n"
+        f"{SET_UP}\nimport jax\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: print(event.split('/')[-1]))\n"
+        f"{COMPUTE}"
+    )
+    run = [sys.executable, "-c", program]
+    first = subprocess.run(run, capture_output=True, text=True)
+    assert "cache_misses" in first.stdout
+    written = sorted(home.rglob("*"))
+    second = subprocess.run([*run, "unwritable"], capture_output=True, text=True)
+    assert "cache_hits" in second.stdout
+    assert "cache_misses" not in second.stdout
+    assert second.stderr == (
+        f"warning: JAX_COMPILATION_CACHE_DIR {home}/theirs cannot be written: Permission denied; "
+        "what is compiled is not kept\n"
+    )
+    assert sorted(home.rglob("*")) == written
+
+
+def test_no_folder_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setattr(compilation_cache, "try_to_write", lambda folder: 1 / 0)
+    use_compilation_cache()
+
+
 @pytest.mark.fault("B13")
 @pytest.mark.parametrize("program", [PROGRAM, JAX_FIRST])
 def test_a_named_folder_that_cannot_be_written_is_done_without(

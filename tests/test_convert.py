@@ -328,6 +328,14 @@ def test_a_weight_that_is_missing_is_told_by_its_bias(missing: str, tmp_path: Pa
 
 
 @pytest.mark.fault("D18")
+def test_a_bias_that_is_none_is_extra(tmp_path: Path) -> None:
+    tensors = tutorial_state_dict()
+    tensors["network.20.bias"] = torch.tensor(1.0)
+    torch.save(tensors, tmp_path / "net.pth")
+    assert "extra: network.20.bias []" in str(refusal(tmp_path / "net.pth", tmp_path / "run"))
+
+
+@pytest.mark.fault("D18")
 def test_the_closest_network_is_named_with_at_most_five_differences(tmp_path: Path) -> None:
     tensors = tutorial_state_dict(norm=True)
     torch.save(tensors, tmp_path / "net.pth")
