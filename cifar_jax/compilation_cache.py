@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -65,6 +66,19 @@ def use_compilation_cache() -> None:
             f"{consequence}",
             file=sys.stderr,
         )
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """What is compiled in here is not kept, and so compiled anew by the next command."""
+    import jax
+
+    least_seconds = jax.config.values[_LEAST_SECONDS.lower()]
+    jax.config.update(_LEAST_SECONDS.lower(), 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(_LEAST_SECONDS.lower(), least_seconds)
 
 
 def _tell(variable: str, value: str | float | bool) -> None:

@@ -6,6 +6,7 @@ and all of them get the same results.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_jax.allocator import give_back_freed_memory
+from cifar_jax.compilation_cache import nothing_kept
 from cifar_jax.dataset import ImageShape, Split
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 from cifar_jax.layout import Variables
@@ -159,11 +161,13 @@ def compile_step(
         donate_argnums=(0,) if donate_state else (),
         devices=devices,
     )
-    compiled = compile_lowered(
-        mapped.lower(state, batch, *shared), devices[0].platform, deterministic=deterministic
-    )
-    # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
-    one_at_a_time = len(devices) > 1 and devices[0].platform == "cpu"
+    several_on_cpu = len(devices) > 1 and devices[0].platform == "cpu"
+    # Read back from the cache, such a program no longer keeps the sums over devices in one order:
+    # two at a time get mixed up, which ends the process or gives wrong results (jaxlib 0.10.2).
+    with nothing_kept() if several_on_cpu else contextlib.nullcontext():
+        compiled = compile_lowered(
+            mapped.lower(state, batch, *shared), devices[0].platform, deterministic=deterministic
+        )
 
     whole, divided = _sharding(devices), _sharding(devices, AXIS_NAME)
     several_processes = not divided.is_fully_addressable
@@ -172,7 +176,8 @@ def compile_step(
         # Where it can, JAX places the batch itself: half a millisecond faster than _place.
         placed = _place(batch, divided) if several_processes else batch
         result = compiled(_place(state, whole), placed, *shared)
-        return jax.block_until_ready(result) if one_at_a_time else result
+        # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
+        return jax.block_until_ready(result) if several_on_cpu else result
 
     return call
 

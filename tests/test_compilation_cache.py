@@ -52,6 +52,30 @@ def test_programs_are_kept_for_the_next_command(
     assert run_program(program) == "42.0\n"
 
 
+SEVERAL_DEVICES = """if True:
+    import numpy as np
+    from cifar_jax.parallel import AXIS_NAME, compile_step, select_devices
+    import jax
+    def step(state, batch):
+        return jax.lax.pmean(state + batch["x"].mean(), AXIS_NAME)
+    for n in (2, 1):
+        batch = {"x": np.ones((n, 4), np.float32)}
+        devices = select_devices(n)
+        compiled = compile_step(step, np.float32(1), batch, devices, donate_state=False)
+        assert float(compiled(np.float32(1), batch)) == 2
+"""
+
+
+def test_no_program_of_several_cpu_devices_is_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back, XLA mixes up the sums in its loops."""
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    run_program(f"{SET_UP}\n{SEVERAL_DEVICES}")
+    assert len(list(home.rglob("jit__fun-*-cache"))) == 1, "that of one device"
+
+
 def test_each_kind_of_processor_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A home may be shared by several, and a program is made for one."""
     folders = set()
