@@ -33,6 +33,7 @@ class CheckOptions(Options):
         "as in cifar_jax.train; not given, all must be of one size",
         unit="pixels",
         at_least=1,
+        at_most=8000,
     )
     data_dir: str | None = option(None, "as in cifar_jax.train")
 
@@ -41,7 +42,8 @@ def check_data(data: str, options: CheckOptions) -> None:
     """Print what there is to say of ``data``.
 
     Raises:
-        CifarJaxError: data; a file cannot be used as it is, or there is no such data.
+        CifarJaxError: data; a file cannot be used as it is, or there is no such data. Usage; an
+            ``image_size`` for data whose images are not files.
     """
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +53,7 @@ def check_data(data: str, options: CheckOptions) -> None:
 
     from cifar_jax.dataset import ImageFiles
     from cifar_jax.images import decode_file
-    from cifar_jax.sources import load_splits
+    from cifar_jax.sources import check_source, load_splits
 
     def look(place: tuple[str, int]) -> bytes | tuple[CifarJaxError, bool]:
         """A digest of the image; or what is wrong with it, and whether that is its size alone."""
@@ -72,6 +74,7 @@ def check_data(data: str, options: CheckOptions) -> None:
         images = splits[name].images
         return f"{name} {shown(images.paths[i]) if isinstance(images, ImageFiles) else f'#{i}'}"
 
+    check_source(data, options.image_size)
     found = load_splits(data, data_dir=options.data_dir, image_size=options.image_size)
     if found.notice:
         print(f"note: {' '.join(found.notice.split())}")

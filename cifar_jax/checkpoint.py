@@ -110,8 +110,10 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
         raise _not_saved(folder, step, state, error) from error
     for old in older[: 1 - _NEWEST_KEPT]:
         if old != best_step:
-            # Renamed first: what a kill leaves of it must not look like a checkpoint.
-            shutil.rmtree((folder / str(old)).rename(folder / f"{_UNFINISHED}{old}"))
+            # Renamed first: what a kill leaves of it must not look like a checkpoint. What cannot
+            # be deleted, as some network disks say of open files, waits for the next save.
+            with contextlib.suppress(OSError):
+                shutil.rmtree((folder / str(old)).rename(folder / f"{_UNFINISHED}{old}"))
     return path
 
 
@@ -119,8 +121,8 @@ def remove_unfinished(folder: Path) -> list[Path]:
     """Delete what saves and deletions that were cut short have left; returns what that was."""
     left = sorted(folder.glob(f"{_UNFINISHED}*"))
     for path in left:
-        shutil.rmtree(path)
-    return left
+        shutil.rmtree(path, ignore_errors=True)
+    return [path for path in left if not path.exists()]
 
 
 def strangers(folder: Path) -> list[Path]:

@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The options that were given, by field name; raises ``CifarJaxError`` (usage)."""
-        namespace, unknown = self.parse_known_args(argv)
+        namespace, unknown = self.parse_known_intermixed_args(argv)
         vars(namespace).pop("debug", None)  # for run() alone
         for action in self._actions:  # also those that are no fields of Options, such as --workdir
             value = getattr(namespace, action.dest, None)
@@ -172,6 +172,9 @@ def run(main: Callable[[], None], *, beside_training: bool = False) -> NoReturn:
             memory there only as it needs it. JAX would take three quarters at once.
     """
     status = int(ExitCode.BUG)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`; the next file would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
     def leave() -> None:
         # Threads of C++ may still be at work, and crash a Python that is taken apart beside them.

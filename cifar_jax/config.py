@@ -112,6 +112,7 @@ class TrainConfig(Options):
         group=_DATA,
         unit="pixels",
         at_least=1,
+        at_most=8000,
     )
     val_fraction: float = option(
         0.1,
@@ -142,10 +143,18 @@ class TrainConfig(Options):
 
     model: ModelName = option("cnn", "the network", group=_MODEL)
     widths: tuple[int, ...] = option(
-        (), "channels of the convolutions; not given, the model's own", group=_MODEL, at_least=1
+        (),
+        "channels of the convolutions; not given, the model's own",
+        group=_MODEL,
+        at_least=1,
+        at_most=1_000_000,
     )
     hidden: tuple[int, ...] = option(
-        (), "units of the hidden Dense layers; not given, the model's own", group=_MODEL, at_least=1
+        (),
+        "units of the hidden Dense layers; not given, the model's own",
+        group=_MODEL,
+        at_least=1,
+        at_most=1_000_000,
     )
     patch_size: int = option(
         1,
@@ -172,7 +181,8 @@ class TrainConfig(Options):
     )
     dropout: float = option(
         0.0,
-        "share of units dropped after each hidden Dense layer (resnet9: before its last)",
+        "share of units dropped after each hidden Dense layer (resnet9: before its last; cnn-gap "
+        "has one with --hidden only)",
         group=_MODEL,
         at_least=0,
         below=1,
@@ -243,6 +253,11 @@ class TrainConfig(Options):
             is_given = getattr(self, name) != getattr(TrainConfig, name)  # its default
             if is_given and self.model in models:
                 raise _usage(f"{flag(name)} with --model {self.model}, which {why}", fix)
+        if self.dropout and self.model == "cnn-gap" and not self.hidden:
+            raise _usage(
+                "--dropout with --model cnn-gap, which has no hidden Dense layer of its own",
+                "give --hidden 256, say, too",
+            )
         if self.widths and self.model == "resnet9" and len(self.widths) != 4:
             raise _usage(
                 f"--widths with {len(self.widths)} numbers for resnet9, which has 4 stages",

@@ -93,7 +93,7 @@ class Dataset:
 def stratified_choice(
     labels: NDArray[np.int32], count: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Choose ``count`` of the examples (or all), from each class its share to within one.
+    """Choose ``count`` of the examples (or all), from each class about its share.
 
     Returns:
         Their indices, ascending.

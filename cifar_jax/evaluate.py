@@ -60,6 +60,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """
     checkpoint = Path(options.checkpoint)
     step = step_folder(checkpoint)  # soon: trained.load would say so after the imports
+    output = Path(options.output or workdir_of(checkpoint))
     from cifar_jax import trained
     from cifar_jax.labelled import load_labelled, logits_of
     from cifar_jax.plots import save_calibration, save_confusion, save_mistakes
@@ -67,7 +68,6 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     network = trained.load(step)
     print(f"the network of {step}")
-    output = Path(options.output or workdir_of(checkpoint))
     print(f"reading {options.data or network.config.data} ...", flush=True)
     labelled = load_labelled(network, options.split, data=options.data, data_dir=options.data_dir)
     if labelled.notice:

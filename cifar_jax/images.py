@@ -253,6 +253,8 @@ def _header(content: bytes) -> ImageShape:
     except (IndexError, struct.error) as error:
         raise ValueError("is cut short") from error
     height, width, _ = shape
+    if not height * width:
+        raise ValueError(f"has {height}x{width} pixels")
     if height * width > MAX_PIXELS:
         raise ValueError(f"has {height}x{width} pixels, more than {MAX_PIXELS:,}")
     return shape

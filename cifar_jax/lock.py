@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, ExitCode, shown
 
 _NAME = ".lock"
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of some clusters' file systems
@@ -22,13 +22,24 @@ _QUIET_SECONDS = 2.0
 def locked(workdir: Path) -> Iterator[None]:
     """Make ``workdir`` if need be, and keep other runs out of it.
 
-    The kernel lifts the lock when this process ends, however it ends. A folder in which nothing
-    was written is taken away again.
+    The kernel lifts the lock when this process ends, however it ends. A folder that was made here,
+    and in which nothing was written, is taken away again.
 
     Raises:
-        CifarJaxError: environment; another process holds it, or it cannot be written.
+        CifarJaxError: environment; another process holds it, or it cannot be written. Usage; its
+            name is none that a checkpoint can have.
     """
     path = workdir / _NAME
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--workdir {shown(workdir)} is in a folder, or has a name, that is not UTF-8, and "
+            "Orbax saves to none such",
+            fix="give another --workdir",
+        ) from error
+    was_there = workdir.is_dir()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         descriptor = _open_and_lock(path)
@@ -43,7 +54,8 @@ def locked(workdir: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # where the folder is gone, or not empty
             path.unlink()
-            workdir.rmdir()
+            if not was_there:
+                workdir.rmdir()
         os.close(descriptor)
 
 

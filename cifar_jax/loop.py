@@ -79,11 +79,13 @@ def _train(run: Run, progress: Progress) -> None:
                 print(f"early stop: {config.early_stopping} epochs without a lower val loss")
                 break
             signum = _train_epoch(run, progress, stop)
-            if progress.step == (len(progress.history) + 1) * run.steps_per_epoch:
+            ended = progress.step == (len(progress.history) + 1) * run.steps_per_epoch
+            if ended:
                 _validate(run, progress)
+            path = _save(run, progress)  # first: who reads what follows may be gone
+            if ended:
                 print(table_row(progress.history[-1]), flush=True)
                 add_event(progress.history[-1])
-            path = _save(run, progress)
             signum = signum or agreed_signal(stop.received)
             if signum is not None:
                 raise _stopped(run, signum, f"step {progress.step} is saved in {path}")

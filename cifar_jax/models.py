@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import jax
 from cifar_jax.airbench import Airbench
 from cifar_jax.batch_norm import BatchNorm
 from cifar_jax.blocks import Conv, LayerFunction, global_average_pool, global_max_pool, residual
-from cifar_jax.config import ALWAYS_NORMALISED, ModelName, TrainConfig
+from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.layout import TorchLayout
@@ -224,16 +225,13 @@ def create_model(
 ) -> Model:
     """The network that ``config`` names, with its options; ``dtype`` is that of activations.
 
-    ``config.dtype`` is of training alone: scores and predictions are made in float32.
+    ``config.dtype`` is of training alone: scores and predictions are made in float32. A network
+    gets the options that it has a field for; ``TrainConfig`` refuses others.
     """
     options: dict[str, Any] = {"axis_name": axis_name, "dtype": dtype}
-    if config.model != "airbench":
-        options["dropout"] = config.dropout
-    if config.model not in ALWAYS_NORMALISED:
-        options["batch_norm"] = config.batch_norm
-        options["patch_size"] = config.patch_size
-    if config.widths:
-        options["widths"] = config.widths
-    if config.hidden:
-        options["hidden"] = config.hidden
-    return MODELS[config.model](num_classes=num_classes, **options)
+    for name in ("batch_norm", "patch_size", "dropout", "widths", "hidden"):
+        if (value := getattr(config, name)) != ():  # else the network's own
+            options[name] = value
+    make = MODELS[config.model]
+    has = inspect.signature(make).parameters
+    return make(num_classes=num_classes, **{n: v for n, v in options.items() if n in has})

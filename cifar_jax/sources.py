@@ -396,6 +396,8 @@ def _split_folders(root: Path) -> list[str]:
     """
     names = [folder.name for folder in folders_and_files(root)[0]]
     present = [split for split in _SPLIT_FOLDERS if split in names]
+    if len(present) == 1 < len(names) and not folders_and_files(root / present[0])[0]:
+        return []  # a class, of pictures of trains, say
     meant = {
         name: split
         for split, spellings in _SPLIT_FOLDERS.items()

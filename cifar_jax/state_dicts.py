@@ -41,7 +41,6 @@ ENDINGS = (".pth", ".pt", SAFETENSORS_ENDING)
 
 _USUAL_SIDE = 32  # of CIFAR-10's images, where a network takes any
 _USUAL_DROPOUT = 0.5  # PyTorch's default: the layer's place is in the names, its rate is not
-_USUAL_PATCH = 2  # of preset fast; the layer's place is in the names, its side in no tensor
 
 # Differences named of each kind; a network that is quite another one has dozens.
 _NAMED = 5
@@ -180,13 +179,12 @@ def identify(
         shapes = Counter(array.shape for array in state_dict.values())
         nearest = next((c for c in candidates if _has_shapes(c, shapes)), nearest)
     side, model = nearest.image_shape[0], nearest.config.model
-    halvings = _halvings(nearest.config)
-    smallest = 2**halvings + (WHITENING_SIDE - 1 if model == "airbench" else 0)
+    divisor = _divisor(nearest.config)
+    smallest = divisor + (WHITENING_SIDE - 1 if model == "airbench" else 0)
     if side < smallest:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--image-size {side} is too small for {model}, which halves the image {halvings} "
-            "times",
+            f"--image-size {side} is too small for {model}, which divides it by {divisor}",
             fix=f"give {smallest} or more",
         )
     return nearest
@@ -326,7 +324,10 @@ def _of_widths(
         kernel = kernels[-1] if kernels else None
     elif name != "linear":
         hidden = tuple(shape[0] for shape in weights[:-1])
-    choices = itertools.product((1, _USUAL_PATCH), (False, True), (0.0, _USUAL_DROPOUT))
+    # Colours times the area of a patch; no square is three times another, so one side fits.
+    inputs = kernel[1] if kernel else 3
+    sides = [s for c in (3, 1) if (s := math.isqrt(inputs // c)) ** 2 * c == inputs]
+    choices = itertools.product(sorted({1, *sides}), (False, True), (0.0, _USUAL_DROPOUT))
     for patch_size, batch_norm, dropout in choices:
         try:
             config = TrainConfig(
@@ -361,7 +362,7 @@ def _image_shape(
     channels = max(kernel[1] // config.patch_size**2, 1) if kernel else 3
     side = image_size or _USUAL_SIDE
     if not image_size and takes_one_size(config):
-        side = math.isqrt(inputs // model.widths[-1]) * 2 ** _halvings(config) or _USUAL_SIDE
+        side = math.isqrt(inputs // model.widths[-1]) * _divisor(config) or _USUAL_SIDE
     return side, side, channels
 
 
@@ -370,14 +371,14 @@ def takes_one_size(config: TrainConfig) -> bool:
     return config.model not in ("cnn-gap", "resnet9", "airbench")
 
 
-def _halvings(config: TrainConfig) -> int:
-    """How many times the side of the image is halved, on the way in too."""
+def _divisor(config: TrainConfig) -> int:
+    """What the side of the image is divided by, on the way in too."""
     if config.model == "resnet9":
-        return 3
+        return 2**3
     model = create_model(config, 1)
     if isinstance(model, Airbench):
-        return len(model.widths)
-    return len(model.widths) // model.convs_per_pool + math.ceil(math.log2(config.patch_size))
+        return 2 ** len(model.widths)
+    return config.patch_size * 2 ** (len(model.widths) // model.convs_per_pool)
 
 
 def _expected_shapes(network: Network) -> dict[str, Shape]:

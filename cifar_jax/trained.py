@@ -58,13 +58,13 @@ class TrainedNetwork:
         return to_torch(self.variables, self.model.torch_layout(self.image_shape))
 
 
-def load(path: Path) -> TrainedNetwork:
+def load(path: str | Path) -> TrainedNetwork:
     """The network in ``path``, a run's workdir or one step's folder: see :func:`step_folder`.
 
     Raises:
         CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read.
     """
-    step = step_folder(path)
+    step = step_folder(Path(path))
     select_devices("all")  # says so if there are none
     metadata = checkpoint.restore_metadata(step)
     with refusing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -27,8 +28,21 @@ def is_step(path: Path) -> bool:
 
 
 def workdir_of(path: Path) -> Path:
-    """The workdir of a run: ``path`` itself, or what one step's folder belongs to."""
-    return path.resolve().parents[1] if is_step(path) else path
+    """The workdir of a run: ``path`` itself, or what one step's folder belongs to.
+
+    Raises:
+        CifarJaxError: usage; the step's folder lies elsewhere, as a copy of it may.
+    """
+    if not is_step(path):
+        return path
+    for step in (Path(os.path.abspath(path)), path.resolve()):  # the workdir may hold links
+        if step.parent.name == checkpoints_of(step).name:
+            return step.parents[1]
+    raise CifarJaxError(
+        ExitCode.USAGE,
+        f"{path} is a step's folder in no run's checkpoints/, so there is no workdir to write to",
+        fix="say where to write: --output",
+    )
 
 
 def step_folder(path: Path) -> Path:

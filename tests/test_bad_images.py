@@ -234,11 +234,11 @@ def test_a_run_on_a_folder_of_any_name_comes_to_its_end(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ faults
 
 
-def bomb(progressive: bool) -> bytes:
-    """A JPEG of some hundred bytes that claims 60,000x60,000 pixels."""
+def sized(height: int, width: int, progressive: bool = False) -> bytes:
+    """A JPEG of some hundred bytes that claims so many pixels."""
     jpeg = bytearray(encode(RGB, "JPEG", progressive=progressive))
     start = jpeg.index(b"\xff\xc2" if progressive else b"\xff\xc0")
-    jpeg[start + 5 : start + 9] = struct.pack(">HH", 60_000, 60_000)
+    jpeg[start + 5 : start + 9] = struct.pack(">HH", height, width)
     return bytes(jpeg)
 
 
@@ -252,8 +252,8 @@ def black(width: int, height: int) -> bytes:
 TOO_LARGE = "has 60000x60000 pixels, more than 64,000,000"
 BOMBS = {
     "bomb.png": (png_of((60_000, 60_000), pixels=zlib.compress(b"\0")), TOO_LARGE),
-    "bomb.jpg": (bomb(progressive=False), TOO_LARGE),
-    "progressive-bomb.jpg": (bomb(progressive=True), TOO_LARGE),
+    "bomb.jpg": (sized(60_000, 60_000), TOO_LARGE),
+    "progressive-bomb.jpg": (sized(60_000, 60_000, progressive=True), TOO_LARGE),
     "two-headers.png": (
         png_of((20, 24), (7000, 7000), pixels=black(7000, 7000)),
         "is damaged: its pixels cannot be decoded",
@@ -277,6 +277,7 @@ BAD = {
     ),
     "damaged.jpg": (DAMAGED_JPEG, "is damaged: its pixels cannot be decoded"),
     "empty.png": (b"", "is empty"),
+    "without-rows.jpg": (sized(0, 20), "has 0x20 pixels"),
     "text.png": (b"no image at all", NO_KIND),
     "program.png": (b"MZ\x90\0\3" + bytes(200), NO_KIND),
     "animation.png": (encode(RGB, "GIF", **FRAMES), NO_KIND),

@@ -103,3 +103,8 @@ def test_it_runs_without_tensorflow(image_folder: Path) -> None:
         found = subprocess.run([sys.executable, "-c", script, *command], capture_output=True)
         assert found.returncode == 0, found.stderr
         assert b"0 bad file(s)" in found.stdout
+
+
+def test_a_size_for_images_that_are_no_files_is_refused_as_in_training() -> None:
+    with pytest.raises(CifarJaxError, match="--image-size 64 with --data shapes"):
+        main(["shapes", "--image-size", "64"])

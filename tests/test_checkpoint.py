@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -63,6 +64,23 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     save_steps(tmp_path, 10, 20)
     save_steps(tmp_path, 30, 40, 50, best=20)
     assert saved_steps(tmp_path) == [20, 40, 50]
+
+
+def test_an_old_one_that_cannot_be_deleted_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a network disk keeps a deleted file that is open, in its folder."""
+    save_steps(tmp_path, 10, 20)
+
+    def busy(path: str, **options: int) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        save_steps(tmp_path, 30, 40)
+    assert saved_steps(tmp_path) == [30, 40]
+    save_steps(tmp_path, 50)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["40", "50"]
 
 
 @pytest.mark.fault("A20", "A21")

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def parse(*argv: str) -> TrainConfig:
         (["--model", "mlp", "--widths", "8"], "--widths with --model mlp", "drop --widths"),
         (["--model", "linear", "--dropout", "0.5"], "--dropout with --model linear", "mlp"),
         (["--model", "airbench", "--dropout", "0.5"], "--dropout with --model airbench", "resnet9"),
+        (["--model", "cnn-gap", "--dropout", "0.5"], "--dropout with --model cnn-gap", "--hidden"),
+        (["--widths", "9" * 20], "--widths 999", "at most 1000000"),
+        (["--image-size", "9" * 9], "--image-size 999", "at most 8000"),
         (["--model", "airbench", "--hidden", "8"], "--hidden with --model airbench", "drop"),
         (
             ["--model", "airbench", "--patch-size", "2"],
@@ -358,6 +362,17 @@ def test_a_command_ends_in_one_line_and_its_exit_code() -> None:
     assert done.stderr == (
         "cifar_jax: error: --batch-size 'many' is not a whole number. Fix: give a whole number.\n"
     )
+
+
+def test_a_command_whose_output_is_closed_does_its_work(tmp_path: Path) -> None:
+    """And no file that it opens takes the place of the output."""
+    program = (
+        "import os, sys; from cifar_jax import cli; "
+        "cli.run(lambda: print('a word', file=sys.stdout) or open(sys.argv[1], 'w').write('work'))"
+    )
+    command = f"{sys.executable} -c {shlex.quote(program)} {tmp_path}/file >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command]).returncode == 0
+    assert (tmp_path / "file").read_text() == "work"
 
 
 def test_the_package_lists_its_commands() -> None:

@@ -111,6 +111,21 @@ def test_a_step_by_another_way_writes_to_its_run_too(
     trained.load(step)
 
 
+def test_a_step_elsewhere_writes_to_no_folder_that_is_not_its_runs(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    step = max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    copy = shutil.copytree(step, tmp_path / "away" / "step")
+    with pytest.raises(CifarJaxError, match=r"in no run's checkpoints.*--output"):
+        evaluate(EvaluateOptions(str(copy)))
+    shutil.move(run / "checkpoints", tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    evaluate(EvaluateOptions(str(step)))
+    assert (run / "evaluation.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["away", "disk", "run"]
+
+
 def test_labels_follow_the_network_not_the_folder(trained_run: Path, tmp_path: Path) -> None:
     """A network whose classes are in another order than sorted folder names."""
     network = trained.load(trained_run)

@@ -120,6 +120,22 @@ def test_another_failure_to_lock_is_an_error(
         pass
 
 
+def test_an_empty_folder_is_left_to_whom_it_belongs(tmp_path: Path) -> None:
+    with locked(tmp_path / "made"):
+        pass
+    (tmp_path / "own").mkdir()
+    with locked(tmp_path / "own"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_name_that_no_checkpoint_can_have_is_refused_at_once(tmp_path: Path) -> None:
+    workdir = tmp_path / os.fsdecode(b"w\xff") / "run"
+    with pytest.raises(CifarJaxError, match=r"w.udcff/run .* not UTF-8"), locked(workdir):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.timeout(20)  # in the main thread, where a wait for itself can be ended
 def test_a_data_dir_may_be_the_workdir(tmp_path: Path) -> None:
     with locked(tmp_path), alone_in(tmp_path, "extracting") as alone:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import typing
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +136,22 @@ def test_dropout_acts_in_training_only(config: TrainConfig) -> None:
     evaluate = jax.jit(model.apply)
     assert not np.allclose(train(jax.random.key(0)), train(jax.random.key(1)))
     assert np.array_equal(evaluate(variables, x), evaluate(variables, x))
+
+
+def test_a_network_of_ones_own_has_the_options_that_it_wants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the README tells how to add one."""
+
+    class Own(nn.Module):
+        num_classes: int
+
+        @nn.compact
+        def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+            return nn.Sequential([lambda x: x.mean((1, 2)), nn.Dense(self.num_classes)])(x)
+
+    monkeypatch.setitem(MODELS, "cnn", Own)
+    assert count(shapes_of(TrainConfig(widths=(4,)), (8, 8, 3))) == 3 * 10 + 10
 
 
 @pytest.mark.parametrize("name", ["cnn", "linear", "cnn-wide"])

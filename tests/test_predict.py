@@ -157,6 +157,14 @@ def test_more_images_than_one_batch(trained_run: Path, image_folder: Path, tmp_p
         assert answer["probability"] == pytest.approx(alone["probability"], rel=1e-5)
 
 
+def test_options_may_stand_between_images(trained_run: Path, image_folder: Path) -> None:
+    images = sorted((image_folder / "test" / "cat").iterdir())[:2]
+    found = run("--checkpoint", trained_run, images[0], "--json", images[1])
+    assert [json.loads(line)["file"] for line in found.stdout.splitlines()] == list(
+        map(str, images)
+    )
+
+
 def test_a_reader_that_stops_reading_is_no_error(trained_run: Path, image_folder: Path) -> None:
     command = f"{sys.executable} -m cifar_jax.predict --checkpoint {trained_run} --json "
     command += f"{image_folder / 'test'} | head -n 1"

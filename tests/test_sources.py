@@ -221,7 +221,7 @@ def test_folders_beside_the_splits_are_told_and_classes_may_be_called_as_splits(
         write_images(tmp_path / "splits" / name, {"a": 3, "b": 3})
     load_dataset(str(tmp_path / "splits"))
     assert "splits: ignored beside train/ and test/: drafts/" in capsys.readouterr().out
-    for names in (("Bus", "Car", "Train"), ("invalid", "valid")):
+    for names in (("Bus", "Car", "Train"), ("bus", "train"), ("invalid", "valid")):
         write_images(tmp_path / names[0], dict.fromkeys(names, 3))
         assert load_dataset(str(tmp_path / names[0])).class_names == names
 

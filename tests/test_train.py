@@ -87,6 +87,20 @@ def reference(
     return train_and_evaluate(config, workdir), workdir
 
 
+def test_an_epoch_is_saved_before_it_is_told(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads the table may be gone, as `head` goes when it has read enough."""
+
+    def gone(row: EpochRow) -> str:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("cifar_jax.loop.table_row", gone)
+    with pytest.raises(BrokenPipeError):
+        train_and_evaluate(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [STEPS_PER_EPOCH]
+
+
 @pytest.mark.fault("C24")
 def test_the_workdir_holds_what_it_should(reference: tuple[dict[str, Any], Path]) -> None:
     report, workdir = reference

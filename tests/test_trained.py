@@ -22,7 +22,7 @@ from cifar_jax.trained import TrainedNetwork, load, save
 
 
 def make_network(value: float = 0.5, channels: int = 1) -> TrainedNetwork:
-    config = TrainConfig(model="cnn-gap", widths=(4,), batch_norm=True, dropout=0.25)
+    config = TrainConfig(model="cnn-gap", widths=(4,), batch_norm=True, label_smoothing=0.25)
     shape, mean, std = (9, 9, channels), (0.1,) * channels, (0.3,) * channels
     network = TrainedNetwork(config, ("ant", "bee"), shape, mean, std, {})
     shapes = jax.eval_shape(network.model.init, jax.random.key(0), np.zeros((1, *shape)))
