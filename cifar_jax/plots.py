@@ -32,7 +32,9 @@ def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
     loss_axes, accuracy_axes = figure.subplots(1, 2)
 
     def draw(axes: Axes, label: str, train: list[float], val: list[float]) -> None:
-        axes.plot(epochs, train, "o-", markersize=4, color=_TRAIN, label="training (during the epoch)")
+        axes.plot(
+            epochs, train, "o-", markersize=4, color=_TRAIN, label="training (during the epoch)"
+        )
         axes.plot(epochs, val, "o-", markersize=4, color=_VAL, label="validation")
         axes.axvline(
             best["epoch"],
