@@ -384,7 +384,7 @@ def test_nothing_is_saved_that_is_not_finite(
 
     monkeypatch.setattr(start_module, "create_train_state", with_nan)
     config = dataclasses.replace(
-        config, model="cnn-gap", hidden=(), batch_norm=True, checkpoint_every=1
+        config, model="cnn-gap", hidden=(), dropout=0.0, batch_norm=True, checkpoint_every=1
     )
     with pytest.raises(CifarJaxError, match="is not finite after step 1; nothing is saved"):
         train_and_evaluate(config, tmp_path)
