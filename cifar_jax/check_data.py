@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from cifar_jax import cli
+from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, shown
-from cifar_jax.options import Options, option
+from cifar_jax.options import Options, option_of
 
 DESCRIPTION = """\
 Look through all images of a data set as training would read them: name every file that cannot be
@@ -28,14 +29,8 @@ examples:
 class CheckOptions(Options):
     """How training would read the data."""
 
-    image_size: int | None = option(
-        None,
-        "as in cifar_jax.train; not given, all must be of one size",
-        unit="pixels",
-        at_least=1,
-        at_most=8000,
-    )
-    data_dir: str | None = option(None, "as in cifar_jax.train")
+    image_size: int | None = option_of(TrainConfig, "image_size", group="data")
+    data_dir: str | None = option_of(TrainConfig, "data_dir", group="data")
 
 
 def check_data(data: str, options: CheckOptions) -> None:

@@ -163,7 +163,7 @@ def compile_step(
     )
     several_on_cpu = len(devices) > 1 and devices[0].platform == "cpu"
     # Read back from the cache, such a program no longer keeps the sums over devices in one order:
-    # two at a time get mixed up, which ends the process or gives wrong results (jaxlib 0.10.2).
+    # two at a time get mixed up. That ends the process, and could give wrong sums (jaxlib 0.10.2).
     with nothing_kept() if several_on_cpu else contextlib.nullcontext():
         compiled = compile_lowered(
             mapped.lower(state, batch, *shared), devices[0].platform, deterministic=deterministic

@@ -366,10 +366,16 @@ def test_a_command_ends_in_one_line_and_its_exit_code() -> None:
 
 def test_a_command_whose_output_is_closed_does_its_work(tmp_path: Path) -> None:
     """And no file that it opens takes the place of the output."""
-    program = (
-        "import os, sys; from cifar_jax import cli; "
-        "cli.run(lambda: print('a word', file=sys.stdout) or open(sys.argv[1], 'w').write('work'))"
-    )
+    program = """if True:
+        import os, sys
+        from cifar_jax import cli
+        def main():
+            print("a word")
+            with open(sys.argv[1], "w") as file:
+                os.write(1, b"as C++ prints")
+                file.write("work")
+        cli.run(main)
+    """
     command = f"{sys.executable} -c {shlex.quote(program)} {tmp_path}/file >&- 2>&-"
     assert subprocess.run(["bash", "-c", command]).returncode == 0
     assert (tmp_path / "file").read_text() == "work"
