@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from cifar_jax.dataset import ImageShape
-from cifar_jax.layers import Layer, trace_layers
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.layers import Layer, params_of, trace_layers
 
 _FLOAT_BYTES = 4
 
@@ -29,7 +30,8 @@ class LayerRow:
             ``H*W*C_out * kh*kw*C_in`` (outputs at the padded border in full), a Dense layer's
             ``F_in*F_out``; additions of biases, norms, ReLUs and pools count nothing.
         receptive_field: side of the square of the image that one output depends on, as if the image
-            had no border; from a global pool or flatten on, what of the image is seen at all.
+            had no border; from a global pool or flatten on, what of the image is seen at all; 0
+            where a layer has changed the size of the image in a way that is not known here.
         stride: pixels of the image from one output to the next; 0 where there is one position.
         start: the first pixel that the first output sees; below 0 in the padding.
         activation_bytes: of the output for the whole batch, in float32.
@@ -79,15 +81,25 @@ class View:
         return View(start, size, stride=0)
 
 
+_UNKNOWN = View(0, 0, 0)
+
+
 def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> list[LayerRow]:
-    """A row for each layer of ``model``, for images ``(H, W, C)``; nothing is computed."""
+    """A row for each layer of ``model``, for images ``(H, W, C)``; nothing is computed.
+
+    Raises:
+        CifarJaxError: usage; parameters are in layers that no ``nn.Sequential`` runs.
+    """
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     layers = jax.eval_shape(lambda v, x: trace_layers(model, v, x), variables, images)
-    view = View()
+    view, size = View(), image_shape[:2]
     rows = []
     for layer in layers:
-        leaves = variables.get("params", {}).get(layer.name, {})
+        if layer.input.shape[1:-1] != size:  # a branch of its own, such as a strided shortcut
+            view = _UNKNOWN
+        size = layer.output.shape[1:-1]
+        leaves = params_of(variables, layer.name)
         view = _view_after(layer, view, leaves, image_shape)
         rows.append(
             LayerRow(
@@ -96,8 +108,8 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
                 output_shape=layer.output.shape,
                 params=sum(math.prod(leaf.shape) for leaf in leaves.values()),
                 arithmetic=" + ".join(
-                    "*".join(map(str, leaves[name].shape))
-                    for name in ("kernel", "scale", "bias")
+                    "*".join(map(str, leaves[name].shape)) or "1"
+                    for name in dict.fromkeys(("kernel", "scale", "bias", *leaves))
                     if name in leaves
                 ),
                 macs=_macs(layer, leaves),
@@ -107,16 +119,24 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
                 activation_bytes=_FLOAT_BYTES * math.prod(layer.output.shape),
             )
         )
+    listed = sum(row.params for row in rows)
+    there = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
+    if listed != there:
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"the layers of {type(model).__name__} cannot be listed: {there - listed:,} of its "
+            f"{there:,} parameters are in layers that no nn.Sequential runs",
+            fix="let nn.Sequential run them, in its blocks too, as in models.py",
+        )
     return rows
 
 
 def _view_after(layer: Layer, view: View, leaves: dict[str, Any], image_shape: ImageShape) -> View:
     """What the outputs of ``layer`` see, where its inputs have the ``view``.
 
-    Raises:
-        ValueError: the layer changes the size of the image, in a way that is not known here.
+    Unknown if the layer changes the size of the image in a way of its own.
     """
-    if not view.stride:  # one position, which sees what it sees
+    if not view.stride:  # one position, which sees what it sees, or not known
         return view
     if layer.kind == "conv":
         window = (leaves["kernel"].shape[0] - 1) * layer.dilation + 1
@@ -133,10 +153,7 @@ def _view_after(layer: Layer, view: View, leaves: dict[str, Any], image_shape: I
     if layer.kind in ("global_pool", "flatten"):
         return view.of_all(layer.input.shape[1:3], image_shape[:2])
     if layer.output.shape[1:-1] != layer.input.shape[1:-1]:
-        raise ValueError(
-            f"{layer.kind} changes the size of the image in a way that layer_table does not know: "
-            "add it there, and to _KINDS in layers.py"
-        )
+        return _UNKNOWN
     return view
 
 

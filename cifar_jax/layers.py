@@ -12,7 +12,7 @@ import jax
 
 from cifar_jax.layout import Variables
 
-ACTIVATIONS = ("relu", "gelu")
+ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")
 
 # The layers of models.py and airbench.py, by the names of their classes and functions.
 _KINDS = {
@@ -38,7 +38,8 @@ class Layer:
     """One layer at work.
 
     Attributes:
-        name: Flax's, as in ``variables["params"]``; of a plain function, its kind and number.
+        name: Flax's, as in ``variables["params"]``, after those of the modules around it, such as
+            ``Block_0/Conv_0``; of a plain function, its kind and number.
         kind: ``space_to_depth``, ``conv``, ``batch_norm``, ``relu``, ``gelu``, ``pool``,
             ``global_pool``, ``flatten``, ``dense``, ``dropout``, ``add`` (the end of a residual
             block), ``scale``; of one that is none of these, its class's or function's name.
@@ -75,7 +76,7 @@ def trace_layers(model: nn.Module, variables: Variables, images: Any) -> list[La
             called = getattr(layer, "__name__", type(layer).__name__)
             kind = _KINDS.get(called, called)
             if isinstance(layer, nn.Module):
-                name = str(layer.name)
+                name = "/".join(layer.path)
             else:
                 name = f"{kind}_{unnamed[kind]}"
                 unnamed[kind] += 1
@@ -91,6 +92,14 @@ def trace_layers(model: nn.Module, variables: Variables, images: Any) -> list[La
     with nn.intercept_methods(intercept):
         model.apply(variables, images, train=False)
     return traced
+
+
+def params_of(variables: Variables, name: str) -> dict[str, Any]:
+    """The parameters of the layer called ``name``, without those of layers inside it."""
+    params = variables.get("params", {})
+    for part in name.split("/"):
+        params = params.get(part, {})
+    return {key: leaf for key, leaf in params.items() if not isinstance(leaf, dict)}
 
 
 def _first(option: Any) -> int | None:

@@ -129,7 +129,7 @@ def describe(summary: dict[str, Any]) -> str:
                 f"{layer['arithmetic']} = {own:,}" if own else "",
                 f"{100 * own / params:.1f} %" if own else "",
                 f"{layer['macs']:,}" if layer["macs"] else "",
-                f"{layer['receptive_field']} px",
+                f"{layer['receptive_field']} px" if layer["receptive_field"] else "",
                 f"{layer['stride']} px" if layer["stride"] else "",
                 _size(memory),
                 f"{100 * memory / activations:.1f} %",

@@ -15,6 +15,7 @@ import pytest
 from test_layout import random_variables
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError
 from cifar_jax.layer_table import LayerRow, layer_table
 from cifar_jax.layers import trace_layers
 from cifar_jax.models import MODELS, create_model
@@ -119,12 +120,58 @@ def test_strides_dilation_and_layers_of_a_readers_own() -> None:
     ]
 
 
-def test_a_layer_that_changes_the_size_in_its_own_way_is_named() -> None:
+class Block(nn.Module):
+    """As a reader may write one: a residual block with a stride in both of its branches."""
+
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        strides = (self.stride, self.stride)
+        branch = nn.Sequential([nn.Conv(4, (3, 3), strides), nn.relu, nn.Conv(4, (3, 3))])
+        return branch(x) + nn.Sequential([nn.Conv(4, (1, 1), strides)])(x)
+
+
+class Blocks(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        return nn.Sequential([Block(1), Block(2), nn.Conv(4, (3, 3))])(x)
+
+
+def test_blocks_of_a_readers_own() -> None:
+    rows = layer_table(Blocks(), (32, 32, 3), 1)
+    # What is behind two branches with strides is not known, and 0.
+    assert [(row.name, row.params, row.receptive_field) for row in rows] == [
+        ("Block_0/Conv_0", 3 * 3 * 3 * 4 + 4, 3),
+        ("relu_0", 0, 3),
+        ("Block_0/Conv_1", 3 * 3 * 4 * 4 + 4, 5),
+        ("Block_0/Conv_2", 3 * 4 + 4, 5),
+        ("Block_0", 0, 5),
+        ("Block_1/Conv_0", 3 * 3 * 4 * 4 + 4, 7),
+        ("relu_1", 0, 7),
+        ("Block_1/Conv_1", 3 * 3 * 4 * 4 + 4, 11),
+        ("Block_1/Conv_2", 4 * 4 + 4, 0),
+        ("Block_1", 0, 0),
+        ("Conv_0", 3 * 3 * 4 * 4 + 4, 0),
+    ]
+
+
+def test_what_follows_a_change_of_size_that_is_not_known() -> None:
     def every_third(x: jax.Array) -> jax.Array:
         return x[:, ::3, ::3]
 
-    with pytest.raises(ValueError, match="every_third changes the size"):
-        layer_table(nn.Sequential([every_third]), (9, 9, 3), 1)
+    (row,) = layer_table(nn.Sequential([every_third]), (9, 9, 3), 1)
+    assert (row.receptive_field, row.stride) == (0, 0)
+
+
+def test_layers_that_cannot_be_listed_are_an_error() -> None:
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+            return nn.Sequential([nn.Dense(2)])(nn.Conv(4, (3, 3))(x))
+
+    with pytest.raises(CifarJaxError, match=r"of Plain .*: 112 of its 122 parameters .* Fix: let"):
+        layer_table(Plain(), (8, 8, 3), 1)
 
 
 @pytest.mark.parametrize(("name", "size"), [pair for pair in SIZES if pair[0] in NARROW])

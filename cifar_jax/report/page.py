@@ -18,7 +18,7 @@ from cifar_jax.dataset import ImageShape, stratified_choice
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.labelled import LabelledImages, load_labelled, logits_of
 from cifar_jax.layer_table import layer_table
-from cifar_jax.layers import ACTIVATIONS, Layer, trace_layers
+from cifar_jax.layers import ACTIVATIONS, Layer, params_of, trace_layers
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.report.run import StoredRun
 from cifar_jax.scores import Scores, score, wilson_interval
@@ -200,11 +200,14 @@ def gather_run(run: StoredRun, *, data: str | None, data_dir: str | None) -> Run
     traced = _trace_shapes(network)
     convs = [layer.name for layer in traced if layer.kind == "conv"]
     if convs:
-        kernel = network.variables["params"][convs[0]]["kernel"]
+        kernel = params_of(network.variables, convs[0])["kernel"]
         shown = np.moveaxis(kernel, -1, 0)[:_FILTERS]
         page.filters = _on_pixels(shown, run.config.patch_size)
         page.n_filters = kernel.shape[-1]
+    try:
         page.receptive_fields = receptive_fields(network)
+    except CifarJaxError as error:
+        _miss(page, f"What each layer sees: {error}")
     split: Literal["val", "test"] = "val" if run.report is None else "test"
     try:
         labelled = load_labelled(network, split, data=data, data_dir=data_dir)
@@ -290,7 +293,7 @@ def summarize(run: StoredRun) -> Summary:
 
 
 def receptive_fields(network: TrainedNetwork) -> list[ReceptiveField]:
-    """The receptive field of each convolution and pooling, in order."""
+    """The receptive field of each convolution and pooling where it is known, in order."""
     return [
         ReceptiveField(
             layer=row.name,
@@ -301,7 +304,7 @@ def receptive_fields(network: TrainedNetwork) -> list[ReceptiveField]:
             units=row.output_shape[1:3],
         )
         for row in layer_table(network.model, network.image_shape, batch_size=1)
-        if row.kind in ("conv", "pool")
+        if row.kind in ("conv", "pool") and row.receptive_field
     ]
 
 

@@ -164,7 +164,9 @@ def make_predict(network: TrainedNetwork) -> Predict:
 
     black = np.zeros((1, *network.image_shape), np.uint8)
     variables = jax.device_put(network.variables)
-    kinds = [layer.kind for layer in jax.eval_shape(trace, variables, black)]
+    # The kinds of the layers that give maps.
+    layers = jax.eval_shape(trace, variables, black)
+    kinds = [layer.kind if layer.output.ndim == 4 else "" for layer in layers]
     features = None
     if "conv" in kinds:
         first = kinds.index("conv")
