@@ -13,10 +13,11 @@ import jax
 from cifar_jax.airbench import Airbench
 from cifar_jax.batch_norm import BatchNorm
 from cifar_jax.blocks import Conv, LayerFunction, global_average_pool, global_max_pool, residual
-from cifar_jax.config import ModelName, TrainConfig
+from cifar_jax.config import ALWAYS_NORMALISED, ModelName, TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.layout import TorchLayout
+from cifar_jax.options import flag
 from cifar_jax.pooling import max_pool
 
 BATCH_NORM_MOMENTUM = 0.9  # PyTorch's default, which it calls 0.1
@@ -226,12 +227,39 @@ def create_model(
     """The network that ``config`` names, with its options; ``dtype`` is that of activations.
 
     ``config.dtype`` is of training alone: scores and predictions are made in float32. A network
-    gets the options that it has a field for; ``TrainConfig`` refuses others.
+    gets the options that it has a field for.
+
+    Raises:
+        CifarJaxError: usage; an option is given that it has no field for.
     """
-    options: dict[str, Any] = {"axis_name": axis_name, "dtype": dtype}
-    for name in ("batch_norm", "patch_size", "dropout", "widths", "hidden"):
-        if (value := getattr(config, name)) != ():  # else the network's own
-            options[name] = value
     make = MODELS[config.model]
     has = inspect.signature(make).parameters
+    options: dict[str, Any] = {"axis_name": axis_name, "dtype": dtype}
+    for name in ("batch_norm", "patch_size", "dropout", "widths", "hidden"):
+        value = getattr(config, name)
+        if value == getattr(TrainConfig, name):
+            continue  # the network's own
+        options[name] = value
+        if name not in has and not (name == "batch_norm" and config.model in ALWAYS_NORMALISED):
+            raise CifarJaxError(
+                ExitCode.USAGE,
+                f"{flag(name)} with --model {config.model}, which has no field {name}",
+                fix="leave it out, or give the network that field",
+            )
     return make(num_classes=num_classes, **{n: v for n, v in options.items() if n in has})
+
+
+def torch_layout(model: nn.Module, image_shape: ImageShape) -> TorchLayout:
+    """The names of the layers of ``model`` in PyTorch.
+
+    Raises:
+        CifarJaxError: usage; it is a reader's own, without such names.
+    """
+    if not hasattr(model, "torch_layout"):
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"{type(model).__name__} has no torch_layout, its layers' names in PyTorch",
+            fix="write one, as in models.py, or export --format stablehlo",
+        )
+    layout: TorchLayout = model.torch_layout(image_shape)
+    return layout

@@ -30,7 +30,7 @@ from cifar_jax.layout import (
     from_torch,
     to_torch,
 )
-from cifar_jax.models import Model, create_model
+from cifar_jax.models import ConvNet, Model, create_model, torch_layout
 from cifar_jax.network_metadata import Description, parse_description, refusing
 from cifar_jax.trained import TrainedNetwork
 
@@ -64,7 +64,7 @@ class Network(NamedTuple):
 
     @property
     def layout(self) -> TorchLayout:
-        return self.model.torch_layout(self.image_shape)
+        return torch_layout(self.model, self.image_shape)
 
 
 def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
@@ -168,7 +168,10 @@ def identify(
     layers = {name.rpartition(".")[0] for name in state_dict}
     names: tuple[ModelName, ...] = (model,) if model else typing.get_args(ModelName)
     candidates = [
-        network for name in names for network in _candidates(name, state_dict, image_size)
+        network
+        for name in names
+        for network in _candidates(name, state_dict, image_size)
+        if model or hasattr(network.model, "torch_layout")  # a reader's own may have none
     ]
 
     def distance(network: Network) -> int:
@@ -312,6 +315,10 @@ def _of_widths(
 ) -> Iterator[Network]:
     num_classes = weights[-1][0] if weights else 10
     own = create_model(TrainConfig(model=name), num_classes)
+    if not isinstance(own, Model):  # a reader's, with its own options
+        side, channels = image_size or _USUAL_SIDE, kernels[0][1] if kernels else 3
+        yield Network(TrainConfig(model=name), (side, side, channels), num_classes)
+        return
     widths: Shape = ()
     hidden: Shape = ()
     if own.widths:
@@ -368,7 +375,7 @@ def _image_shape(
 
 def takes_one_size(config: TrainConfig) -> bool:
     """Whether the network flattens, so that its tensors tell the size of the images."""
-    return config.model not in ("cnn-gap", "resnet9", "airbench")
+    return config.model in ("linear", "mlp", "cnn", "cnn-wide")
 
 
 def _divisor(config: TrainConfig) -> int:
@@ -378,6 +385,8 @@ def _divisor(config: TrainConfig) -> int:
     model = create_model(config, 1)
     if isinstance(model, Airbench):
         return 2 ** len(model.widths)
+    if not isinstance(model, ConvNet):
+        return 1
     return config.patch_size * 2 ** (len(model.widths) // model.convs_per_pool)
 
 

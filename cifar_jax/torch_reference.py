@@ -34,7 +34,7 @@ from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.initializers import WHITENING_SIDE
 from cifar_jax.layout import StateDict
-from cifar_jax.models import Model, ResNet9
+from cifar_jax.models import ConvNet, Model, ResNet9
 
 
 class Network(nn.Module):
@@ -145,12 +145,21 @@ def make_twin(model: Model, image_shape: ImageShape) -> nn.Module:
 
     Args:
         image_shape: ``(H, W, C)``.
+
+    Raises:
+        CifarJaxError: usage; it is a reader's own, without a twin.
     """
     height, width, channels = image_shape
     if isinstance(model, Airbench):
         return AirbenchNetwork(channels, tuple(model.widths), model.num_classes, model.deep)
     if isinstance(model, ResNet9):
         return ResidualNetwork(channels, tuple(model.widths), model.num_classes, model.dropout)
+    if not isinstance(model, ConvNet):
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"{type(model).__name__} has no twin in PyTorch",
+            fix="write one in torch_reference.py, or export --format stablehlo or safetensors",
+        )
     layers: list[nn.Module] = []
     if model.patch_size > 1:
         layers.append(nn.PixelUnshuffle(model.patch_size))

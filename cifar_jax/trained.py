@@ -14,7 +14,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.layout import StateDict, Variables, to_torch
 from cifar_jax.metrics import RunningSums
-from cifar_jax.models import create_model
+from cifar_jax.models import create_model, torch_layout
 from cifar_jax.network_metadata import Description, describe, parse_description, refusing
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import select_devices
@@ -54,8 +54,12 @@ class TrainedNetwork:
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
 
     def state_dict(self) -> StateDict:
-        """The variables under PyTorch's names and in its layout."""
-        return to_torch(self.variables, self.model.torch_layout(self.image_shape))
+        """The variables under PyTorch's names and in its layout.
+
+        Raises:
+            CifarJaxError: usage; as of :func:`cifar_jax.models.torch_layout`.
+        """
+        return to_torch(self.variables, torch_layout(self.model, self.image_shape))
 
 
 def load(path: str | Path) -> TrainedNetwork:

@@ -11,6 +11,7 @@ import pytest
 from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.models import MODELS, create_model
+from cifar_jax.state_dicts import identify
 
 CNN_CONVS = (
     (3 * 3 * 3 * 16 + 16)  # 448: the tutorial's question 11
@@ -151,7 +152,14 @@ def test_a_network_of_ones_own_has_the_options_that_it_wants(
             return nn.Sequential([lambda x: x.mean((1, 2)), nn.Dense(self.num_classes)])(x)
 
     monkeypatch.setitem(MODELS, "cnn", Own)
-    assert count(shapes_of(TrainConfig(widths=(4,)), (8, 8, 3))) == 3 * 10 + 10
+    assert count(shapes_of(TrainConfig(), (8, 8, 3))) == 3 * 10 + 10
+    with pytest.raises(CifarJaxError, match=r"--widths with --model cnn, .* no field widths\."):
+        create_model(TrainConfig(widths=(4,)), 10)
+    # Files of the others are still recognised.
+    tensors = {"network.1.weight": np.zeros((10, 3072)), "network.1.bias": np.zeros(10)}
+    assert identify(tensors).config.model == "linear"
+    with pytest.raises(CifarJaxError, match=r"Own has no torch_layout, .* Fix: write one"):
+        identify(tensors, model="cnn")
 
 
 @pytest.mark.parametrize("name", ["cnn", "linear", "cnn-wide"])
