@@ -450,5 +450,6 @@ def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
     if differing:
         raise _usage(
             f"--resume with other options than the run began with: {', '.join(differing)}",
-            "leave them out, or start a new run in another --workdir",
+            "leave them out, or start a new run in another --workdir, with --initial-weights "
+            "to begin with these weights",
         )

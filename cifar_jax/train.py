@@ -173,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = given.pop("workdir", None)
     if given.get("resume") and workdir is None:
         raise CifarJaxError(
-            ExitCode.USAGE, "--resume without --workdir", fix="say which run: --workdir runs/..."
+            ExitCode.USAGE,
+            "--resume without --workdir",
+            fix="say which run: --workdir runs/DATE-TIME-MODEL",
         )
     if given.get("coordinator") and workdir is None:
         raise CifarJaxError(

@@ -58,7 +58,7 @@ def parse(*argv: str) -> TrainConfig:
         (["--seed", "4294967296"], "--seed 4294967296", "below 4294967296"),
         (["--seed", "9" * 400], "--seed 999", "below 4294967296"),
         (["--model", "cn"], "--model 'cn' is not one of linear, mlp", "did you mean cnn?"),
-        (["--optimizer", "lion"], "'lion' is not one of sgd, adam, adamw", "one of these"),
+        (["--optimizer", "newton"], "'newton' is not one of sgd, adam, adamw", "one of these"),
         (["--devices", "two"], "--devices 'two' is not 'all' or a", "whole number"),
         (["--widths", "8,x"], "--widths 'x'", "whole number"),
         (["--widths", "0,8"], "--widths 0", "at least 1"),
@@ -109,7 +109,7 @@ def test_a_bad_option_is_named_with_its_cure(argv: list[str], what: str, fix: st
 @pytest.mark.parametrize(
     ("options", "name", "value", "what", "fix"),
     [
-        (TrainConfig, "optimizer", "lion", "--optimizer 'lion' is not one of sgd, adam", ""),
+        (TrainConfig, "optimizer", "newton", "--optimizer 'newton' is not one of sgd, adam", ""),
         (TrainConfig, "schedule", "one-cycle", "--schedule 'one-cycle' is", "mean onecycle?"),
         (TrainConfig, "dtype", "float16", "not one of float32, bfloat16", "float"),
         (TrainConfig, "input", "gpu", "--input 'gpu'", "choose one"),
@@ -131,7 +131,7 @@ def test_a_bad_option_is_named_with_its_cure(argv: list[str], what: str, fix: st
         (ServeOptions, "port", "x", "--port 'x' is not a whole number", "number"),
         (ReportOptions, "output", 3, "--output 3 is not a text or None", "text"),
         (ConvertOptions, "classes", "ant", "--classes 'ant' is not a tuple", "tuple"),
-        (SummaryOptions, "optimizer", "lion", "--optimizer 'lion'", "choose one"),
+        (SummaryOptions, "optimizer", "newton", "--optimizer 'newton'", "choose one"),
         (CheckOptions, "image_size", "x", "--image-size 'x'", "whole number"),
     ],
 )  # fmt: skip
