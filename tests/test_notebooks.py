@@ -15,7 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 import cifar_jax.train
-from cifar_jax import trained
+from cifar_jax import shapes, trained
 from cifar_jax.config import TrainConfig
 from cifar_jax.convert import ConvertOptions, convert
 from cifar_jax.shapes import CLASS_NAMES
@@ -57,11 +57,14 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         return {"test_accuracy": 0.1}
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "N_TRAIN", 300)
+    monkeypatch.setattr(shapes, "N_TEST", 20)
     monkeypatch.setattr(cifar_jax.train, "train_and_evaluate", train)
     run = Path("runs/20261122-101500-cnn")
     trained.save(network, run, source="a test")
     convert(run, Path("net.safetensors"), ConvertOptions())
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
-        exec(block, {})
+        exec(block.replace("epochs=2", 'epochs=1, model="linear"'), {})
+    assert trained.load("runs/own-loop").n_params == 30730
