@@ -234,18 +234,19 @@ def create_model(
     """
     make = MODELS[config.model]
     has = inspect.signature(make).parameters
-    options: dict[str, Any] = {"axis_name": axis_name, "dtype": dtype}
-    for name in ("batch_norm", "patch_size", "dropout", "widths", "hidden"):
-        value = getattr(config, name)
-        if value == getattr(TrainConfig, name):
-            continue  # the network's own
-        options[name] = value
+    names = ("batch_norm", "patch_size", "dropout", "widths", "hidden")
+    given = {name: getattr(config, name) for name in names}
+    given = {name: value for name, value in given.items() if value != getattr(TrainConfig, name)}
+    if dtype is not None:
+        given["dtype"] = dtype
+    for name in given:
         if name not in has and not (name == "batch_norm" and config.model in ALWAYS_NORMALISED):
             raise CifarJaxError(
                 ExitCode.USAGE,
                 f"{flag(name)} with --model {config.model}, which has no field {name}",
                 fix="leave it out, or give the network that field",
             )
+    options = {"axis_name": axis_name, **given}
     return make(num_classes=num_classes, **{n: v for n, v in options.items() if n in has})
 
 

@@ -155,6 +155,8 @@ def test_a_network_of_ones_own_has_the_options_that_it_wants(
     assert count(shapes_of(TrainConfig(), (8, 8, 3))) == 3 * 10 + 10
     with pytest.raises(CifarJaxError, match=r"--widths with --model cnn, .* no field widths\."):
         create_model(TrainConfig(widths=(4,)), 10)
+    with pytest.raises(CifarJaxError, match="--dtype with --model cnn"):
+        create_model(TrainConfig(), 10, dtype=jnp.bfloat16)
     # Files of the others are still recognised.
     tensors = {"network.1.weight": np.zeros((10, 3072)), "network.1.bias": np.zeros(10)}
     assert identify(tensors).config.model == "linear"
