@@ -70,7 +70,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
             return hint(text)
         except ValueError:
             raise wrong_type(name, text, hint) from None
-    return text
+    return os.path.expanduser(text)  # a shell leaves the ~ of --checkpoint=~/run
 
 
 def _initials(option: str) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(TrainConfig, prog="python -m cifar_jax.train", description=DESCRIPTION)
     parser.add_argument(
         "--workdir",
+        type=os.path.expanduser,
         metavar="DIR",
         help="the run's folder: config, metrics, checkpoints, plots, report "
         "[default runs/DATE-TIME-MODEL]",

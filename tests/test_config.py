@@ -175,6 +175,7 @@ def test_options_override_the_preset_that_they_name() -> None:
     assert parse("--no-flip").flip is False
     assert parse("--devices", "all").devices == "all"
     assert parse("--widths", "4,8").widths == (4, 8)
+    assert parse("--data=~/photos").data == str(Path.home() / "photos")
 
 
 def test_every_preset_has_the_name_it_is_listed_under() -> None:

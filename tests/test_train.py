@@ -571,10 +571,14 @@ def test_checkpoints_without_their_config_are_not_trained_over(
         ["--coordinator", "localhost:9876", "--num-processes", "2", "--process-id", "1"],
     ],
 )
-def test_resume_of_no_run_begins_none(tmp_path: Path, of_this_start: list[str]) -> None:
+def test_resume_of_no_run_begins_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_this_start: list[str]
+) -> None:
     """A mistyped folder, with nothing said of the run itself."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(CifarJaxError, match=r"--resume: there is no run in --workdir") as caught:
-        main(["--resume", "--workdir", str(tmp_path / "none"), *of_this_start])
+        main(["--resume", "--workdir=~/none", *of_this_start])
+    assert str(tmp_path / "none") in str(caught.value)
     assert caught.value.exit_code == ExitCode.USAGE
     assert not (tmp_path / "none").exists()
 
