@@ -108,7 +108,7 @@ def find_images(names: Sequence[str]) -> list[str]:
     files: list[str] = []
     for name in names:
         path = Path(name)
-        if name == _STDIN or not path.is_dir():
+        if name == _STDIN or not os.path.isdir(name):  # Path's raises where it may not look
             files.append(name)
             continue
         below = [

@@ -136,9 +136,13 @@ def test_only_what_was_answered_is_counted(
     trained_run: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], n_sound: int
 ) -> None:
     sound = [str(image_folder / "test" / "frog" / "000.png")][:n_sound]
-    with pytest.raises(CifarJaxError, match=rf"^1 of {1 + n_sound} image\(s\) could not be read"):
-        main(["--checkpoint", str(trained_run), "absent.png", *sound])
-    counted = [line for line in capsys.readouterr().out.splitlines() if "ms each" in line]
+    too_long = 300 * "x"  # of which to ask whether it is a folder is an error
+    with pytest.raises(CifarJaxError, match=rf"^2 of {2 + n_sound} image\(s\) could not be read"):
+        main(["--checkpoint", str(trained_run), "absent.png", too_long, *sound])
+    out, err = capsys.readouterr()
+    assert "absent.png cannot be read: No such file or directory. Fix: check the path." in err
+    assert f"{too_long} cannot be read: File name too long" in err
+    counted = [line for line in out.splitlines() if "ms each" in line]
     assert len(counted) == n_sound
     assert all(line.startswith("1 image(s), ") for line in counted)
 
@@ -157,12 +161,20 @@ def test_more_images_than_one_batch(trained_run: Path, image_folder: Path, tmp_p
         assert answer["probability"] == pytest.approx(alone["probability"], rel=1e-5)
 
 
-def test_options_may_stand_between_images(trained_run: Path, image_folder: Path) -> None:
-    images = sorted((image_folder / "test" / "cat").iterdir())[:2]
-    found = run("--checkpoint", trained_run, images[0], "--json", images[1])
-    assert [json.loads(line)["file"] for line in found.stdout.splitlines()] == list(
-        map(str, images)
-    )
+def test_options_may_stand_between_images(
+    trained_run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, wide = str(image_folder / "test" / "cat" / "000.png"), str(tmp_path / "wide.png")
+    with Image.new("RGB", (24, 8)) as around:
+        around.paste(Image.open(image), (8, 0))
+        around.save(wide)
+    stretched, cut = [], []
+    for answers, options in ((stretched, ["--json"]), (cut, ["--fit", "crop", "--json"])):
+        main(["--checkpoint", str(trained_run), image, *options, wide])
+        answers += [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [answer["file"] for answer in answers] == [image, wide]
+    assert cut[0]["probabilities"] == cut[1]["probabilities"] == stretched[0]["probabilities"]
+    assert stretched[1]["probabilities"] != stretched[0]["probabilities"]
 
 
 def test_a_reader_that_stops_reading_is_no_error(trained_run: Path, image_folder: Path) -> None:
@@ -204,10 +216,11 @@ def test_wrong_use_is_one_line(trained_run: Path, tmp_path: Path) -> None:
         (["--checkpoint", tmp_path / "no", "x.png"], ExitCode.CHECKPOINT, "does not exist"),
         (["--checkpoint", trained_run, tmp_path / "empty"], ExitCode.DATA, "holds no image"),
     ):
-        found = run(*arguments)
-        assert found.returncode == code, found.stderr
-        assert message in found.stderr.decode()
-        assert found.stderr.count(b"\n") == 1
+        with pytest.raises(CifarJaxError) as caught:
+            main(list(map(str, arguments)))
+        assert caught.value.exit_code == code
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_name_that_is_no_text_is_shown(trained_run: Path, tmp_path: Path) -> None:
