@@ -172,9 +172,9 @@ def run(main: Callable[[], None], *, beside_training: bool = False) -> NoReturn:
             memory there only as it needs it. JAX would take three quarters at once.
     """
     status = int(ExitCode.BUG)
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by `>&-`; the next file would take its place
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
     def leave() -> None:
         # Threads of C++ may still be at work, and crash a Python that is taken apart beside them.

@@ -365,19 +365,19 @@ def test_a_command_ends_in_one_line_and_its_exit_code() -> None:
     )
 
 
-def test_a_command_whose_output_is_closed_does_its_work(tmp_path: Path) -> None:
-    """And no file that it opens takes the place of the output."""
+def test_a_command_whose_input_and_output_are_closed_does_its_work(tmp_path: Path) -> None:
+    """And no file that it opens takes their place."""
     program = """if True:
         import os, sys
         from cifar_jax import cli
         def main():
-            print("a word")
+            print("a word", sys.stdin.read())
             with open(sys.argv[1], "w") as file:
                 os.write(1, b"as C++ prints")
                 file.write("work")
         cli.run(main)
     """
-    command = f"{sys.executable} -c {shlex.quote(program)} {tmp_path}/file >&- 2>&-"
+    command = f"{sys.executable} -c {shlex.quote(program)} {tmp_path}/file <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", command]).returncode == 0
     assert (tmp_path / "file").read_text() == "work"
 
