@@ -109,6 +109,7 @@ FORMATS: dict[ExportFormat, tuple[Callable[..., None], Callable[..., Classify]]]
 def how_to_use(network: TrainedNetwork, format: ExportFormat, output: Path) -> str:
     """Some lines of Python for whoever gets the file ``output``."""
     height, width, channels = network.image_shape
+    file = repr(str(output))  # any name, as Python writes it
     images = f"images: uint8 [N, {height}, {width}, {channels}]"
     normalised = f"float32 [N, {channels}, {height}, {width}], in 0..1, then normalised"
     of_state_dict = (
@@ -116,14 +117,14 @@ def how_to_use(network: TrainedNetwork, format: ExportFormat, output: Path) -> s
     )
     model = "# model: yours, with the same names, or cifar_jax.torch_reference.make_twin's\n"
     return {
-        "stablehlo": "import jax.export  # pip install jax flatbuffers\n"
-        f'classify = jax.jit(jax.export.deserialize(open("{output}", "rb").read()).call)\n'
+        "stablehlo": "import pathlib\nimport jax.export  # pip install jax flatbuffers\n"
+        f"program = pathlib.Path({file}).read_bytes()\n"
+        "classify = jax.jit(jax.export.deserialize(program).call)\n"
         f"probabilities = classify(images)  # {images}",
         "onnx": "import onnxruntime\n"
-        f'session = onnxruntime.InferenceSession("{output}")\n'
+        f"session = onnxruntime.InferenceSession({file})\n"
         f'(probabilities,) = session.run(None, {{"images": images}})  # {images}',
         "safetensors": f"{model}import safetensors.torch\n"
-        f'model.load_state_dict(safetensors.torch.load_file("{output}"))\n{of_state_dict}',
-        "pth": f"{model}import torch\n"
-        f'model.load_state_dict(torch.load("{output}"))\n{of_state_dict}',
+        f"model.load_state_dict(safetensors.torch.load_file({file}))\n{of_state_dict}",
+        "pth": f"{model}import torch\nmodel.load_state_dict(torch.load({file}))\n{of_state_dict}",
     }[format]
