@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -22,10 +23,13 @@ from test_trained import rewrite_metadata
 from cifar_jax import checkpoint, trained
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.inference import make_logits
+from cifar_jax.labelled import load_labelled
 from cifar_jax.layers import trace_layers
 from cifar_jax.metrics import best_row
 from cifar_jax.models import create_model, space_to_depth
 from cifar_jax.report import figures as report_figures
+from cifar_jax.report import html
 from cifar_jax.report import page as report_page
 from cifar_jax.report.__main__ import ReportOptions, main, write_report
 from cifar_jax.report.run import read_run
@@ -36,19 +40,31 @@ HOSTILE = ("<b>bold", "<img src=x onerror=alert(1)>", "{{ 7 * 7 }} & 'so' \"on\"
 
 
 class Elements(HTMLParser):
-    """The elements of a page as (tag, attributes), and its text."""
+    """The elements of a page as (tag, attributes), its text, and the cells of its tables' rows."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.rows: list[list[str]] = []
+        self.in_cell = False
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "td":
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag != "td"
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.in_cell:
+            self.rows[-1][-1] += data
 
     def values(self, key: str) -> list[Any]:
         """Every ``data-value`` of ``data-key`` ``key``; numbers as such."""
@@ -76,13 +92,16 @@ def untrained(
     workdir: Path, config: TrainConfig, classes: tuple[str, ...], shape: tuple[int, int, int]
 ) -> TrainedNetwork:
     """A network with random weights, as the workdir of a run without any epoch."""
-    model = create_model(config, len(classes))
-    variables = jax.device_get(model.init(jax.random.key(0), np.zeros((1, *shape), np.float32)))
+    model, rng = create_model(config, len(classes)), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *shape), np.float32))
+    variables = {"batch_stats": {}} | jax.tree.map(
+        lambda leaf: (rng.normal(size=leaf.shape) / leaf.size**0.25).astype(np.float32),
+        dict(shapes),
+    )
     channels = shape[2]
     network = TrainedNetwork(
-        config, classes, shape, (0.5,) * channels, (0.25,) * channels, dict(variables)
+        config, classes, shape, (0.5,) * channels, (0.25,) * channels, variables
     )
-    network.variables.setdefault("batch_stats", {})
     trained.save(network, workdir, source="a test")
     return network
 
@@ -266,6 +285,24 @@ def test_names_are_shown_as_they_are(hostile_page: Path, open_page: Opened) -> N
     assert page.locator("main b, main i, main script, main img[onerror]").count() == 0
 
 
+def test_the_tables_count_each_answer(hostile_page: Path) -> None:
+    network = trained.load(hostile_page.with_name("run<i>"))
+    data = str(hostile_page.with_name("data"))
+    labelled = load_labelled(network, "val", data=data, data_dir=None)
+    answers = make_logits(network)(labelled.pixels(np.arange(len(labelled)))).argmax(axis=1)
+    counts = np.zeros((3, 3), int)
+    np.add.at(counts, (labelled.split.labels, answers), 1)
+    assert (counts != counts.T).any()
+    rows = [row for row in Elements(hostile_page.read_text()).rows if len(row) > 1]
+    assert rows[:3] == [[str(count or "\N{MIDDLE DOT}") for count in row] for row in counts]
+    for k, (n, precision, recall, taken_for) in enumerate(rows[3:]):
+        assert n == str(counts[k].sum())
+        for shown, of in ((precision, counts[:, k].sum()), (recall, counts[k].sum())):
+            assert shown == (f"{100 * counts[k, k] / of:.1f}\xa0%" if of else "\N{EN DASH}")
+        most, other = max((counts[k, j], -j) for j in range(3) if j != k)
+        assert taken_for == (f"{HOSTILE[-other]} ({most})" if most else "\N{EN DASH}")
+
+
 def test_a_network_without_convolutions(hostile_page: Path) -> None:
     page = Elements(hostile_page.read_text())
     assert "This network was converted" in page.text
@@ -296,6 +333,10 @@ def test_an_unfinished_run_is_scored_on_validation(
     assert confusion["data-n"] == str(report["n_val"])
     assert page.values("scored_accuracy") == page.values("val_accuracy") == [report["val_accuracy"]]
     assert page.values("n_params") == [report["n_params"]]
+    history = read_run(workdir).history
+    seconds, speeds = ([row[k] for row in history] for k in ("seconds", "images_per_second"))
+    assert page.values("train_seconds") == [pytest.approx(sum(seconds))]
+    assert page.values("images_per_second") == [pytest.approx(3 / sum(1 / s for s in speeds))]
     assert page.values("test_accuracy") == page.values("test_loss") == []
     assert report["versions"]["jax"] in page.text
     printed = capsys.readouterr()
@@ -445,6 +486,9 @@ def test_greyscale_mistakes_and_filters(tmp_path: Path) -> None:
             pixels_of(image["src"]), np.asarray(Image.open(tmp_path / "train" / file))
         )
         assert image["alt"] == f"an image of {file.partition('/')[0]}"
+    told = re.findall(r"<p>is (\w+)</p>\s*<p[^>]*>(\w+)/", (tmp_path / "page.html").read_text())
+    assert len(told) == len(files)
+    assert all(truth == folder for truth, folder in told)
     wrong = [a for a in page.with_class("wrong") if a["data-right"] == "false"]
     assert len(wrong) >= len(mistakes)
     assert page.text.count("\N{BALLOT X}") == len(wrong)  # not told by colour alone
@@ -458,7 +502,7 @@ def test_greyscale_mistakes_and_filters(tmp_path: Path) -> None:
     ]
 
 
-def test_feature_maps_are_the_layers_outputs(trained_run: Path) -> None:
+def test_feature_maps_are_the_layers_outputs(trained_run: Path, page_file: Path) -> None:
     run = read_run(trained_run)
     page = report_page.gather_run(run, data=None, data_dir=None)
     assert page.scored is not None
@@ -475,6 +519,16 @@ def test_feature_maps_are_the_layers_outputs(trained_run: Path) -> None:
         left_out = sorted(set(range(each.n_channels)) - set(each.channels))
         assert len(each.channels) == min(8, each.n_channels)
         assert not left_out or activity[left_out].max() <= activity[each.channels].min() + 1e-6
+    elements = Elements(page_file.read_text()).elements
+    drawn = [a for _, a in elements if (a.get("alt") or "").startswith("channel ")]
+    for each in page.feature_maps:
+        for image in each.maps:
+            for channel, values in zip(each.channels, np.moveaxis(image, -1, 0), strict=True):
+                a = drawn.pop(0)
+                assert str(a["alt"]).startswith(f"channel {channel} of {each.layer} for the image")
+                scaled = 255 * values / image.max()
+                np.testing.assert_allclose(pixels_of(a["src"]), scaled, atol=1)
+    assert drawn == []
 
 
 def test_receptive_fields_are_what_a_unit_depends_on() -> None:
@@ -518,6 +572,10 @@ def test_a_comparison(compared: Path, trained_run: Path) -> None:
     assert page.values("n_params") == [report["n_params"]] * 3
     options = [a["data-option"] for _, a in page.elements if "data-option" in a]
     assert options == ["--learning-rate", "--flip"]
+    assert page.rows[-2:] == [["0.003", "0.25", "0.003"], ["on", "off", "on"]]
+    # A line in the legend and in each plot has the colour of its run.
+    lines = re.findall(r"stroke: var\(--series-(\d)\)", compared.read_text())
+    assert lines == 3 * ["0", "1", "2"]
     assert "different-data" in {a.get("id") for _, a in page.elements}
     assert "<b>else" in page.text
     for name in ("run", "other", "unfinished-long-name-"):
@@ -558,7 +616,16 @@ def test_many_classes_are_a_picture() -> None:
     assert not pixels_of(report_figures.confusion_png(np.eye(300))).diagonal().any()
 
 
-def edit(path: Path, **values: float) -> None:
+def test_images_and_numbers_of_any_size_have_their_place() -> None:
+    large = np.zeros((300, 150, 1), np.uint8)
+    assert pixels_of(report_figures.image_png(large)).shape == (128, 64)
+    assert pixels_of(report_figures.map_png(np.array([[-1.0, 1, 4]]), 4)).tolist() == [[0, 64, 255]]
+    shown = [html.duration(seconds) for seconds in (None, 59.44, 60, 3599.6, 7325)]
+    told = "\N{EN DASH}, 59.4 s, 1 min 0 s, 1 h 0 min, 2 h 2 min"
+    assert ", ".join(shown).replace("\xa0", " ") == told
+
+
+def edit(path: Path, **values: Any) -> None:
     """Give other ``values`` to each JSON object of a file, one a line or one in all."""
     text = path.read_text()
     objects = text.splitlines() if path.suffix == ".jsonl" else [text]
@@ -581,6 +648,7 @@ def edit(path: Path, **values: float) -> None:
         (lambda run: edit(run / "metrics.jsonl", val_loss=math.nan), "line 1: val_loss is nan"),
         (lambda run: edit(run / "metrics.jsonl", images_per_second=-1.0), "line 1: images_per"),
         (lambda run: edit(run / "report.json", val_accuracy=math.nan), "val_accuracy is nan"),
+        (lambda run: edit(run / "report.json", data={}), "name is missing"),
         (lambda run: edit(run / "report.json", n_test=0, test_correct=0), "or that is 0"),
         (lambda run: edit(run / "report.json", n_test=1, test_correct=2), "more than n_test"),
     ],
@@ -603,13 +671,15 @@ def test_a_workdir_without_a_sound_run(
         ([], "WORKDIR"),
         (["{run}", "{run}", "--data", "shapes"], "--data with 2 runs"),
         (["{run}", "{run}", "--data-dir", "x"], "--data-dir with 2 runs"),
-        (["{run}", "--output", "{run}"], "is a folder"),
+        (["{run}", "--output", "{run}"], "is no file"),
+        (["{run}", "--output", "{pipe}"], "is no file"),
         (["{run}", "--outptu", "x"], "did you mean --output"),
     ],
 )
-def test_wrong_usage(arguments: list[str], what: str, trained_run: Path) -> None:
+def test_wrong_usage(arguments: list[str], what: str, trained_run: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CifarJaxError, match=what) as raised:
-        main([argument.format(run=trained_run) for argument in arguments])
+        main([argument.format(run=trained_run, pipe=tmp_path / "pipe") for argument in arguments])
     assert raised.value.exit_code == ExitCode.USAGE
 
 

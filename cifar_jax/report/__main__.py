@@ -63,9 +63,9 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
             )
     default = workdirs[0] / "report.html" if single else Path("comparison.html")
     output = Path(options.output) if options.output else default
-    if output.is_dir():
+    if output.exists() and not output.is_file():  # root's would take the place of /dev/null
         raise CifarJaxError(
-            ExitCode.USAGE, f"--output {output} is a folder", fix="give the name of a file"
+            ExitCode.USAGE, f"--output {output} is no file", fix="give the name of a file"
         )
     runs = [read_run(workdir) for workdir in workdirs]
     with _writing(output):

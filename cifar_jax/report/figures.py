@@ -205,7 +205,7 @@ def filter_png(kernel: NDArray[np.float32]) -> str:
 
 
 def map_png(values: NDArray[np.float32], largest: float) -> str:
-    """A feature map ``[H, W]`` of a ReLU: black is 0, white is ``largest``."""
+    """A feature map ``[H, W]``: black is 0 and less, white is ``largest``."""
     return image_png((255 * values / max(largest, 1e-12)).clip(0, 255).round().astype(np.uint8))
 
 
