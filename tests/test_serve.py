@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import io
 import json
+import logging
 import re
 import signal
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import read_image
 from cifar_jax.inference import make_logits, softmax
+from cifar_jax.serve import __main__ as command
 from cifar_jax.serve import app
 from cifar_jax.serve.__main__ import main
 from cifar_jax.serve.app import MAX_BYTES, _stretched, find_samples, make_predict
@@ -67,6 +70,29 @@ def serving(checkpoint: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
             yield line.split(" at ")[1].split()[0], process
         finally:
             process.kill()
+
+
+@contextlib.contextmanager
+def serving_here(network: TrainedNetwork) -> Iterator[tuple[str, uvicorn.Server, threading.Thread]]:
+    """The application in a thread: where it answers, the server and the thread."""
+    config = uvicorn.Config(
+        app.make_app(network, ["*"]),
+        port=0,
+        lifespan="off",
+        log_config=None,
+        timeout_graceful_shutdown=0,
+    )
+    server = uvicorn.Server(config)
+    serving = threading.Thread(target=server.run)
+    serving.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}/", server, serving
+    finally:
+        server.should_exit = True
+        serving.join()
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +182,17 @@ def test_a_network_that_gives_no_numbers_is_not_served() -> None:
     assert caught.value.exit_code == ExitCode.NUMERICS
 
 
-def test_samples(trained_run: Path, image_folder: Path) -> None:
+def test_samples(trained_run: Path, image_folder: Path, tmp_path: Path) -> None:
     network = trained.load(trained_run)
     samples = find_samples(network)
     assert [sample["class"] for sample in samples] == ["bird", "cat", "frog"]
     assert samples[1]["file"] == "cat/000.png"
     expected = read_image(image_folder / "test" / "cat" / "000.png", "x", (8, 8, 3))
     np.testing.assert_array_equal(pixels_of(samples[1]["image"]), expected)
-    elsewhere = dataclasses.replace(network.config, data=str(image_folder / "gone"))
-    assert find_samples(dataclasses.replace(network, config=elsewhere)) == []
+    (tmp_path / "emptied").mkdir()
+    for data in ("gone", "emptied"):
+        elsewhere = dataclasses.replace(network.config, data=str(tmp_path / data))
+        assert find_samples(dataclasses.replace(network, config=elsewhere)) == []
     drawn = find_samples(linear(shapes.CLASS_NAMES, 32))
     assert tuple(sample["class"] for sample in drawn) == shapes.CLASS_NAMES
     test_images, _ = shapes.draw(shapes.N_TEST, seed=1)
@@ -202,7 +230,7 @@ def test_what_is_no_image_is_refused(url: str) -> None:
     for body, kind, status, message in (
         (b"a plain text", "text/plain", 415, "the body is not an image"),
         (b"a plain text", "application/octet-stream", 422, "n.txt is not an image of a format"),
-        (b"", "image/jpeg", 422, "n.txt is empty"),
+        (b"", "Image/JPEG", 422, "n.txt is empty"),
         (noise_file()[:600], "image/jpeg", 422, "n.txt is cut short"),
     ):
         answered, answer = ask(f"{url}predict?file=n.txt", body, kind=kind)
@@ -263,8 +291,8 @@ def test_other_sites_are_kept_out(url: str) -> None:
         connection.close()
         return answer.status
 
-    for name in ("127.0.0.1", f"127.0.0.1:{port}", "localhost", f"localhost:{port}"):
-        assert status(name) == 200
+    for name in ("127.0.0.1", "localhost", "[::1]"):
+        assert status(name) == status(f"{name}:{port}") == 200
     for name in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
         assert status(name) == 400
     with urllib.request.urlopen(
@@ -272,8 +300,39 @@ def test_other_sites_are_kept_out(url: str) -> None:
     ) as page:
         assert not [name for name in page.headers if name.lower().startswith("access-control")]
         policy = page.headers["Content-Security-Policy"]
+        assert page.headers["X-Content-Type-Options"] == "nosniff"
     assert policy.startswith("default-src 'none'; ")
+    assert policy.endswith("base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     assert "unsafe" not in policy
+
+
+def test_who_is_let_in(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From this machine, whoever calls it by its names; else anyone, with a warning."""
+    let_in: list[list[str]] = []
+    monkeypatch.setattr(app, "make_app", lambda network, hosts: let_in.append(hosts))
+    monkeypatch.setattr(trained, "load", lambda path: linear(("a", "b")))
+    monkeypatch.setattr(uvicorn, "Config", lambda app, **options: None)
+    server = types.SimpleNamespace(run=lambda sockets: None)
+    monkeypatch.setattr(uvicorn, "Server", lambda config: server)
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "filters", [])
+    own = ["localhost", "127.0.0.1", "[::1]"]
+    for host, address, hosts, shown in (
+        ("127.0.0.1", "127.0.0.1", ["127.0.0.1", *own], "127.0.0.1"),
+        ("MyPC", "127.0.1.1", ["mypc", *own], "MyPC"),  # browsers ask for it in small letters
+        ("::1", "::1", ["::1", *own], "[::1]"),
+        ("0.0.0.0", "0.0.0.0", ["*"], "0.0.0.0"),
+        ("::", "::", ["*"], "[::]"),
+    ):
+        listener = types.SimpleNamespace(getsockname=lambda address=address: (address, 80, 0, 0))
+        listening = contextlib.nullcontext(listener)
+        monkeypatch.setattr(command, "_listen", lambda host, port, it=listening: it)
+        main(["--checkpoint", str(trained_run), "--host", host])
+        assert let_in.pop() == hosts
+        out, err = capsys.readouterr()
+        assert f" at http://{shown}:80/ " in out
+        assert (f"warning: --host {host} lets in whoever reaches it" in err) == (hosts == ["*"])
 
 
 def test_what_keeps_the_server_from_starting(
@@ -476,22 +535,12 @@ def test_its_end_does_not_wait_and_reports_no_error(
 
     monkeypatch.setattr(app, "find_samples", slow)
     monkeypatch.setattr(app, "make_predict", lambda network: slow)
-    config = uvicorn.Config(
-        app.make_app(linear(("a", "b")), ["*"]),
-        port=0,
-        lifespan="off",
-        log_config=None,
-        timeout_graceful_shutdown=0,
-    )
-    server = uvicorn.Server(config)
-    serving = threading.Thread(target=server.run)
-    serving.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     body = b"an image" if path == "predict" else None
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(ask, f"http://localhost:{port}/{path}", body) for _ in range(2)]
+    with (
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+        serving_here(linear(("a", "b"))) as (url, server, serving),
+    ):
+        answers = [pool.submit(ask, f"{url}{path}", body) for _ in range(2)]
         while len(server.server_state.tasks) < 2 or not begun:
             time.sleep(0.01)
         server.should_exit = True
@@ -524,22 +573,21 @@ def test_ctrl_c_does_not_wait_for_the_samples(trained_run: Path) -> None:
             client.sendall(b"GET /samples HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert process.stdout.readline() == "looking\n"
             process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=20)  # not 60
-    assert process.returncode == 128 + signal.SIGINT
-    assert stderr == "cifar_jax: stopped by SIGINT\n"
-
-
-def test_names_are_text_and_ctrl_c_ends_it(browser: Any, tmp_path: Path) -> None:
-    trained.save(linear((MARKUP, SCRIPT)), tmp_path / "run", source="a test")
-    path = tmp_path / "image.jpg"
-    path.write_bytes(noise_file())
-    with serving(tmp_path / "run") as (url, process):
-        with opened(browser, url) as page:
-            assert page.locator("#samples").is_hidden()
-            page.locator("input[type=file]").set_input_files(path)
-            assert shown(page) == (SCRIPT, [(SCRIPT, "73.1 %"), (MARKUP, "26.9 %")])
-            assert "has no convolution" in page.locator("#maps").inner_text()
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=20)
+            stdout, stderr = process.communicate(timeout=20)  # not 60
     assert process.returncode == 128 + signal.SIGINT
     assert (stdout, stderr) == ("", "cifar_jax: stopped by SIGINT\n")
+
+
+def test_names_are_text_and_only_the_most_probable_are_shown(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(noise_file())
+    network = linear((*"abcdefghij", MARKUP, SCRIPT))
+    with serving_here(network) as (url, *_), opened(browser, url) as page:
+        assert page.locator("#samples").is_hidden()
+        page.locator("input[type=file]").set_input_files(path)
+        answer, bars = shown(page)
+        assert answer == SCRIPT
+        assert bars[:2] == [(SCRIPT, "63.2 %"), (MARKUP, "23.3 %")]
+        assert [name for name, _ in bars[2:]] == list("jihgfedc")
+        assert page.locator("#rest").inner_text() == "and 2 less probable classes"
+        assert "has no convolution" in page.locator("#maps").inner_text()

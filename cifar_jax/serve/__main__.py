@@ -65,7 +65,7 @@ def serve(options: ServeOptions) -> None:
         hosts = ["*"]
         if ipaddress.ip_address(address).is_loopback:
             # A page from elsewhere whose name is made to lead here ("DNS rebinding") is refused.
-            hosts = [options.host, "localhost", "127.0.0.1", "[::1]"]
+            hosts = [options.host.lower(), "localhost", "127.0.0.1", "[::1]"]
         network = trained.load(Path(options.checkpoint))
         config = uvicorn.Config(
             make_app(network, hosts),
