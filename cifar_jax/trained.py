@@ -66,7 +66,8 @@ def load(path: str | Path) -> TrainedNetwork:
     """The network in ``path``, a run's workdir or one step's folder: see :func:`step_folder`.
 
     Raises:
-        CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read.
+        CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read. Environment;
+            JAX has no device of the kind asked for.
     """
     step = step_folder(Path(path))
     select_devices("all")  # says so if there are none

@@ -30,6 +30,19 @@ def make_network(value: float = 0.5, channels: int = 1) -> TrainedNetwork:
     return dataclasses.replace(network, variables=variables)
 
 
+@pytest.fixture(scope="module")
+def _saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    save(make_network(), workdir, source="a test")
+    return workdir
+
+
+@pytest.fixture
+def saved(_saved_once: Path, tmp_path: Path) -> Path:
+    """The workdir of ``make_network()``, to spoil."""
+    return Path(shutil.copytree(_saved_once, tmp_path / "run"))
+
+
 def add_step(workdir: Path, step: int) -> None:
     """A copy of step 0 whose parameters are all ``step``."""
     network = load(workdir / "checkpoints" / "0")
@@ -160,34 +173,31 @@ def test_weights_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty folder", "file", "checkpoints"])
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / kind
+def test_what_is_no_checkpoint_is_refused(saved: Path, kind: str) -> None:
+    path = saved / kind
     if kind == "empty folder":
         path.mkdir()
     elif kind == "file":
         path.write_text("x")
-    elif kind == "checkpoints":
-        save(make_network(), tmp_path, source="a test")
     with pytest.raises(CifarJaxError, match=r"does not exist|is neither a run's workdir") as caught:
         load(path)
     assert caught.value.exit_code == ExitCode.CHECKPOINT
     assert str(path) in str(caught.value)
 
 
-def test_a_damaged_history_or_checkpoint_is_named(tmp_path: Path) -> None:
-    save(make_network(), tmp_path, source="a test")
+def test_a_damaged_history_or_checkpoint_is_named(saved: Path, tmp_path: Path) -> None:
     for text in ('{"step": ', '{"step": 0, "val_accuracy": 1}', "[]", "\xff", "[" * 10**5):
-        (tmp_path / "metrics.jsonl").write_text(text, encoding="latin-1")
+        (saved / "metrics.jsonl").write_text(text, encoding="latin-1")
         with pytest.raises(CifarJaxError, match=r"cannot read .*metrics\.jsonl") as caught:
-            load(tmp_path)
+            load(saved)
         assert caught.value.exit_code == ExitCode.CHECKPOINT
         assert "\n" not in str(caught.value)
-        assert f"Fix: say which step: {tmp_path}/checkpoints/<step>." in str(caught.value)
-    (tmp_path / "metrics.jsonl").unlink()
-    manifest = tmp_path / "checkpoints" / "0" / "manifest.json"
+        assert f"Fix: say which step: {saved}/checkpoints/<step>." in str(caught.value)
+    (saved / "metrics.jsonl").unlink()
+    manifest = saved / "checkpoints" / "0" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("a", "b"))
     with pytest.raises(CifarJaxError, match="is not the file that was saved"):
-        load(tmp_path)
+        load(saved)
     other = tmp_path / "other"
     checkpoint.save(other / "checkpoints", 1, {"x": np.zeros(1)}, {"a": 1}, best_step=1)
     with pytest.raises(CifarJaxError, match=r"holds no network .*KeyError .config"):
@@ -216,25 +226,28 @@ def rewrite_metadata(step: Path, change: Any) -> None:
         lambda m: m.update(config=[]),
         lambda m: m.update(image_shape=[9, 9]),
         lambda m: m.update(image_shape=[-9, 9, 1]),
+        lambda m: m.update(image_shape=[9.5, 9, 1]),
         lambda m: m.update(image_shape=[10**9, 10**9, 1]),
         lambda m: m.update(class_names=3),
         lambda m: m.update(class_names=["ant"] * 100_000),
         lambda m: m.update(class_names=["ant", "ant"]),
+        lambda m: m.update(class_names=["ant", 2]),
+        lambda m: m.update(class_names=["ant", "\ud800"]),  # half of a pair: it prints nowhere
         lambda m: m.update(mean=["a"]),
+        lambda m: m.update(mean=[float("inf")]),
         lambda m: m.update(std=[0.0]),
         lambda m: m.update(std=[float("nan")]),
         lambda m: m.update(mean=[0.1, 0.2]),
         lambda m: m.pop("std"),
     ],
 )
-def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, change: Any) -> None:
-    save(make_network(), tmp_path, source="a test")
-    rewrite_metadata(tmp_path / "checkpoints" / "0", change)
+def test_what_a_checkpoint_says_of_itself_is_checked(saved: Path, change: Any) -> None:
+    rewrite_metadata(saved / "checkpoints" / "0", change)
     with pytest.raises(CifarJaxError) as caught:
-        load(tmp_path)
+        load(saved)
     assert caught.value.exit_code == ExitCode.CHECKPOINT
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"the checkpoint {tmp_path}/checkpoints/0 ")
+    assert str(caught.value).startswith(f"the checkpoint {saved}/checkpoints/0 ")
     assert "config.json" not in str(caught.value)  # which is another file
     assert str(caught.value).count("Fix:") == 1
 
