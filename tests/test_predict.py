@@ -95,26 +95,30 @@ def test_images_of_another_kind_are_refused(trained_run: Path, images: Any, said
 def test_a_program_gets_images_where_it_can_read_them(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From another address than a multiple of 64, another thread would run it."""
-    addresses = []
+    """From another address than a multiple of 64, another thread would run it.
+
+    In batches of powers of two, so that few are compiled.
+    """
+    batches = []
 
     def noted(*arguments: Any) -> Any:
         compiled = parallel.compile_lowered(*arguments)
 
         def call(variables: Any, images: np.ndarray) -> Any:
-            addresses.append(images.ctypes.data % 64)
+            batches.append((len(images), images.ctypes.data % 64))
             return compiled(variables, images)
 
         return call
 
     monkeypatch.setattr(inference, "compile_lowered", noted)
     logits = make_logits(trained.load(trained_run))
-    memory = np.zeros(129 * 8 * 8 * 3 + 64, np.uint8)
+    memory = np.random.default_rng(0).integers(0, 256, 131 * 192 + 64).astype(np.uint8)
     for offset in (16, 32, 48):
         start = -memory.ctypes.data % 64 + offset
-        logits(memory[start : start + 128 * 192].reshape(128, 8, 8, 3))  # a full batch
-        logits(memory[start : start + 3 * 192].reshape(3, 8, 8, 3))  # a padded one
-    assert addresses == [0] * 6
+        images = memory[start : start + 131 * 192].reshape(131, 8, 8, 3)
+        together = logits(images)  # a full batch, and a padded one
+        np.testing.assert_allclose(logits(images[128:]), together[128:], rtol=1e-5)
+    assert batches == 3 * [(128, 0), (4, 0), (4, 0)]
 
 
 def test_words_for_people_and_no_tensorflow(trained_run: Path, image_folder: Path) -> None:
