@@ -431,8 +431,11 @@ def test_another_step_than_the_best_is_told(trained_run: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_filters_of_patches_are_shown_on_pixels(tmp_path: Path, channels: int) -> None:
+def test_filters_of_patches_are_shown_on_pixels(
+    tmp_path: Path, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each tile, laid over every patch in turn, gives what the first convolution does."""
+    monkeypatch.setattr(report_page, "_FILTERS", 4)
     config = TrainConfig(model="cnn-gap", widths=(5,), patch_size=2, data="nowhere")
     network = untrained(tmp_path / "run", config, ("bird", "cat"), (8, 8, channels))
     kernel = network.variables["params"]["Conv_0"]["kernel"]
@@ -453,7 +456,8 @@ def test_filters_of_patches_are_shown_on_pixels(tmp_path: Path, channels: int) -
     assert "This network was converted: nothing is known of its training." in page.text
     assert "The curves: a converted network has none." in page.text
     shown = [a for _, a in page.elements if (a.get("alt") or "").startswith("filter ")]
-    assert len(shown) == 5
+    assert len(shown) == 4
+    assert "The first 4 of 5." in page.text
     assert pixels_of(shown[0]["src"]).shape == ((6, 6, 3) if channels == 3 else (6, 6))
 
 
@@ -475,9 +479,14 @@ def test_greyscale_mistakes_and_filters(tmp_path: Path) -> None:
         scaled = kernel[:, :, 0, k] / np.abs(kernel[..., k]).max()
         np.testing.assert_allclose(pixels_of(tile["src"]) / 127.5 - 1, scaled, atol=0.01)
 
-    start = next(i for i, (_, a) in enumerate(page.elements) if a.get("id") == "mistakes")
-    end = next(i for i, (_, a) in enumerate(page.elements) if a.get("id") == "filters")
-    mistakes = [a for tag, a in page.elements[start:end] if tag == "img"]
+    place_of = {a.get("id"): i for i, (_, a) in enumerate(page.elements)}
+    samples = page.elements[place_of["samples"] : place_of["confusion"]]
+    assert [a["alt"] for tag, a in samples if tag == "img"] == [
+        f"an image of {name}" for name in classes for _ in range(3)
+    ]
+    mistakes = [
+        a for tag, a in page.elements[place_of["mistakes"] : place_of["filters"]] if tag == "img"
+    ]
     assert len(mistakes) == n - correct
     files = re.findall(r"(?:bird|cat|frog)/\d+\.png", page.text)
     assert len(files) == len(mistakes)
@@ -495,6 +504,9 @@ def test_greyscale_mistakes_and_filters(tmp_path: Path) -> None:
 
     maps = [a["alt"] for _, a in page.elements if (a.get("alt") or "").startswith("channel ")]
     assert len(maps) == 3 * 3 + 3 * 8  # three images; all of 3 channels, and 8 of 9
+    assert {str(alt).split()[-1] for alt in maps} == set(classes)
+    square = next(a for tag, a in page.elements if tag == "rect")  # of 3x3, around the unit 4, 4
+    assert [square[name] for name in ("x", "y", "width", "height")] == ["3.0"] * 4
     headings = re.findall(r"Conv_\d: .*", page.text)
     assert headings == [
         "Conv_0: 8\N{MULTIPLICATION SIGN}8, 3 of 3 channels",
@@ -572,6 +584,8 @@ def test_a_comparison(compared: Path, trained_run: Path) -> None:
     assert page.values("n_params") == [report["n_params"]] * 3
     options = [a["data-option"] for _, a in page.elements if "data-option" in a]
     assert options == ["--learning-rate", "--flip"]
+    low, high = wilson_interval(report["test_correct"], report["n_test"])
+    assert page.rows[1][0].endswith(f"{100 * low:.2f} to {100 * high:.2f}\xa0%")
     assert page.rows[-2:] == [["0.003", "0.25", "0.003"], ["on", "off", "on"]]
     # A line in the legend and in each plot has the colour of its run.
     lines = re.findall(r"stroke: var\(--series-(\d)\)", compared.read_text())
