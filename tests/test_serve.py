@@ -589,5 +589,5 @@ def test_names_are_text_and_only_the_most_probable_are_shown(browser: Any, tmp_p
         assert answer == SCRIPT
         assert bars[:2] == [(SCRIPT, "63.2 %"), (MARKUP, "23.3 %")]
         assert [name for name, _ in bars[2:]] == list("jihgfedc")
-        assert page.locator("#rest").inner_text() == "and 2 less probable classes"
+        assert page.locator("#rest:visible").inner_text() == "and 2 less probable classes"
         assert "has no convolution" in page.locator("#maps").inner_text()

@@ -229,6 +229,7 @@ def rewrite_metadata(step: Path, change: Any) -> None:
         lambda m: m.update(image_shape=[9.5, 9, 1]),
         lambda m: m.update(image_shape=[10**9, 10**9, 1]),
         lambda m: m.update(class_names=3),
+        lambda m: m.update(class_names=[]),
         lambda m: m.update(class_names=["ant"] * 100_000),
         lambda m: m.update(class_names=["ant", "ant"]),
         lambda m: m.update(class_names=["ant", 2]),
