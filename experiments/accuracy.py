@@ -19,6 +19,7 @@ from pathlib import Path
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
 from machine import environment
+from output import check_output
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +37,7 @@ def main() -> None:
     if arguments.seeds < 1:
         raise CifarJaxError(ExitCode.USAGE, f"--seeds {arguments.seeds}", fix="give at least 1")
 
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    check_output(arguments.output)
     reports = []
     for seed in range(arguments.seeds):
         workdir = arguments.workdirs / f"{arguments.output.stem}-seed{seed}"

@@ -36,6 +36,7 @@ from cifar_jax import cli
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source
 from machine import environment
+from output import check_output
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     source = arguments.data or "shapes"
     check_source(source)
     quick = arguments.quick
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    check_output(arguments.output)
     data = first_step.data_options(source, arguments.data_dir)
     if quick:
         data += ["--max-train-examples", "1280"]

@@ -25,6 +25,7 @@ from bench import steps
 from cifar_jax import cli, convolution, models, parallel, winograd
 from cifar_jax.files import write_atomically
 from machine import environment
+from output import check_output
 
 # Rounds, and the steps in each, by network.
 _TURNS = {"cnn": (9, 50), "cnn-wide": (7, 3), "resnet9": (5, 1)}
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=_TURNS, default=list(_TURNS))
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are timed
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    check_output(arguments.output)
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
         rounds, n = _TURNS[model]

@@ -41,6 +41,7 @@ from layouts.pitfalls import measure_pitfalls
 from layouts.timings import time_all
 from layouts.training import train_in_both
 from machine import environment
+from output import check_output
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
@@ -60,7 +61,7 @@ def main() -> None:
     # JAX alone would take three quarters of a GPU, in each of the processes that take turns on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     check_source(source)  # like the folder: before minutes of work
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(arguments.output)
     study = Study(arguments.output, {"quick": arguments.quick, "data": Path(source).name})
     study.measure("models", _in_float32(lambda: compare_models(arguments.quick)))
     if not arguments.quick:

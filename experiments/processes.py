@@ -24,6 +24,7 @@ from typing import Any
 
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
+from output import check_output
 
 # 48 images divide evenly among 1, 2, 3 and 4 devices. The loss is convex, and no maximum of nearly
 # equal numbers could be decided by rounding: a larger difference at the end has another cause.
@@ -36,7 +37,7 @@ def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     output: Path = parser.parse_args().output
-    output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    check_output(output)
     with tempfile.TemporaryDirectory() as folder:
         found = {**disturbed(Path(folder) / "disturbed"), **alone(Path(folder) / "alone")}
     pairs = zip(found["losses"], found["undisturbed_losses"], strict=True)

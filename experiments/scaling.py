@@ -40,6 +40,7 @@ from cifar_jax.parallel import (
 from cifar_jax.step_memory import step_memory
 from cifar_jax.train_step import create_train_state, make_train_step
 from machine import environment
+from output import check_output
 
 SHAPE: ImageShape = (32, 32, 3)
 BATCH = 512
@@ -66,7 +67,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     output: Path = arguments.output
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(output)
     if arguments.devices:
         jax.config.update("jax_num_cpu_devices", arguments.devices)
 

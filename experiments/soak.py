@@ -30,6 +30,7 @@ from cifar_jax.errors import ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.images import png
 from machine import environment
+from output import check_output
 from processes import losses, start
 
 RELATIVE = 1e-5
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="for the accidents")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     options = parser.parse_args()
-    options.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    check_output(options.output)
     # Started in the background by a shell, this process and its children would ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     draw = random.Random(options.seed)

@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -44,6 +42,8 @@ from cifar_jax.dataset import ImageFiles, Split, array_digest, stratified_choice
 from cifar_jax.errors import CifarJaxError, ExitCode, first_line
 from cifar_jax.files import check_is_new, write_atomically
 from cifar_jax.sources import check_source, load_splits
+from machine import environment
+from output import check_output
 
 _SMOKE = Recipe(widths=(16, 32, 32), epochs=4, batch_size=100, whitening_epochs=2)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -106,7 +106,7 @@ def main() -> None:
         )
     print(f"{name}: {len(train):,} images to train on, {len(test):,} to score")
     found: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
+        **environment(*_PACKAGES),
         "data": name,
         "scored_on": arguments.score,
         "n_train": len(train),
@@ -154,9 +154,8 @@ def _measure(
     print(" and ".join(f"{seconds:.1f} s" for seconds in compile_seconds.values()))
     flop = run_flop(setting, len(train), len(test), train.image_shape)
     found.update(
-        device=f"{device}, {os.cpu_count()} cores" if on_cpu else device,
+        device=device,
         recipe=dataclasses.asdict(recipe),
-        versions={package: importlib.metadata.version(package) for package in _PACKAGES},
         xla_flags=os.environ.get("XLA_FLAGS", ""),
         progress_bar=shows_progress(),
         compile_seconds=compile_seconds,
@@ -284,6 +283,7 @@ def _check(arguments: argparse.Namespace) -> None:
                 ExitCode.USAGE, f"{option} {value} is out of range", fix="give 1 or more"
             )
     check_output(arguments.output)
+    check_is_new(arguments.output, "--output")
     changed = arguments.recipe != "94" or arguments.widths
     if arguments.beside and (changed or arguments.smoke):
         raise CifarJaxError(
@@ -311,27 +311,6 @@ def _check(arguments: argparse.Namespace) -> None:
                     f"--beside needs the package {package}",
                     fix=f"pip install {package}, or leave --beside out",
                 )
-
-
-def check_output(output: Path) -> None:
-    """Raise if nothing could be written there, or if something is there already."""
-    if output.is_dir():
-        raise CifarJaxError(
-            ExitCode.USAGE, f"--output {output} is a folder", fix="name a file in it"
-        )
-    check_is_new(output, "--output")
-    if not output.parent.is_dir():
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"--output {output}: there is no folder {output.parent}",
-            fix="make it, or give another",
-        )
-    if not os.access(output.parent, os.W_OK):
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"--output {output}: {output.parent} cannot be written",
-            fix="make it writable, or give another",
-        )
 
 
 def _described(found: dict[str, Any]) -> str:

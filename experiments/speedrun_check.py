@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import json
 from pathlib import Path
@@ -29,12 +28,13 @@ from airbench.run import Setting, draw_batches, reflect_pad, train_step
 from cifar_jax import cli, shapes
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.files import write_atomically
+from cifar_jax.files import check_is_new, write_atomically
 from cifar_jax.initializers import whiten
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.parity import relative_difference
 from cifar_jax.train_step import TrainState, initial_train_state, normalize
-from speedrun import check_output
+from machine import environment
+from output import check_output
 
 _STEPS = 3
 _BATCH = 200
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="does it work? a narrow network")
     arguments = parser.parse_args()
     check_output(arguments.output)
+    check_is_new(arguments.output, "--output")
     recipe = dataclasses.replace(Recipe(), batch_size=_BATCH)
     if arguments.smoke:
         recipe = dataclasses.replace(recipe, widths=(4, 8, 8), batch_size=20)
@@ -65,9 +66,8 @@ def main() -> None:
     print("the CPU's steps ...", flush=True)
     expected = _steps(exact, state, images, cpu)
     found: dict[str, Any] = {
+        **environment("jax", "jaxlib"),
         "device": device.device_kind,
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
         "recipe": dataclasses.asdict(recipe),
         "rows": [],
     }

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -34,11 +32,12 @@ from cifar_jax import blocks, cli, convolution, muon
 from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.files import write_atomically
+from cifar_jax.files import check_is_new, write_atomically
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.train_step import initial_train_state
 from cifar_jax.winograd import Padding
-from speedrun import check_output
+from machine import environment
+from output import check_output
 
 _STEPS = 10
 _together = muon.orthogonalize
@@ -91,18 +90,18 @@ def main() -> None:
             ExitCode.USAGE, f"--rounds {arguments.rounds} is out of range", fix="give 1 or more"
         )
     check_output(arguments.output)
+    check_is_new(arguments.output, "--output")
     recipe = Recipe()
     if arguments.smoke:
         recipe = dataclasses.replace(recipe, widths=(4, 8), batch_size=20)
     recipe = dataclasses.replace(recipe, fused=takes_kernels())
     if jax.default_backend() == "cpu":
         recipe = dataclasses.replace(recipe, dtype="float32")
-    device = jax.devices()[0].device_kind
     found: dict[str, Any] = {
-        "device": f"{device}, {os.cpu_count()} cores" if device == "cpu" else device,
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
+        **environment("jax", "jaxlib"),
+        "device": jax.devices()[0].device_kind,
         "recipe": dataclasses.asdict(recipe),
+        "rounds": arguments.rounds,
         "rows": [],
     }
     print("compiling with all ...", flush=True)

@@ -25,6 +25,7 @@ import first_step
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
 from machine import environment
+from output import check_output
 
 CLASSES, SIDE, PICTURES = 10, 64, 200
 
@@ -44,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     arguments = parser.parse_args()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    check_output(arguments.output)
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)

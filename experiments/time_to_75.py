@@ -30,6 +30,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source
 from machine import environment
+from output import check_output
 
 _TARGET = 0.75
 _MOST_EPOCHS = 10
@@ -50,7 +51,7 @@ def main() -> None:
     data = first_step.data_options(source, arguments.data_dir)
     about = {**environment("jax", "jaxlib", "torch"), "data": Path(source).name}
     runs = _earlier_runs(arguments.output, about)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    check_output(arguments.output)
     planned = [("cifar_jax, fast", seed) for seed in range(arguments.seeds)]
     for seed in range(arguments.torch_seeds):
         planned += [(f"PyTorch, {model}", seed) for model in ("cnn-wide", "cnn")]

@@ -1,0 +1,28 @@
+"""Where a measurement is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import fix_of, try_to_write
+
+
+def check_output(output: Path) -> None:
+    """Make the folder of ``output``: what keeps it from being written is told before the work.
+
+    Raises:
+        CifarJaxError: usage; it is a folder. Environment; nothing can be written there.
+    """
+    if output.is_dir():
+        raise CifarJaxError(
+            ExitCode.USAGE, f"--output {output} is a folder", fix="name a file in it"
+        )
+    try:
+        try_to_write(output.parent)
+    except OSError as error:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            f"--output {output} cannot be written: {error}",
+            fix=fix_of(error, "another"),
+        ) from error
