@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.errors import CifarJaxError, ExitCode
+
 Spec = dict[str, Any]
 RunSteps = Callable[[int], None]  # runs so many steps, and waits until they are done
 Describe = Callable[[], dict[str, Any]]  # what a worker tells about itself at the end
@@ -101,7 +103,7 @@ def time_in_turn(
         cwd: where ``command`` is run.
 
     Raises:
-        RuntimeError: a worker died; with its last words.
+        CifarJaxError: environment; a worker died: with its last words.
     """
     with contextlib.ExitStack() as stack:
         workers = []
@@ -148,7 +150,8 @@ class _Worker:
         self._errors.close()
 
     def ask(self, order: str) -> str:
-        print(order, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it died since: read() says so
+            print(order, file=self._process.stdin, flush=True)
         return self.read()
 
     def read(self) -> str:
@@ -156,6 +159,10 @@ class _Worker:
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
-            last_words = self._errors.read().strip().splitlines()[-1:]
-            raise RuntimeError(f"the program of {self._spec} died: {last_words}")
+            said = self._errors.read().strip().splitlines() or ["no last words"]
+            raise CifarJaxError(
+                ExitCode.ENVIRONMENT,
+                f"the program of {self._spec} ended with {self._process.wait()}: {said[-1]}",
+                fix="install what it lacks, or make room: -9 is mostly a lack of memory",
+            )
         return line

@@ -17,6 +17,7 @@ import nhwc_vs_nchw
 import paired_timing
 from cifar_jax import layout
 from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError
 from cifar_jax.models import create_model
 from layouts import nchw_program, timings
 from layouts.figure import draw
@@ -138,8 +139,17 @@ def test_programs_are_timed_in_turn_and_described(
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
     command = _write_worker(tmp_path)
     specs = [{"ms": ms, "batch_size": 8} for ms in (1, -1)]
-    with pytest.raises(RuntimeError, match="no such program"):
+    with pytest.raises(CifarJaxError, match=r"ms': -1.* ended with 1: ValueError: no such program"):
         paired_timing.time_in_turn(command, specs, rounds=1, steps=1, cwd=EXPERIMENTS)
+
+
+def test_a_worker_that_is_killed_between_two_turns_is_told() -> None:
+    """As one is where memory is short; not by the silence of a pipe without a reader."""
+    with paired_timing._Worker(["sh", "-c", "exec sleep 9"], {}, EXPERIMENTS) as worker:
+        worker._process.kill()
+        worker._process.wait()
+        with pytest.raises(CifarJaxError, match="ended with -9: no last words"):
+            worker.ask("forward 1")
 
 
 def _write_worker(folder: Path) -> list[str]:
