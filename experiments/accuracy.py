@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     parser = cli.Parser(
-        description=__doc__.split("\n\n")[0], epilog="All other options go to cifar_jax.train."
+        description=__doc__.split("\n\n")[0],
+        epilog="All other options go to cifar_jax.train.",
+        allow_abbrev=False,  # --seed is not --seeds
     )
     parser.add_argument("--seeds", type=int, default=3, help="train with the seeds 0 .. N-1")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
@@ -36,7 +38,11 @@ def main() -> None:
     arguments, train_options = parser.parse_known_args()
     if arguments.seeds < 1:
         raise CifarJaxError(ExitCode.USAGE, f"--seeds {arguments.seeds}", fix="give at least 1")
-
+    for given in train_options:
+        if (option := given.split("=")[0]) in ("--seed", "--workdir"):
+            raise CifarJaxError(
+                ExitCode.USAGE, f"{option} is another for each run", fix=f"give {option}s"
+            )
     check_output(arguments.output)
     reports = []
     for seed in range(arguments.seeds):

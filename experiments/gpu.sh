@@ -7,8 +7,9 @@
 # same bits twice, with and without --deterministic, the step's time by number of devices, and that
 # of each layout. Goes on where one of them fails, and says so by its exit status.
 set -uo pipefail
-data=$(realpath "$1")
-mkdir -p "$2"
+usage="usage: bash experiments/gpu.sh DATA FOLDER"
+data=$(realpath "${1:?$usage}")
+mkdir -p "${2:?$usage}"
 out=$(realpath "$2")
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1

@@ -2,7 +2,7 @@ r"""NHWC against NCHW, JAX against PyTorch: what is the same, what is faster, wh
 
     python experiments/nhwc_vs_nchw.py --quick --output quick.json            # two minutes
     python experiments/nhwc_vs_nchw.py --data cifar10.tar.gz \
-        --output experiments/results/nhwc_vs_nchw.json                        # half an hour
+        --output experiments/results/nhwc_vs_nchw.json                        # 15 to 30 minutes
 
 Needs the test extra, which brings torch. Writes one JSON and, beside it, one figure:
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from cifar_jax import cli
 from cifar_jax.files import write_atomically
+from machine import environment
 from output import check_output
 
 # 48 images divide evenly among 1, 2, 3 and 4 devices. The loss is convex, and no maximum of nearly
@@ -39,7 +40,11 @@ def main() -> None:
     output: Path = parser.parse_args().output
     check_output(output)
     with tempfile.TemporaryDirectory() as folder:
-        found = {**disturbed(Path(folder) / "disturbed"), **alone(Path(folder) / "alone")}
+        found = {
+            **environment("jax", "jaxlib"),
+            **disturbed(Path(folder) / "disturbed"),
+            **alone(Path(folder) / "alone"),
+        }
     pairs = zip(found["losses"], found["undisturbed_losses"], strict=True)
     found["largest_difference"] = max(abs(a - b) / b for a, b in pairs)
     write_atomically(output, json.dumps(found, indent=1) + "\n")

@@ -46,22 +46,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     arguments = parser.parse_args()
     check_output(arguments.output)
+    found = {**environment("jax", "jaxlib", "numpy"), "image": f"{SIDE}x{SIDE} JPEG"}
     rows = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        write_atomically(arguments.output, json.dumps({**found, "rows": rows}, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         for count in arguments.images:
             print(f"{count:,} images ...", flush=True)
             size = make_images(folder / "images", count)
-            rows.append({"images": count, "folder_mb": size >> 20, **train(folder, "first")})
+            keep({"images": count, "folder_mb": size >> 20, **train(folder, "first")})
             print(f"  {rows[-1]}", flush=True)
-        rows.append({"images": count, "folder_mb": size >> 20, **train(folder, "again", stop=True)})
+        keep({"images": count, "folder_mb": size >> 20, **train(folder, "again", stop=True)})
         print(f"  with the listing kept: {rows[-1]}", flush=True)
-    found = {
-        **environment("jax", "jaxlib", "numpy"),
-        "image": f"{SIDE}x{SIDE} JPEG",
-        "rows": rows,
-    }
-    write_atomically(arguments.output, json.dumps(found, indent=1) + "\n")
     print(f"in {arguments.output}")
 
 

@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _earlier_runs(output: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs stored in ``output``, which must be of the same machine and data; none at first."""
+    """The runs stored in ``output``, of the same machine, data and versions; none at first."""
     if not output.exists():
         return []
     try:
@@ -83,6 +83,7 @@ def _earlier_runs(output: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
             # The second form, without the architecture, was stored until 2026-11-28.
             "machine": (about["machine"], about["machine"].partition(", ")[2]),
             "data": (about["data"],),
+            "versions": (about["versions"],),
         }
         differs = next((name for name, forms in same.items() if found[name] not in forms), None)
         runs: list[dict[str, Any]] = found["runs"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import EXPERIMENTS
 
+import accuracy
 import bench_cpu
 import cpu_gains
 import first_step
@@ -39,6 +40,16 @@ def test_no_trial_overwrites_the_committed_results(
         runpy.run_path(str(EXPERIMENTS / f"{script}.py"), run_name="a_script")["main"]()
 
 
+@pytest.mark.parametrize("option", ["--seed", "--workdir"])
+def test_what_is_another_for_each_run_is_not_taken_for_all(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["accuracy.py", "--output", "x.json", "--data", "shapes", f"{option}=7"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(CifarJaxError, match=f"{option} is another for each run.*give {option}s"):
+        accuracy.main()
+
+
 @pytest.mark.parametrize(
     ("script", "work"),
     [(bench_cpu, "bench.steps.measure"), (cpu_gains, "paired_timing.time_in_turn")],
@@ -53,10 +64,19 @@ def test_the_folder_of_the_results_is_made_before_the_work(
         raise Begun
 
     monkeypatch.setattr(work, begin)
-    monkeypatch.setattr(sys, "argv", ["script", "--output", str(tmp_path / "new" / "out.json")])
+    file = tmp_path / "new" / "out.json"
+    monkeypatch.setattr(sys, "argv", ["script", "--output", str(file)])
     with pytest.raises(Begun):
         script.main()
-    assert (tmp_path / "new").is_dir()
+    assert file.parent.is_dir()
+    file.touch()
+    for output, told in (
+        (file.parent, "--output .*new is a folder"),
+        (file / "x.json", r"--output .*out.json/x.json cannot be written: .* Fix: give another"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["script", "--output", str(output)])
+        with pytest.raises(CifarJaxError, match=told):
+            script.main()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +144,7 @@ def test_data_by_name_stay_a_name_and_a_path_holds_from_anywhere(
         runs_of("--data", "none", "--output", "none.json")
 
 
-def test_runs_are_gone_on_with_on_the_same_data_and_machine_alone(
+def test_runs_are_gone_on_with_on_the_same_data_machine_and_versions_alone(
     runs_of: Any, tmp_path: Path
 ) -> None:
     output = tmp_path / "runs.json"
@@ -140,6 +160,9 @@ def test_runs_are_gone_on_with_on_the_same_data_and_machine_alone(
     assert len(runs_of("--data", "shapes", "--seeds", 4, "--output", output)) == 1
     output.write_text(json.dumps({**found, "machine": "another"}))
     with pytest.raises(CifarJaxError, match=r"holds runs of machine another"):
+        runs_of("--data", "shapes", "--seeds", 4, "--output", output)
+    output.write_text(json.dumps({**found, "versions": {"python": "3.9"}}))
+    with pytest.raises(CifarJaxError, match=r"holds runs of versions .*3.9"):
         runs_of("--data", "shapes", "--seeds", 4, "--output", output)
     output.write_text("[]")
     with pytest.raises(CifarJaxError, match=r"holds no runs"):
