@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import EXPERIMENTS
@@ -15,11 +16,13 @@ from test_layout import random_variables
 
 import nhwc_vs_nchw
 import paired_timing
-from cifar_jax import layout
+from cifar_jax import layout, parity, torch_reference
 from cifar_jax.config import TrainConfig
+from cifar_jax.dataset import Dataset, Split
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.models import create_model
-from layouts import nchw_program, timings
+from cifar_jax.train_step import normalize
+from layouts import nchw_program, timings, training
 from layouts.figure import draw
 from layouts.hlo import count_moves
 from layouts.pitfalls import measure_pitfalls
@@ -66,8 +69,11 @@ def test_a_timed_forward_pass_gives_logits_alone(name: str) -> None:
 
 def test_the_pitfalls_and_the_figure_follow_from_the_other_sections(tmp_path: Path) -> None:
     stored = json.loads((EXPERIMENTS / "results" / "nhwc_vs_nchw.json").read_text())
+    expected = stored["pitfalls"]["flatten_order"]
+    assert expected["accuracy"] == expected["accuracy_converted"]  # so they are told apart here
+    stored["training"]["flax_initial_weights"]["test_correct"]["jax_weights_in_torch"] = 7000
     found = measure_pitfalls(stored["training"])
-    assert found["flatten_order"] == stored["pitfalls"]["flatten_order"]
+    assert found["flatten_order"] == {**expected, "accuracy_converted": 0.7}
     assert found["permute_is_a_view"]["torch_same_memory"]
     assert not found["permute_is_a_view"]["jax_same_memory"]
     strided = found["same_padding_with_stride_2"]
@@ -85,6 +91,23 @@ def test_the_pitfalls_and_the_figure_follow_from_the_other_sections(tmp_path: Pa
     assert found["onecycle_momentum"]["torch_first_beta_min"] == pytest.approx(0.85)
     draw({**stored, "pitfalls": found}, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_weights_are_scored_in_both_frameworks_and_without_the_permutation() -> None:
+    """The labels are the answers of JAX's weights; PyTorch has others."""
+    model = create_model(CONFIGS["cnn"], 10)
+    pair = parity.Pair(model, random_variables(CONFIGS["cnn"], SHAPE, "float32"), SHAPE)
+    weights = torch_reference.initial_state_dict(model, SHAPE, seed=0)
+    torch_reference.load(pair.twin, weights)
+    pixels = np.random.default_rng(0).integers(0, 256, (600, *SHAPE), dtype=np.uint8)
+    mean, std = 3 * (0.5,), 3 * (0.25,)
+    logits = jax.jit(model.apply)(pair.variables, normalize(jnp.asarray(pixels), mean, std))
+    split = Split(pixels, np.asarray(logits.argmax(-1), np.int32))
+    data = Dataset("noise", "", tuple("0123456789"), split, split, split, mean, std)
+    found = training._cross_score(pair, pair.variables, data)
+    assert found["jax_weights_in_jax"] == found["jax_weights_in_torch"] == 600
+    assert found["jax_weights_in_torch_without_permutation"] < 500
+    assert found["torch_weights_in_torch"] == found["torch_weights_in_jax"] < 500
 
 
 def test_the_moves_of_a_program_are_counted() -> None:
@@ -131,6 +154,7 @@ def test_programs_are_timed_in_turn_and_described(
     for (ms, pass_), row in rows.items():
         assert row["step_ms_min"] >= ms * (3 if pass_ == "slow" else 1)
         assert row["step_ms_min"] <= row["step_ms_median"] <= row["step_ms_max"]
+        assert row["step_ms_min"] < 100  # of one step, of 60 ms at most
         assert row["images_per_second"] == pytest.approx(8000 / row["step_ms_median"])
         assert (row["rounds"], row["device"]) == (3, "bed")
         assert row["peak_memory_mb"] >= row["memory_before_mb"] > 0
