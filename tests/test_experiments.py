@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import bench_cpu
 import cpu_gains
 import first_step
 import machine
+import scaling
 import time_to_75
 from cifar_jax.errors import CifarJaxError, ExitCode
 
@@ -48,6 +50,50 @@ def test_what_is_another_for_each_run_is_not_taken_for_all(
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(CifarJaxError, match=f"{option} is another for each run.*give {option}s"):
         accuracy.main()
+
+
+def test_accuracies_are_told_with_their_spread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(command: list[str]) -> Any:
+        seed, workdir = (command[command.index(name) + 1] for name in ("--seed", "--workdir"))
+        Path(workdir).mkdir(parents=True)
+        options = {"data": "here", "data_dir": "there", "seed": int(seed), "epochs": 10}
+        Path(workdir, "config.json").write_text(json.dumps(options))
+        found = {"test_accuracy": 0.7 + int(seed) / 50, "val_accuracy": 0.6, "data": "some"}
+        found |= dict.fromkeys(("n_params", "n_train", "n_test", "device_kind", "versions"), 1)
+        Path(workdir, "report.json").write_text(json.dumps(found))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", trained)
+    output = tmp_path / "out.json"
+    argv = ["accuracy.py", "--output", str(output), "--workdirs", str(tmp_path), "--seeds", "3"]
+    monkeypatch.setattr(sys, "argv", argv)
+    accuracy.main()
+    found = json.loads(output.read_text())
+    assert found["test_accuracies"] == pytest.approx([0.7, 0.72, 0.74])
+    assert (found["mean"], found["std"]) == pytest.approx((0.72, 0.02))  # of a sample
+    assert (found["n"], found["config"]) == (3, {"epochs": 10})
+
+
+def test_more_devices_are_predicted_from_batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "make_program", lambda size, devices: size)
+    monkeypatch.setattr(  # 2 ms and half of one an image
+        scaling, "milliseconds", lambda sizes: {n: {"ms_median": 2 + n / 2} for n in sizes}
+    )
+    predicted = scaling.predict(10**9)
+    assert len(predicted) == len(scaling.NETWORKS) * len(scaling.PREDICTED_DEVICES)
+    for row in predicted:
+        bandwidth, latency = scaling.NETWORKS[row["network"]]
+        others = row["devices"] - 1
+        exchange = 1e3 * 2 * others * (1e9 / row["devices"] / bandwidth + latency)
+        ms = 2 + 512 / row["devices"] / 2 + exchange
+        assert row["images_per_second"] == pytest.approx(512e3 / ms)
+        assert row["efficiency"] == pytest.approx((2 + 512 / 2) / ms / row["devices"])
+
+
+def test_a_step_exchanges_what_all_devices_must_have_the_same() -> None:
+    assert scaling.exchanged_bytes() == 4 * (682_282 + 3)  # gradients, and three sums
 
 
 @pytest.mark.parametrize(
@@ -106,7 +152,7 @@ def test_a_command_is_timed_to_its_first_step(tmp_path: Path) -> None:
     options += ["--epochs", "100000", "--workdir", str(tmp_path / "run")]
     run = first_step.train(options, stop=True)
     assert 0 < run.to_first_step < run.seconds
-    assert run.peak_mb > 100
+    assert 100 < run.peak_mb < 10_000
     with pytest.raises(CifarJaxError, match="--no-such ended with 2"):
         first_step.train(["--no-such"], stop=True)
 
@@ -120,7 +166,8 @@ def runs_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def fast(program: str, seed: int, data: list[str]) -> dict[str, Any]:
             trained.append(data)
-            return {"seconds": 1.0, "val_accuracy": [0.8], "test_accuracy": 0.8}
+            accuracies = {"val_accuracy": [0.7, 0.8 - 0.1 * seed], "test_accuracy": 0.8 + seed / 50}
+            return {"seconds": 1.0 + seed, **accuracies}
 
         monkeypatch.setattr(time_to_75, "_fast", fast)
         argv = ["time_to_75.py", "--torch-seeds", "0", *map(str, options)]
@@ -152,6 +199,10 @@ def test_runs_are_gone_on_with_on_the_same_data_machine_and_versions_alone(
     assert len(runs_of("--data", "shapes", "--seeds", 3, "--output", output)) == 2
     found = json.loads(output.read_text())
     assert [run["seed"] for run in found["runs"]] == [0, 1, 2]
+    (row,) = found["summary"]
+    assert (row["n"], row["validated_at_75"], row["seconds_mean"]) == (3, 1, 2)
+    assert row["test_accuracy_mean"] == pytest.approx(0.82)
+    assert row["test_accuracy_std"] == pytest.approx(0.02)  # of a sample
     with pytest.raises(CifarJaxError, match=r"holds runs of data shapes, and these are of auto"):
         runs_of("--data", "auto", "--seeds", 4, "--output", output)
     assert found["machine"] == machine.environment()["machine"]

@@ -449,12 +449,32 @@ def test_a_recipe_is_a_program_of_the_work_that_is_told(name: str, tflop: int) -
 
 
 def test_the_interval_is_students() -> None:
-    runs = [{"accuracy": a, "seconds": 1.0} for a in (0.940, 0.941, 0.942, 0.943)]
+    runs = [{"accuracy": 0.94 + s / 1000, "seconds": float(s)} for s in range(4)]
     found = measure.summary(runs)
     assert found["mean_accuracy"] == pytest.approx(0.9415)
+    assert found["seconds_mean"] == 1.5
+    of_sample = (5 / 3) ** 0.5
+    assert (found["std"], found["seconds_std"]) == pytest.approx((of_sample / 1000, of_sample))
     margin = 3.182 * found["std"] / 2  # 3 degrees of freedom
     np.testing.assert_allclose(found["interval_95"], [0.9415 - margin, 0.9415 + margin], rtol=1e-5)
     assert measure.summary(runs[:1])["interval_95"] is None
+
+
+def test_the_ceiling_is_the_best_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter((0, 9, 10, 13, 20, 29, 30, 39, 40, 49))  # three products in 3 seconds at best
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert measure.ceiling_flops("float32", 4) == 2 * 4**3
+
+
+def test_a_kernel_is_known_by_its_name() -> None:
+    names = ["cudnn-conv-bw-input.3", "cudnn-conv-bw-filter", "cudnn-conv-fw.1", "nvjet_hsh", "add"]
+    assert [measure._kind(name) for name in names] == [
+        "convolutions: gradient of the input",
+        "convolutions: gradient of the kernel",
+        "convolutions: forward",
+        "products of matrices",
+        "all else",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -524,6 +544,9 @@ def test_what_a_choice_gives_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
     output = tmp_path / "gains.json"
     argv = ["speedrun_gains.py", "--smoke", "--rounds", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", argv)
+    ticks = iter((0.0, 0.2, 1.0, 1.1))  # an epoch of ten steps without it, and one with all
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(speedrun_gains, "time", clock)
     unfit = speedrun_gains._Part(recipe={"dtype": "float17"})
     monkeypatch.setattr(
         speedrun_gains, "PARTS", {"nothing": speedrun_gains.WITH_ALL, "unfit": unfit}
@@ -532,8 +555,9 @@ def test_what_a_choice_gives_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
         speedrun_gains.main()
     (row,) = json.loads(output.read_text())["rows"]  # stored before the next one failed
     assert row["without"] == "nothing"
-    assert 0 < row["step_ms_min"] <= row["step_ms_median"]
-    assert 0 < row["with_all_step_ms_min"] <= row["with_all_step_ms_median"]
+    assert (row["step_ms_min"], row["step_ms_median"]) == pytest.approx((20, 20))
+    with_all = (row["with_all_step_ms_min"], row["with_all_step_ms_median"])
+    assert with_all == pytest.approx((10, 10))
 
 
 # Of the author's script what airbench/author.py calls, on a CPU: it counts what it is given.
