@@ -5,7 +5,7 @@
 Trains once per seed with `python -m cifar_jax.train` and any of its options. The epoch of each run
 that is best by validation is scored once on the test set. Writes accuracies, mean and spread, with
 data, versions and machine, to --output. Finished runs are not repeated: a study that was stopped
-continues where it was. The default network on CIFAR-10 takes five minutes a seed on two cores.
+continues where it was. The default network takes one to five minutes a seed on two cores.
 """
 
 from __future__ import annotations

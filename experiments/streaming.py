@@ -5,7 +5,7 @@ r"""Data larger than memory: does training's memory stay flat as the folder grow
 
 Makes folders of small JPEGs, copies of 200 pictures, and trains a linear network on each for one
 epoch, streaming (--cache-mb 0): peak memory, time to the first step, images a second. Then starts
-again on the largest, whose listing is kept by then.
+again on the last, whose listing is kept by then.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -22,7 +23,7 @@ from cifar_jax.dataset import Dataset, Split
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.models import create_model
 from cifar_jax.train_step import normalize
-from layouts import nchw_program, timings, training
+from layouts import models, nchw_program, timings, training
 from layouts.figure import draw
 from layouts.hlo import count_moves
 from layouts.pitfalls import measure_pitfalls
@@ -108,6 +109,11 @@ def test_weights_are_scored_in_both_frameworks_and_without_the_permutation() -> 
     assert found["jax_weights_in_jax"] == found["jax_weights_in_torch"] == 600
     assert found["jax_weights_in_torch_without_permutation"] < 500
     assert found["torch_weights_in_torch"] == found["torch_weights_in_jax"] < 500
+
+
+def test_the_largest_difference_is_told_and_no_nan_is_lost() -> None:
+    assert models._largest([1.0, 3.0, 2.0]) == 3
+    assert math.isnan(models._largest([1.0, math.nan, 2.0]))
 
 
 def test_the_moves_of_a_program_are_counted() -> None:

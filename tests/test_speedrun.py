@@ -460,6 +460,20 @@ def test_the_interval_is_students() -> None:
     assert measure.summary(runs[:1])["interval_95"] is None
 
 
+def test_a_run_is_timed_from_its_first_parameters_and_strictly_from_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    split = small_split()
+    answers = {"correct": jnp.array(30), "loss": jnp.ones(9)}
+    monkeypatch.setattr(measure, "_cold_and_warm", lambda compiling: (lambda *_: answers, {}))
+    ticks = iter((0.0, 5.0, 7.0, 8.0))  # begun, parameters drawn, done, the accuracy fetched
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    timed, _ = measure.compile_run(measure.make_setting(SMALL, split, 10), split, split)
+    found = timed(3)
+    assert (found["seconds"], found["seconds_strict"]) == (2, 8)
+    assert (found["seed"], found["accuracy"]) == (3, 0.5)
+
+
 def test_the_ceiling_is_the_best_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter((0, 9, 10, 13, 20, 29, 30, 39, 40, 49))  # three products in 3 seconds at best
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
