@@ -21,8 +21,17 @@ from cifar_jax.convert import ConvertOptions, convert
 from cifar_jax.shapes import CLASS_NAMES
 from cifar_jax.trained import TrainedNetwork
 
-# Of the runs in them, which are there for the pictures.
-FULL, SMALL = r"epochs=\d+, max_train_examples=\d+", "epochs=1, max_train_examples=500"
+# Runs, images and steps, which are there for the pictures and the figures, give way to few: what
+# runs is every line. Each stands in some notebook.
+SMALLER = {
+    r"epochs=\d+, max_train_examples=\d+": (
+        "epochs=1, max_train_examples=100, batch_size=20, widths=(4, 6, 8)"
+    ),
+    r"\[:128\]": "[:16]",  # images of a step
+    r"range\(41\)": "range(11)",  # steps, of which each tenth is printed
+    r"range\(10\)": "range(1)",  # epochs beside PyTorch
+}
+FEW_SHAPES = "from cifar_jax import shapes; shapes.N_TRAIN, shapes.N_TEST = 300, 100"
 
 README = Path(__file__).parent.parent / "README.md"
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -40,9 +49,18 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
     (spec / "kernel.json").write_text(json.dumps(kernel))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    notebook = nbformat.reads(re.sub(FULL, SMALL, path.read_text()), as_version=4)
+    text = path.read_text()
+    for full, small in SMALLER.items():
+        text = re.sub(full, small, text)
+    notebook = nbformat.reads(text, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(FEW_SHAPES))
     NotebookClient(notebook, timeout=200, kernel_name="python3").execute(cwd=tmp_path)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_all_that_is_made_smaller_stands_in_a_notebook() -> None:
+    text = "".join(path.read_text() for path in NOTEBOOKS)
+    assert all(re.search(full, text) for full in SMALLER)
 
 
 def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
