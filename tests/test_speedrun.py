@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,7 @@ def small_split(n: int = 60) -> Split:
     return Split(np.ascontiguousarray(images[:, 8:20, 8:20]), labels)
 
 
+@functools.cache
 def small(recipe: Recipe = SMALL) -> tuple[Setting, TrainState, Examples]:
     split = small_split()
     setting = measure.make_setting(recipe, split, 10)
@@ -73,11 +75,28 @@ def small(recipe: Recipe = SMALL) -> tuple[Setting, TrainState, Examples]:
     return setting, jax.jit(make_state)(0), examples
 
 
+# Compiled once for all tests, which would take seconds to compile their operations one by one.
+drawn = jax.jit(draw_batches, static_argnums=3)
+
+
+@functools.cache
+def compiled_step(recipe: Recipe) -> Callable[..., tuple[TrainState, jax.Array]]:
+    setting = measure.make_setting(recipe, small_split(), 10)
+    return jax.jit(functools.partial(train_step, setting=setting), static_argnames="learn_whitening")
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def shown(padded: jax.Array, batch: Batch, statistics: Any, recipe: Recipe) -> jax.Array:
+    """The images of a batch, as a network is given them."""
+    images = normalize(crop_and_flip(padded, batch, recipe.crop), *statistics)
+    return cut_out(images, batch.hole, recipe.cutout) if recipe.cutout else images
+
+
 def test_two_epochs_show_each_image_both_ways() -> None:
     first_ways = jnp.asarray(np.random.default_rng(0).random(60) < 0.5)
     shown = []
     for epoch in range(4):
-        batches = draw_batches(jax.random.key(epoch), first_ways, epoch, SMALL)
+        batches = drawn(jax.random.key(epoch), first_ways, epoch, SMALL)
         ways = np.empty(60, bool)
         ways[batches.index.ravel()] = np.asarray(batches.mirrored).ravel()
         shown.append(ways)
@@ -89,7 +108,7 @@ def test_two_epochs_show_each_image_both_ways() -> None:
 
 def test_an_epoch_is_in_another_order_each_time_and_has_each_image_once() -> None:
     nothing = jnp.zeros(65, bool)
-    a, b = (draw_batches(jax.random.key(seed), nothing, 0, SMALL) for seed in (0, 1))
+    a, b = (drawn(jax.random.key(seed), nothing, 0, SMALL) for seed in (0, 1))
     assert a.index.shape == (3, 20)  # what does not fill a batch is left out
     assert len(set(np.asarray(a.index).ravel().tolist())) == 60
     assert not np.array_equal(a.index, b.index)
@@ -111,7 +130,7 @@ def test_a_batch_is_cut_from_the_padded_images() -> None:
 
 def test_a_square_is_cut_out_anywhere_in_the_image() -> None:
     hole = jax.random.uniform(jax.random.key(0), (500, 2))
-    cut = np.asarray(cut_out(jnp.ones((500, 6, 8, 3)), hole, 4))
+    cut = np.asarray(jax.jit(cut_out, static_argnums=2)(jnp.ones((500, 6, 8, 3)), hole, 4))
     corners = set()
     for image in cut:
         rows, columns = ((image == 0).any(axis).any(-1).nonzero()[0] for axis in (1, 0))
@@ -120,7 +139,7 @@ def test_a_square_is_cut_out_anywhere_in_the_image() -> None:
         assert np.ptp(rows) == np.ptp(columns) == 3
         corners.add((int(rows[0]), int(columns[0])))
     assert corners == {(row, column) for row in range(3) for column in range(5)}
-    assert draw_batches(jax.random.key(0), jnp.zeros(60, bool), 0, SMALL).hole is None
+    assert drawn(jax.random.key(0), jnp.zeros(60, bool), 0, SMALL).hole is None
 
 
 def test_the_mean_answer_is_that_of_six_views() -> None:
@@ -169,6 +188,11 @@ def test_the_score_counts_what_the_mean_answer_names_right(
     assert sizes == {in_batches_of}
 
 
+@functools.cache
+def variables_of(model: Airbench) -> Any:
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+
+
 @pytest.mark.parametrize("size", [10, 11, 12])
 def test_the_trimmed_convolutions_give_what_the_full_ones_do(
     size: int, monkeypatch: pytest.MonkeyPatch
@@ -176,7 +200,7 @@ def test_the_trimmed_convolutions_give_what_the_full_ones_do(
     """Outputs and gradients; with the rows that a pool leaves out, or without."""
     model = Airbench(10, widths=(4, 40))  # of 40 channels by Winograd's form, on a CPU
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, size, size, 3)), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = variables_of(model)
 
     def loss_fn(params: Any) -> jax.Array:
         logits, _ = model.apply(
@@ -223,12 +247,10 @@ def test_the_scan_is_a_loop_over_steps_and_is_decided_by_its_key() -> None:
     padded = reflect_pad(examples.images, SMALL.crop)
     flip_key, epochs_key = jax.random.split(key)
     first_ways = jax.random.bernoulli(flip_key, shape=(60,))
-    step = jax.jit(
-        functools.partial(train_step, setting=setting), static_argnames="learn_whitening"
-    )
+    step = compiled_step(SMALL)
     expected = []
     for epoch in range(3):
-        batches = draw_batches(jax.random.fold_in(epochs_key, epoch), first_ways, epoch, SMALL)
+        batches = drawn(jax.random.fold_in(epochs_key, epoch), first_ways, epoch, SMALL)
         for i in range(3):
             batch = jax.tree.map(lambda x, i=i: x[i], batches)
             before = state.params["Whitening"]
@@ -354,22 +376,20 @@ def test_kernels_are_for_gpus_that_triton_is_for(
 
 def check_training(recipe: Recipe) -> None:
     """The same batches from the same start, in PyTorch and here: losses, parameters, averages."""
-    setting, state, examples = small(recipe)
+    # Kernels change neither variables nor batches.
+    plain = dataclasses.replace(recipe, fused=False)
+    setting, state, examples = small(plain)
     padded = reflect_pad(examples.images, recipe.crop)
     torch_layout = setting.model.torch_layout(SHAPE)
     twin = torch_reference.make_twin(setting.model, SHAPE)
     torch_reference.load(twin, layout.to_torch(jax.device_get(state.variables), torch_layout))
-    step = jax.jit(
-        functools.partial(train_step, setting=setting), static_argnames="learn_whitening"
-    )
+    step = compiled_step(recipe)
     batches, losses = [], []
     for epoch in range(3):
-        drawn = draw_batches(jax.random.key(epoch), jnp.zeros(60, bool), epoch, recipe)
+        of_epoch = drawn(jax.random.key(epoch), jnp.zeros(60, bool), epoch, plain)
         for i in range(3):
-            batch = jax.tree.map(lambda x, i=i: x[i], drawn)
-            images = normalize(crop_and_flip(padded, batch, recipe.crop), setting.mean, setting.std)
-            if recipe.cutout:
-                images = cut_out(images, batch.hole, recipe.cutout)
+            batch = jax.tree.map(lambda x, i=i: x[i], of_epoch)
+            images = shown(padded, batch, (setting.mean, setting.std), plain)
             labels = np.asarray(examples.labels)[np.asarray(batch.index)]
             nchw = layout.nhwc_to_nchw(np.asarray(images))
             batches.append((torch.from_numpy(nchw), torch.from_numpy(labels).long()))
@@ -393,9 +413,15 @@ def check_training(recipe: Recipe) -> None:
 
 def test_gelu_is_near_the_exact_one() -> None:
     x = jnp.linspace(-6, 6, 2001)
-    np.testing.assert_allclose(gelu(x), nn.gelu(x, approximate=True), atol=1e-6)
-    np.testing.assert_allclose(gelu(x), nn.gelu(x, approximate=False), atol=5e-4)
-    slopes = (jax.grad(lambda x, f=f: f(x).sum())(x) for f in (gelu, nn.gelu))
+
+    @jax.jit
+    def all_of(x: jax.Array) -> Any:
+        slopes = [jax.grad(lambda x, f=f: f(x).sum())(x) for f in (gelu, nn.gelu)]
+        return gelu(x), nn.gelu(x, approximate=True), nn.gelu(x, approximate=False), slopes
+
+    ours, tanh, exact, slopes = all_of(x)
+    np.testing.assert_allclose(ours, tanh, atol=1e-6)
+    np.testing.assert_allclose(ours, exact, atol=5e-4)
     np.testing.assert_allclose(*slopes, atol=1e-5)
 
 
