@@ -380,9 +380,7 @@ def test_what_is_no_file_any_more_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_run_whose_files_go_away_can_be_resumed(image_folder: Path, tmp_path: Path) -> None:
     """It ends with the file's name, and goes on from its checkpoint when the file is back."""
     data = Path(shutil.copytree(image_folder, tmp_path / "data"))
-    config = TrainConfig(
-        data=str(data), widths=(4,), hidden=(8,), batch_size=16, epochs=8, cache_mb=0
-    )
+    config = TrainConfig(data=str(data), model="linear", batch_size=16, epochs=4, cache_mb=0)
     expected = train_and_evaluate(config, tmp_path / "undisturbed")
 
     def move_away_at_step_six(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -398,7 +396,7 @@ def test_a_run_whose_files_go_away_can_be_resumed(image_folder: Path, tmp_path: 
         ) as caught:
             train_and_evaluate(config, tmp_path / "run")
     assert caught.value.exit_code == ExitCode.DATA
-    assert 5 <= saved_steps(tmp_path / "run" / "checkpoints")[-1] < 40
+    assert 5 <= saved_steps(tmp_path / "run" / "checkpoints")[-1] < 20
     (tmp_path / "cat").rename(data / "train" / "cat")
     resumed = train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path / "run")
     assert resumed["params_sha256"] == expected["params_sha256"]

@@ -180,7 +180,7 @@ def test_all_that_is_known_of_a_network_goes_through_safetensors(tmp_path: Path)
         epochs=7,
     )
     network = trained.TrainedNetwork(config, ("ant", "bee"), (20, 30, 1), (0.1,), (1 / 3,), {})
-    variables = network.model.init(jax.random.key(0), np.zeros((1, 20, 30, 1)))
+    variables = jax.jit(network.model.init)(jax.random.key(0), np.zeros((1, 20, 30, 1)))
     variables = {"params": jax.device_get(variables["params"]), "batch_stats": {}}
     network = trained.TrainedNetwork(**{**vars(network), "variables": variables})
     trained.save(network, tmp_path / "a", source="test")
@@ -789,14 +789,10 @@ def test_the_command(tmp_path: Path) -> None:
         tensor.numel() for tensor in tutorial_state_dict().values()
     )
     (tmp_path / "broken.pth").write_bytes(path.read_bytes()[:-9])
-    for source, code in (
-        (tmp_path / "broken.pth", ExitCode.CHECKPOINT),
-        (tmp_path / "absent.pth", ExitCode.CHECKPOINT),
-    ):
-        done = run_command(source, tmp_path / "other")
-        assert done.returncode == code
-        assert re.fullmatch(r"cifar_jax: error: .* Fix: .*\.\n", done.stderr), done.stderr
-        assert not (tmp_path / "other").exists()
+    done = run_command(tmp_path / "broken.pth", tmp_path / "other")
+    assert done.returncode == ExitCode.CHECKPOINT
+    assert re.fullmatch(r"cifar_jax: error: .* Fix: .*\.\n", done.stderr), done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_plain_torch_takes_what_is_written(tmp_path: Path) -> None:

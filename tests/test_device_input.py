@@ -128,11 +128,11 @@ def test_evaluation_counts_every_image_once(devices: int) -> None:
 
 def test_training_agrees_with_tf_data(image_folder: Path, tmp_path: Path) -> None:
     config = TrainConfig(
-        data=str(image_folder), batch_size=20, epochs=4, widths=(4, 8), hidden=(16,), seed=1
+        data=str(image_folder), batch_size=16, epochs=3, widths=(4,), hidden=(8,), dropout=0.2
     )
     theirs = train_and_evaluate(config, tmp_path / "tf")
     ours = train_and_evaluate(dataclasses.replace(config, input="device"), tmp_path / "device")
-    assert ours["steps"] == theirs["steps"] == 16
+    assert ours["steps"] == theirs["steps"] == 15
     assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
     losses = [
         [

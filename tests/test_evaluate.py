@@ -14,7 +14,7 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from cifar_jax import plots, trained
+from cifar_jax import plots, shapes, trained
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.evaluate import EvaluateOptions, describe, evaluate, main
 from cifar_jax.inference import make_logits
@@ -153,12 +153,15 @@ def test_images_of_another_size_are_resized(trained_run: Path, tmp_path: Path) -
     assert found["n"] == 3
 
 
-def test_other_classes_are_refused_and_both_listed(trained_run: Path, tmp_path: Path) -> None:
+def test_other_classes_are_refused_and_both_listed(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_images(tmp_path / "data", {"bird": 3, "cat": 3, "toad": 3})
     with pytest.raises(CifarJaxError, match=r"bird, cat, toad; .* bird, cat, frog") as caught:
         evaluate(EvaluateOptions(str(trained_run), data=str(tmp_path / "data")))
     assert caught.value.exit_code == ExitCode.DATA
     network = trained.load(trained_run)
+    monkeypatch.setattr(shapes, "N_TRAIN", 100)
     converted = dataclasses.replace(
         network, config=dataclasses.replace(network.config, data="shapes")
     )
@@ -200,11 +203,12 @@ def test_images_are_split_as_the_networks_own_run_split_them(
         assert found.paths.tolist() == getattr(expected, name).images.paths.tolist(), name
 
 
-def test_arrays_of_another_shape_are_refused(trained_run: Path, tmp_path: Path) -> None:
+def test_arrays_of_another_shape_are_refused(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "N_TRAIN", 100)
     network = trained.load(trained_run)
-    from cifar_jax.shapes import CLASS_NAMES
-
-    other = trained.TrainedNetwork(**{**vars(network), "class_names": CLASS_NAMES})
+    other = trained.TrainedNetwork(**{**vars(network), "class_names": shapes.CLASS_NAMES})
     params = other.model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"]
     other = dataclasses.replace(other, variables={"params": params, "batch_stats": {}})
     trained.save(other, tmp_path / "run", source="a test")

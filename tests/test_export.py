@@ -23,7 +23,7 @@ import onnxruntime
 import pytest
 import torch
 
-from cifar_jax import trained
+from cifar_jax import shapes, trained
 from cifar_jax.config import ExportFormat, TrainConfig
 from cifar_jax.convert import ConvertOptions, convert
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -260,12 +260,12 @@ def test_a_wrong_file_is_found_and_removed(
     def write_wrong(network: TrainedNetwork, path: Path) -> None:
         off = (network.mean[0] + 0.001, *network.mean[1:])
         if format == "pth":  # which holds no mean
-            network.variables["params"]["Dense_1"]["bias"][0] += 0.001
+            network.variables["params"]["Dense_2"]["bias"][0] += 0.001
         write(dataclasses.replace(network, mean=off), path)
         assert path.stat().st_size > 0
 
     monkeypatch.setattr(formats, "FORMATS", {format: (write_wrong, read)})
-    error = refusal(saved("cnn"), format, tmp_path / f"net.{format}")
+    error = refusal(saved("mlp"), format, tmp_path / f"net.{format}")
     assert error.exit_code == ExitCode.NUMERICS
     assert re.search(rf"the {format} file gave probabilities up to \S+ from .* removed", str(error))
 
@@ -334,8 +334,10 @@ def test_a_network_is_checked_on_the_test_images_of_its_training(
 
 
 def test_without_its_data_a_network_is_checked_on_drawn_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(shapes, "N_TRAIN", 300)
+    monkeypatch.setattr(shapes, "N_TEST", 200)
     network, empty = make_network("linear"), tmp_path / "empty"
     empty.mkdir()
     for source, message in (

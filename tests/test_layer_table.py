@@ -211,8 +211,8 @@ def test_every_layer_is_traced_and_the_last_gives_the_logits(name: str) -> None:
     model = create_model(NARROW[name], 10)
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     variables = random_variables(NARROW[name], (16, 16, 3))
-    layers = jax.jit(lambda v, x: trace_layers(model, v, x))(variables, images)
-    logits = jax.jit(model.apply)(variables, images)
+    both = jax.jit(lambda v, x: (trace_layers(model, v, x), model.apply(v, x)))
+    layers, logits = both(variables, images)
     np.testing.assert_allclose(layers[-1].output, logits, rtol=1e-5)
     assert len({layer.name for layer in layers}) == len(layers)
     for before, after in itertools.pairwise(layers):

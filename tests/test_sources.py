@@ -12,7 +12,7 @@ import pytest
 from conftest import CIFAR10_NAMES, write_images
 from PIL import Image
 
-from cifar_jax import sources
+from cifar_jax import shapes, sources
 from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.sources import load_dataset, load_splits
@@ -341,7 +341,10 @@ def test_a_bad_folder_is_named_with_its_cure(
 
 
 @pytest.mark.usefixtures("offline")
-def test_auto_offline_is_shapes_under_a_notice(tmp_path: Path) -> None:
+def test_auto_offline_is_shapes_under_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "N_TRAIN", 100)
     dataset = load_dataset("auto", data_dir=str(tmp_path))
     assert dataset.name == "shapes"
     assert dataset.notice is not None

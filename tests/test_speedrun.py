@@ -82,7 +82,9 @@ drawn = jax.jit(draw_batches, static_argnums=3)
 @functools.cache
 def compiled_step(recipe: Recipe) -> Callable[..., tuple[TrainState, jax.Array]]:
     setting = measure.make_setting(recipe, small_split(), 10)
-    return jax.jit(functools.partial(train_step, setting=setting), static_argnames="learn_whitening")
+    return jax.jit(
+        functools.partial(train_step, setting=setting), static_argnames="learn_whitening"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=3)
