@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
 from cifar_jax.config import SplitName
-from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.files import fix_of, write_atomically
+from cifar_jax.files import write_atomically, writing
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder, workdir_of
 
@@ -109,18 +108,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     written += [f"plots/{name}{suffix}.png" for name in ("confusion", "calibration", "mistakes")]
     table, confusion, calibration, worst = (output / name for name in written)
     print(f"{options.split} of {labelled.name}: {describe(scores, names)}", flush=True)
-    try:
+    with writing(f"to {output}", "another --output"):
         confusion.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(table, json.dumps(evaluation, indent=1) + "\n")
         save_confusion(scores, names, title, confusion)
         save_calibration(scores, title, calibration)
         save_mistakes(labelled.pixels(chosen), mistakes, title, worst)
-    except OSError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"cannot write to {output}: {error}",
-            fix=fix_of(error, "another --output"),
-        ) from error
     print(f"in {output}: {', '.join(written)}")
     return evaluation
 

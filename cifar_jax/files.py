@@ -60,6 +60,21 @@ def check_is_new(destination: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
+def writing(what: str, another: str) -> Iterator[None]:
+    """Tell an ``OSError`` inside as ``CifarJaxError`` (environment): ``what`` cannot be written.
+
+    Args:
+        another: what to give in its place, as :func:`fix_of` has it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT, f"cannot write {what}: {error}", fix=fix_of(error, another)
+        ) from error
+
+
+@contextlib.contextmanager
 def new_path(destination: Path, option: str) -> Iterator[Path]:
     """A path to write a file or folder to, which becomes ``destination`` when all went well.
 
@@ -71,17 +86,12 @@ def new_path(destination: Path, option: str) -> Iterator[Path]:
     """
     folder = None
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-        path = folder / destination.name
-        yield path
-        path.rename(destination)
-    except OSError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"cannot write {option} {destination}: {error}",
-            fix=fix_of(error, "another place"),
-        ) from error
+        with writing(f"{option} {destination}", "another place"):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
+            path = folder / destination.name
+            yield path
+            path.rename(destination)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.files import fix_of, try_to_write
+from cifar_jax.files import try_to_write, writing
 
 
 def check_output(output: Path) -> None:
@@ -18,11 +18,5 @@ def check_output(output: Path) -> None:
         raise CifarJaxError(
             ExitCode.USAGE, f"--output {output} is a folder", fix="name a file in it"
         )
-    try:
+    with writing(f"--output {output}", "another"):
         try_to_write(output.parent)
-    except OSError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"--output {output} cannot be written: {error}",
-            fix=fix_of(error, "another"),
-        ) from error

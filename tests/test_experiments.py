@@ -118,7 +118,7 @@ def test_the_folder_of_the_results_is_made_before_the_work(
     file.touch()
     for output, told in (
         (file.parent, "--output .*new is a folder"),
-        (file / "x.json", r"--output .*out.json/x.json cannot be written: .* Fix: give another"),
+        (file / "x.json", r"cannot write --output .*out.json/x.json: .* Fix: give another"),
     ):
         monkeypatch.setattr(sys, "argv", ["script", "--output", str(output)])
         with pytest.raises(CifarJaxError, match=told):

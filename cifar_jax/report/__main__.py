@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.files import fix_of, try_to_write, write_atomically
+from cifar_jax.files import try_to_write, write_atomically, writing
 from cifar_jax.options import Options, flag, option
 from cifar_jax.report.run import read_run
 
@@ -68,7 +67,7 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
             ExitCode.USAGE, f"--output {output} is no file", fix="give the name of a file"
         )
     runs = [read_run(workdir) for workdir in workdirs]
-    with _writing(output):
+    with writing(str(output), "another --output"):
         try_to_write(output.parent)
 
     # As late as can be: what is wrong with the command is said before JAX starts.
@@ -81,23 +80,11 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
         text = html.render_run(content)
     else:
         text = html.render_comparison(page.gather_comparison(runs))
-    with _writing(output):
+    with writing(str(output), "another --output"):
         # ASCII, so that neither the locale nor a file name of odd bytes can spoil it.
         write_atomically(output, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
     print(f"the page is {output}")
     return output
-
-
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
-            f"cannot write {output}: {error}",
-            fix=fix_of(error, "another --output"),
-        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
