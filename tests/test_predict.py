@@ -112,7 +112,7 @@ def test_a_program_gets_images_where_it_can_read_them(
 
     monkeypatch.setattr(inference, "compile_lowered", noted)
     logits = make_logits(trained.load(trained_run))
-    memory = np.random.default_rng(0).integers(0, 256, 131 * 192 + 64).astype(np.uint8)
+    memory = np.random.default_rng(0).integers(0, 256, 131 * 192 + 2 * 64).astype(np.uint8)
     for offset in (16, 32, 48):
         start = -memory.ctypes.data % 64 + offset
         images = memory[start : start + 131 * 192].reshape(131, 8, 8, 3)
