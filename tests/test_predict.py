@@ -177,8 +177,11 @@ def test_options_may_stand_between_images(
         main(["--checkpoint", str(trained_run), image, *options, wide])
         answers += [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [answer["file"] for answer in answers] == [image, wide]
-    assert cut[0]["probabilities"] == cut[1]["probabilities"] == stretched[0]["probabilities"]
-    assert stretched[1]["probabilities"] != stretched[0]["probabilities"]
+    # Two rows of one batch are not promised the same bits.
+    same = pytest.approx(stretched[0]["probabilities"], rel=1e-5)
+    assert cut[0]["probabilities"] == same
+    assert cut[1]["probabilities"] == same
+    assert stretched[1]["probabilities"] != same
 
 
 def test_a_reader_that_stops_reading_is_no_error(trained_run: Path, image_folder: Path) -> None:
