@@ -1,18 +1,18 @@
-"""``python -m cifar_jax``: the commands there are."""
+"""``python -m cifar_jax``: list the commands."""
 
 import cifar_jax
 from cifar_jax import cli
 
 COMMANDS = {
     "summary": "show a network layer by layer, and what training it takes",
-    "check_data": "look through a data set: bad files, images that are there twice",
+    "check_data": "check a data set: bad files, duplicate images",
     "train": "train a network, keep its checkpoints, and score it on the test set",
     "evaluate": "score a trained network: per class, confusion, calibration, its worst mistakes",
-    "predict": "say what is on images",
+    "predict": "classify images",
     "report": "show a run, or several beside each other, as one HTML page",
     "serve": "try a trained network in the browser",
     "export": "write a trained network for other programs: StableHLO, ONNX, safetensors, pth",
-    "convert": "bring a trained network from PyTorch, or to it",
+    "convert": "convert a trained network from PyTorch, or to it",
 }
 
 

@@ -1,7 +1,7 @@
 """The network of the record for 94 % on CIFAR-10 (https://github.com/KellerJordan/cifar10-airbench).
 
 Jordan, 2024, arXiv:2404.00498. Its first convolution whitens the images and is not trained; its
-activation is GELU. What is written here in another way than Flax has it is so for speed on a GPU.
+activation is GELU. Where this differs from Flax's own layers, it is for speed on a GPU.
 """
 
 from __future__ import annotations
@@ -141,15 +141,15 @@ class Whitening(nn.Module):
         bias = self.param("bias", uniform(fan_in), (2 * fan_in,))
         x, kernel, bias = promote_dtype(x, lax.stop_gradient(kernel), bias, dtype=self.dtype)
         y = paired_conv(x, kernel)
-        # So that the gradient of the bias is summed over images first, and then over pixels. In one
-        # sum of so few columns, a GPU would take three times as long.
+        # The gradient of the bias is thus summed over images first, then over pixels. A single sum
+        # with so few columns would take a GPU three times as long.
         return y + lax.optimization_barrier(jnp.broadcast_to(bias, y.shape[1:]))
 
 
 def _padding_before_pool(size: int) -> int:
     """The padding below, or to the right, of a convolution whose ``size`` rows are then pooled.
 
-    0 where their number is odd: the pool would leave out the last row, so it is not computed.
+    0 if ``size`` is odd: the pool would drop the last row, so it is not computed.
     """
     return 0 if size % 2 and size > 1 else 1
 
@@ -161,8 +161,8 @@ _GELU_SCALE, _GELU_CUBE = math.sqrt(8 / math.pi), 0.044715
 def gelu(x: jax.Array) -> jax.Array:
     """``x`` times the share of the normal distribution below it, to within 5e-4.
 
-    Hendrycks and Gimpel, 2016, arXiv:1606.08415, in their form with tanh, written as a sigmoid: a
-    GPU has an exponential.
+    Hendrycks and Gimpel, 2016, arXiv:1606.08415: their tanh approximation, written as a sigmoid,
+    since GPUs compute exp fast.
     """
     return x * gelu_share(x)
 
@@ -180,8 +180,8 @@ def gelu_slope(x: jax.Array) -> jax.Array:
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The backward pass gets x alone, and computes the rest again. Without the barrier XLA would
-    # keep the exponential too, and what takes the time is memory.
+    # Only x is kept for the backward pass, which recomputes the rest: memory traffic is what costs
+    # time here. Without the barrier XLA would keep the exponential too.
     return gelu(x), lax.optimization_barrier(x)
 
 

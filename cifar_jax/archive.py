@@ -1,4 +1,4 @@
-"""``.tar.gz`` archives, which may be anyone's: read within bounds, extracted once and safely."""
+"""Untrusted ``.tar.gz`` archives: read within bounds, extracted once and safely."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from cifar_jax.lock import alone_in
 
 SUFFIXES = (".tar.gz", ".tgz")
 
-# What an archive of images stays below, and a bomb does not; sizes are in bytes.
+# Limits that an archive of images stays below and a decompression bomb exceeds; sizes in bytes.
 _MOST_UNPACKED = 2 * 2**30
 _MOST_TIMES_ITS_SIZE = 200
 _ALWAYS_ALLOWED = 16 * 2**20  # a small archive may hold the same image again and again
 _LARGEST_FILE = 64 * 2**20
-_MOST_HEADERS = 400_000  # of 200,000 files, since a long name takes a header of its own
+_MOST_HEADERS = 400_000  # enough for 200,000 files, as a long name takes a header of its own
 _LARGEST_EXTENSION = 2**16
 _LONGEST_PATH, _LONGEST_NAME, _DEEPEST = 1000, 255, 32
 
@@ -44,15 +44,15 @@ _UNPACK_IT = "if you trust it, unpack it with tar and give --data the folder"
 
 
 class TarGz:
-    """A ``.tar.gz`` of files and folders, read from front to end and never beyond its bounds.
+    """A ``.tar.gz`` of files and folders, read once from front to end, within bounds.
 
-    Headers are read here, and not by ``tarfile``. A negative size, an extension of gigabytes, or a
-    thousand of them in a row bring that into a loop, out of memory or to its recursion limit,
-    depending on Python's patch release; and it takes an archive that was cut between two members
-    for a whole one.
+    The headers are parsed here rather than by iterating with ``tarfile``: a negative size, an
+    extension of gigabytes or a thousand extensions in a row can make that loop, exhaust memory or
+    hit the recursion limit, depending on Python's patch release; and it takes an archive that was
+    cut between two members for a complete one.
 
-    Every method raises ``CifarJaxError`` (data) for an archive that cannot be read, is damaged,
-    holds anything but files and folders with safe names, or unpacks to more than images do.
+    Every method raises ``CifarJaxError`` (data) if the archive cannot be read, is damaged, holds
+    anything but files and folders with safe names, or unpacks to more than images would.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +62,7 @@ class TarGz:
             self.size = os.fstat(self._file.fileno()).st_size
         self._gzip = gzip.GzipFile(fileobj=self._file)
         self._unpacked = 0
-        self._unread = 0  # of the file that iteration has come to
+        self._unread = 0  # bytes of the current file
         self._taken: dict[str, tuple[str, bool]] = {}
 
     def __enter__(self) -> Self:
@@ -73,11 +73,11 @@ class TarGz:
 
     @property
     def position(self) -> int:
-        """How much of its ``size`` has been read."""
+        """Compressed bytes read so far, out of ``size``."""
         return self._file.tell()
 
     def sha256(self) -> str:
-        """The digest of the ``.tar.gz`` itself; to be asked for before anything else is read."""
+        """The digest of the ``.tar.gz`` itself; call it before anything else is read."""
         with self._reading():
             digest = hashlib.file_digest(self._file, "sha256").hexdigest()
             self._file.seek(0)
@@ -114,20 +114,20 @@ class TarGz:
             padding = -self._unread % tarfile.BLOCKSIZE
             yield path, is_file
             for _ in self.content():
-                pass  # what nobody wanted to read
+                pass  # skip what was not read
             self._read(padding)
             extensions = {}
         raise self._refused(f"has more than {_MOST_HEADERS // 2:,} files", _UNPACK_IT)
 
     def content(self) -> Iterator[bytes]:
-        """The file that iteration has come to, in pieces."""
+        """The content of the current file, in pieces."""
         while self._unread:
             piece = self._read(min(self._unread, _PIECE))
             self._unread -= len(piece)
             yield piece
 
     def unpacked_size(self) -> int:
-        """How large it is when it is unpacked; reads what is left of it."""
+        """Unpacked size of the archive in bytes; reads the rest of it."""
         while self._unpack(_PIECE):
             pass
         return self._unpacked
@@ -141,7 +141,7 @@ class TarGz:
         return data
 
     def _unpack(self, size: int) -> bytes:
-        """Up to ``size`` more bytes, fewer only at the end."""
+        """The next ``size`` unpacked bytes; fewer only at the end."""
         with self._reading():
             data = self._gzip.read(size)
         self._unpacked += len(data)
@@ -153,7 +153,7 @@ class TarGz:
         return data
 
     def _read_extension(self, header: tarfile.TarInfo) -> dict[str, str]:
-        """What a header that goes before another says of that other one."""
+        """What an extension header says about the member that follows it."""
         size = self._bounded(header.size, _LARGEST_EXTENSION, header.name)
         data = self._read(size + -size % tarfile.BLOCKSIZE)[:size]
         if header.type == tarfile.GNUTYPE_LONGNAME:
@@ -170,7 +170,7 @@ class TarGz:
         return size
 
     def _safe_path(self, name: str, is_file: bool) -> PurePosixPath:
-        """``name`` as a path, if it is below the root and no other member is in its place."""
+        """``name`` as a path, if it stays below the root and collides with no other member."""
         path = PurePosixPath(name)
         if (
             path.is_absolute()
@@ -217,7 +217,7 @@ def _pax_records(data: bytes) -> dict[str, str]:
     """The records of a PAX header, ``LENGTH KEY=VALUE`` and a line break each.
 
     Raises:
-        ValueError: they are not.
+        ValueError: ``data`` is not of that form.
     """
     records = {}
     start = 0
@@ -243,15 +243,16 @@ def first_paths(archive: Path, count: int) -> list[PurePosixPath]:
 
 
 def extract_once(archive: Path, into: Path) -> Path:
-    """Extract ``archive`` to a folder below ``into`` named by its content; skip what is there.
+    """Extract ``archive`` to a folder below ``into`` named by its digest, unless it exists already.
 
-    The folder appears whole or not at all: extraction goes to a hidden one, which is then renamed.
-    Of several processes one extracts, and the others wait for it, and what a killed one has left is
-    removed; where the file system has no locks, each extracts, and the first one's stays.
+    The folder appears whole or not at all: files are extracted to a hidden folder, which is then
+    renamed. One of several processes extracts while the others wait, and what a killed process left
+    behind is removed. On a file system without locks, each process extracts and the first to finish
+    wins.
 
     Raises:
-        CifarJaxError: data; as for :class:`TarGz`. Environment; ``into`` cannot be written, or has
-            no room.
+        CifarJaxError: data; as for :class:`TarGz`. Environment; ``into`` cannot be written, or its
+            disk is full.
     """
     with TarGz(archive) as members:
         name = archive.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
@@ -262,7 +263,7 @@ def extract_once(archive: Path, into: Path) -> Path:
             with alone_in(into, "extracting") as alone:
                 if not folder.is_dir():
                     _extract(members, folder, alone)
-        except OSError as error:  # of writing: what reading raises is not an OSError any more
+        except OSError as error:  # from writing: TarGz has turned those from reading into its own
             what = f"cannot write to --data-dir {into}: {error.strerror or error}"
             if lacks_room(error):
                 needed = members.unpacked_size() / 2**20
@@ -279,7 +280,7 @@ def _extract(members: TarGz, folder: Path, alone: bool) -> None:
     """Extract to ``folder``, which appears whole or not at all.
 
     Args:
-        alone: no other process extracts beside it.
+        alone: whether this process holds the lock, so that no other extracts at the same time.
     """
     if alone:
         for leftover in folder.parent.glob(".incomplete-*"):

@@ -50,14 +50,14 @@ def blank(image: jax.Array, corner: jax.Array, size: int, fill: jax.Array | floa
 def _random_integers(key: jax.Array, limits: jax.Array) -> jax.Array:
     """An integer in 0 .. limit-1 for each of a few small limits.
 
-    ``jax.random.randint`` draws three times as many bits, against a bias that limits of the size of
-    an image do not have; these draws are a good part of the step's compilation.
+    ``jax.random.randint`` draws three times as many bits to avoid a bias that is negligible for
+    limits as small as an image; these draws are a good part of the step's compilation.
     """
     return jnp.floor(jax.random.uniform(key, limits.shape) * limits).astype(jnp.int32)
 
 
 def check_augmentation(config: TrainConfig, image_shape: ImageShape) -> None:
-    """Before a run begins.
+    """Check the sizes of crop and cutout against those of the images.
 
     Raises:
         CifarJaxError: usage; a shift or square is larger than the images.
@@ -73,7 +73,7 @@ def check_augmentation(config: TrainConfig, image_shape: ImageShape) -> None:
 
 
 def make_augmentation(config: TrainConfig, mean: tuple[float, ...]) -> Augmentation:
-    """Everything that ``config`` switches on, as one function of (key, image uint8 [H, W, C])."""
+    """All augmentation that ``config`` enables, as one function of (key, image uint8 [H, W, C])."""
 
     def augment(key: jax.Array, image: jax.Array) -> jax.Array:
         flip_key, crop_key, cutout_key = jax.random.split(key, 3)

@@ -1,8 +1,8 @@
 """Batch norm that is fast on a CPU.
 
-It consists of sums over all pixels of each channel, which XLA computes slowly there: they took a
-third of a training step of ``resnet9``. Here they are computed in another order, and the gradient
-takes two of them, where an automatic one takes four.
+Batch norm consists of sums over all pixels of each channel, which XLA computes slowly on a CPU:
+they took a third of a training step of ``resnet9``. Here they are computed in another order, and
+the gradient takes two of them where automatic differentiation takes four.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Inputs = tuple[jax.Array, jax.Array, jax.Array]  # x, scale, bias
 _Outputs = tuple[jax.Array, jax.Array, jax.Array]  # y, mean, variance
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # x, scale, mean, 1 / std
 
-_ROWS = 8  # so few are left to XLA
+_ROWS = 8  # stop halving here; XLA sums the rest
 
 
 class BatchNorm(nn.Module):
@@ -32,7 +32,7 @@ class BatchNorm(nn.Module):
         momentum: of the running averages; PyTorch's is 1 minus it.
         epsilon: added to variances.
         axis_name: the pmap axis over which the statistics are taken.
-        dtype: of the result, where it is not the inputs'; it is computed in float32 at least.
+        dtype: of the result, if not that of the inputs; computed in at least float32.
     """
 
     use_running_average: bool
@@ -67,7 +67,7 @@ class BatchNorm(nn.Module):
 def _normalise(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis_name: str | None
 ) -> _Outputs:
-    """``x`` normalised, and its mean and variance, through which no gradient goes.
+    """``x`` normalised, and its mean and variance, through which no gradient flows.
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167, algorithm 1, and for the gradient section 3.
     """
@@ -127,10 +127,10 @@ def _at_once(x: jax.Array) -> jax.Array:
 
 
 def _by_halves(x: jax.Array) -> jax.Array:
-    """One half of the rows is added to the other, again and again.
+    """Add one half of the rows to the other, repeatedly.
 
-    XLA fuses a few such additions, and what computes ``x``, into one pass over memory; and rounding
-    errors stay small.
+    XLA fuses a few such additions, and the computation of ``x``, into one pass over memory; and
+    pairwise summation keeps rounding errors small.
     """
     rows = x.reshape(-1, x.shape[-1])
     while len(rows) > _ROWS and len(rows) % 2 == 0:

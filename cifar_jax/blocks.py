@@ -1,4 +1,4 @@
-"""Layers that networks here share, beside Flax's: functions of ``[B, H, W, C]``."""
+"""Layers shared by the networks, besides Flax's own: functions of ``[B, H, W, C]``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LayerFunction = Callable[[jax.Array], jax.Array]
 class Conv(nn.Module):
     """A 3x3 convolution of stride 1: ``[B, H, W, C]`` -> ``[B, H, W, features]``.
 
-    Its parameters are those of ``flax.linen.Conv``, which runs it more slowly.
+    It has the parameters of ``flax.linen.Conv``, and is faster.
 
     Attributes:
         padding, paired: as in :func:`cifar_jax.convolution.conv3x3`.
-        dtype: of the activations, where it is not that of the parameters.
+        dtype: of the activations, if not that of the parameters.
     """
 
     features: int
@@ -46,7 +46,7 @@ class Conv(nn.Module):
 
 
 def residual(layers: list[LayerFunction]) -> LayerFunction:
-    """``x + branch(x)``, where the branch is the ``layers`` one after the other."""
+    """``x + branch(x)``, where the branch is ``layers`` in sequence."""
     branch = nn.Sequential(layers)
 
     def add(x: jax.Array) -> jax.Array:

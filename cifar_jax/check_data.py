@@ -1,4 +1,4 @@
-"""Look through a data set before it is trained on: ``python -m cifar_jax.check_data``."""
+"""Check a data set before training on it: ``python -m cifar_jax.check_data``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.options import Options, option_of
 
 DESCRIPTION = """\
-Look through all images of a data set as training would read them: name every file that cannot be
-used, not only the first, and every one of another size than the first; name images that are there
-twice, under whatever names; count those of each class. Nothing is changed. The exit code is 3 if a
-file cannot be used as it is.
+Check all images of a data set as training would read them: list every file that cannot be used, not
+only the first, and every image of another size than the first; report duplicate images, whatever
+their names; count the images of each class. Nothing is changed. The exit code is 3 if a file cannot
+be used as it is.
 
-DATA is what --data of cifar_jax.train takes.
+DATA is anything that --data of cifar_jax.train takes.
 
 examples:
   python -m cifar_jax.check_data photos/ --image-size 64
@@ -34,7 +34,7 @@ class CheckOptions(Options):
 
 
 def check_data(data: str, options: CheckOptions) -> None:
-    """Print what there is to say of ``data``.
+    """Print all problems of ``data``, its duplicates, and the size of each class.
 
     Raises:
         CifarJaxError: data; a file cannot be used as it is, or there is no such data. Usage; an
@@ -51,7 +51,7 @@ def check_data(data: str, options: CheckOptions) -> None:
     from cifar_jax.sources import check_source, load_splits
 
     def look(place: tuple[str, int]) -> bytes | tuple[CifarJaxError, bool]:
-        """A digest of the image; or what is wrong with it, and whether that is its size alone."""
+        """A digest of the image; or the error, and whether only its size is wrong."""
         images = splits[place[0]].images
         if not isinstance(images, ImageFiles):
             return hashlib.sha256(images[place[1]].tobytes()).digest()
@@ -88,7 +88,7 @@ def check_data(data: str, options: CheckOptions) -> None:
                 of_another_size.append(error)
             else:
                 n_bad += 1
-    # Also twice in one class: of these, another --seed would put one among the validation images.
+    # Duplicates within a class count too: another --seed may put one of them into validation.
     twice = [x for x in same.values() if len(x) > 1]
     for x in twice:
         print(f"the same image: {', '.join(described(*place) for place in x)}")

@@ -1,9 +1,10 @@
-"""Checkpoints, by Orbax: one folder ``<step>`` each, whole or absent, checked when it is read.
+"""Checkpoints, by Orbax: one folder ``<step>`` each, whole or absent, verified when it is read.
 
-Saving is synchronous: a checkpoint counts as saved when it is on the disk. It is written to a
-hidden folder, which is renamed when all is there, so that a kill at any instant leaves the older
-ones in place. Orbax reads flipped bits without complaint, so a manifest with a digest of every file
-is written last: a folder without one is not a checkpoint, and one whose files differ is not read.
+Saving is synchronous: a checkpoint counts as saved once it is on the disk. It is written to a
+hidden folder, which is renamed when complete, so that a kill at any instant leaves the older ones
+in place. Orbax reads flipped bits without complaint, so a manifest with a digest of every file is
+written last: a folder without a manifest is not a checkpoint, and one whose files differ from it is
+not read.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in where
 
 
-# Of an error that it raises, Orbax's threads also log tracebacks, some after it was raised.
+# For an error that Orbax raises, its threads also log tracebacks, some of them later; drop those.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_is_not_of_orbax)
 
 _UNFINISHED = ".unfinished-"  # being written or deleted
 _DAMAGED = ".damaged"
 
-# The newest two, so that one is left if the newest turns out damaged; and the best.
+# The newest two, so that one is left if the newest proves damaged; and the best.
 _NEWEST_KEPT = 2
 
 
@@ -51,7 +52,7 @@ class Checkpoint:
 
     Attributes:
         state: the ``TrainState`` with NumPy leaves.
-        metadata: what was given to :func:`save`.
+        metadata: as given to :func:`save`.
     """
 
     path: Path
@@ -82,7 +83,7 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
         best_step: the step that is kept whatever its age.
 
     Raises:
-        CifarJaxError: environment; the disk is full, say. Older checkpoints are as they were.
+        CifarJaxError: environment; for example, the disk is full. Older checkpoints are untouched.
     """
     path, unfinished = folder / str(step), folder / f"{_UNFINISHED}{step}"
     older = saved_steps(folder)
@@ -110,15 +111,15 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
         raise _not_saved(folder, step, state, error) from error
     for old in older[: 1 - _NEWEST_KEPT]:
         if old != best_step:
-            # Renamed first: what a kill leaves of it must not look like a checkpoint. What cannot
-            # be deleted, as some network disks say of open files, waits for the next save.
+            # Renamed first: a half-deleted folder must not look like a checkpoint. What cannot be
+            # deleted, such as open files on some network disks, waits for the next save.
             with contextlib.suppress(OSError):
                 shutil.rmtree((folder / str(old)).rename(folder / f"{_UNFINISHED}{old}"))
     return path
 
 
 def remove_unfinished(folder: Path) -> list[Path]:
-    """Delete what saves and deletions that were cut short have left; returns what that was."""
+    """Delete the remains of interrupted saves and deletions; returns their paths."""
     left = sorted(folder.glob(f"{_UNFINISHED}*"))
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
@@ -126,14 +127,14 @@ def remove_unfinished(folder: Path) -> list[Path]:
 
 
 def strangers(folder: Path) -> list[Path]:
-    """What is in ``folder`` and neither is a checkpoint nor was one."""
+    """Everything in ``folder`` that neither is nor was a checkpoint."""
     own = {str(step) for step in saved_steps(folder)}
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in entries if path.name not in own and path.suffix != _DAMAGED]
 
 
 def _flush(*paths: Path) -> None:
-    """See that a loss of power leaves files, or the names in a folder, on the disk."""
+    """Make files, or the names in a folder, survive a loss of power."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -160,7 +161,7 @@ def _not_saved(folder: Path, step: int, state: Any, error: Exception) -> CifarJa
     return CifarJaxError(
         ExitCode.ENVIRONMENT,
         f"cannot save step {step} to {folder}: {reason} ({room}; {last})",
-        fix="make room there, and go on with --resume",
+        fix="free up space there, and continue with --resume",
     )
 
 
@@ -168,10 +169,11 @@ def restore(path: Path, like: Any) -> Checkpoint:
     """The checkpoint at ``path``.
 
     Args:
-        like: a state of the same structure, shapes and types, of arrays or ``ShapeDtypeStruct``.
+        like: a state of the same structure, shapes and types; its leaves are arrays or
+            ``ShapeDtypeStruct``.
 
     Raises:
-        CifarJaxError: checkpoint; damaged, or of another network than ``like``.
+        CifarJaxError: checkpoint; it is damaged, or of another network than ``like``.
     """
     _check_files(path)
     _check_arrays(path, like)
@@ -181,10 +183,10 @@ def restore(path: Path, like: Any) -> Checkpoint:
 
 
 def restore_metadata(path: Path) -> dict[str, Any]:
-    """Only what was given to :func:`save` beside the state.
+    """Only the ``metadata`` that was given to :func:`save`.
 
     Raises:
-        CifarJaxError: checkpoint; damaged.
+        CifarJaxError: checkpoint; it is damaged.
     """
     _check_files(path)
     return dict(_read(path, metadata=ocp.args.JsonRestore()).metadata)
@@ -194,7 +196,7 @@ def _read(path: Path, **items: Any) -> Any:
     with _checkpointer() as checkpointer:
         try:
             return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
-        except Exception as error:  # of whatever kind Orbax, TensorStore and their formats have
+        except Exception as error:  # Orbax, TensorStore and their formats raise all kinds
             raise _damaged(path, first_line(error)) from error
 
 
@@ -206,14 +208,14 @@ def _check_files(path: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, f"its {MANIFEST} cannot be read: {first_line(error)}") from error
     if not isinstance(manifest, dict):
-        raise _damaged(path, f"its {MANIFEST} is not a table of files")
+        raise _damaged(path, f"its {MANIFEST} does not list files")
     for name in sorted(digests.keys() | manifest.keys()):
         if digests.get(name) != manifest.get(name):
             raise _damaged(path, f"{name} is not the file that was saved")
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Orbax, for this process alone: of several that hold the same state, one saves it."""
+    """Orbax for this process alone: all processes hold the same state, and one of them saves it."""
     process = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=process,
@@ -227,9 +229,9 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def _check_arrays(path: Path, like: Any) -> None:
-    """Raise ``CifarJaxError`` (checkpoint) unless the files claim the arrays of ``like``.
+    """Raise ``CifarJaxError`` (checkpoint) unless the stored arrays are those of ``like``.
 
-    Before any is read: Orbax checks the tree alone, and of NumPy arrays it reads whatever size.
+    Called before any is read: Orbax checks only the tree, and reads arrays of whatever size.
     """
     try:
         saved = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state").tree
@@ -252,7 +254,7 @@ def _check_arrays(path: Path, like: Any) -> None:
 
 
 def _describe_arrays(tree: Any) -> dict[str, str]:
-    """``float32[3, 4]``, for example, by the path of each leaf, such as ``params/Dense_0/bias``."""
+    """From the path of each leaf, such as ``params/Dense_0/bias``, to ``float32[4]`` and so on."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -262,13 +264,14 @@ def _describe_arrays(tree: Any) -> dict[str, str]:
 def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[CifarJaxError]]:
     """The newest checkpoint that can be read, and the errors of newer ones that cannot.
 
-    Those are renamed to ``<step>.damaged``, out of the way of a run that comes by there again.
+    The latter are renamed to ``<step>.damaged``, so that a run that reaches the step again can save
+    it.
 
     Returns:
-        (None, []) where there is no checkpoint at all.
+        (None, []) if there is no checkpoint at all.
 
     Raises:
-        CifarJaxError: checkpoint; there are some, and none can be read.
+        CifarJaxError: checkpoint; there are checkpoints, but none can be read.
     """
     rejected: dict[Path, CifarJaxError] = {}
     for step in reversed(saved_steps(folder)):
@@ -292,7 +295,7 @@ def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[Cif
 
 
 def _file_digests(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint, by its path within; without the manifest itself."""
+    """SHA-256 of every file of a checkpoint but the manifest, by relative path."""
     digests = {}
     for file in path.rglob("*"):
         if file.is_file() and file != path / MANIFEST:

@@ -18,14 +18,14 @@ from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 
 _PYTHON_ROOT, _BINARY_ROOT = "cifar-10-batches-py", "cifar-10-batches-bin"
-# Its files are pickles, which are programs: they are read of this archive alone.
+# The files of this version are pickles, which are programs: they are read from this archive only.
 _PYTHON_ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 _BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 _MOST_RECORDS, _RECORD_BYTES = 10_000, 1 + 3 * 32 * 32
 
 
 def root_of(path: Path) -> str | None:
-    """The folder in the archive ``path`` that tells it is one of these; None if it is another."""
+    """The folder in the archive ``path`` that identifies it as one of these, or None."""
     roots = {first.parts[0] for first in archive.first_paths(path, 3) if first.parts}
     return next((root for root in (_PYTHON_ROOT, _BINARY_ROOT) if root in roots), None)
 
@@ -34,7 +34,7 @@ def read(path: Path, root: str) -> tuple[Split, Split, tuple[str, ...]]:
     """The training and the test images of the archive ``path``, and the class names.
 
     Args:
-        root: as :func:`root_of` finds it.
+        root: as returned by :func:`root_of`.
 
     Raises:
         CifarJaxError: data; the archive is damaged, or holds pickles and is not the official one.
@@ -102,7 +102,7 @@ def _channels_last(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """A pickle is a program; this one may make NumPy arrays and plain values, and nothing else."""
+    """An unpickler that can make NumPy arrays and plain values, and nothing else."""
 
     _ALLOWED = frozenset(
         {
@@ -121,6 +121,6 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _unpickle(content: bytes) -> dict[str, Any]:
-    # The official files were written by Python 2, whose strings are bytes.
+    # The official files were written by Python 2, where strings are bytes.
     loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}

@@ -1,8 +1,8 @@
-"""The command line of every command: a parser for its options, and how it runs and ends.
+"""The command line of every command: the parser for its options, and how it runs and exits.
 
 A command declares its options as a dataclass of :mod:`cifar_jax.options`, builds a parser with
 :func:`make_parser`, and runs under :func:`run`, which turns errors into one line and an exit code.
-Standard library only: a wrong option is answered before anything slow is imported.
+Standard library only, so that a wrong option is reported before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
             raise wrong_type(name, text, hint)
         return text
     if origin is tuple:
-        return tuple(
-            _parse_value(name, arguments[0], item) for item in text.removesuffix(",").split(",")
-        )
+        items = [item.strip() for item in text.removesuffix(",").split(",")]
+        if arguments[0] is str:  # names, not paths: a ~ is a ~
+            return tuple(items)
+        return tuple(_parse_value(name, arguments[0], item) for item in items)
     if hint is int or hint is float:
         try:
             return hint(text)
@@ -78,13 +79,13 @@ def _initials(option: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose complaints are one line with a cure."""
+    """An ``ArgumentParser`` whose errors are one line and say how to fix them."""
 
     def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
-        """The options that were given, by field name; raises ``CifarJaxError`` (usage)."""
+        """The options given in ``argv``, by field name; raises ``CifarJaxError`` (usage)."""
         namespace, unknown = self.parse_known_intermixed_args(argv)
         vars(namespace).pop("debug", None)  # for run() alone
-        for action in self._actions:  # also those that are no fields of Options, such as --workdir
+        for action in self._actions:  # also those that are not fields of Options, such as --workdir
             value = getattr(namespace, action.dest, None)
             name = (*action.option_strings, action.metavar)[0]
             check_not_empty(str(name), value if isinstance(value, list) else [value])
@@ -93,7 +94,7 @@ class Parser(argparse.ArgumentParser):
             options = list(self._option_string_actions)
             short = [option for option in options if _initials(option) == name.strip("-")]  # --lr
             near = short or difflib.get_close_matches(name, options, n=1)
-            cure = f"did you mean {near[0]}?" if near else "see --help for the options there are"
+            cure = f"did you mean {near[0]}?" if near else "see --help for all options"
             kind = "option" if name.startswith("-") else "argument"
             raise CifarJaxError(ExitCode.USAGE, f"unknown {kind} {name}", fix=cure)
         return vars(namespace)
@@ -103,7 +104,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(config_type: type, *, prog: str, description: str) -> Parser:
-    """A parser with an option for each field of ``config_type``; options not given stay absent."""
+    """A parser with an option for each field of ``config_type``, which omits options not given."""
     parser = Parser(
         prog=prog,
         description=description,
@@ -168,22 +169,22 @@ def run(main: Callable[[], None], *, beside_training: bool = False) -> NoReturn:
     """Run a command and exit: its errors become one line on stderr and an exit code.
 
     Args:
-        beside_training: whether it may run beside a training run on the same GPU, so that it takes
-            memory there only as it needs it. JAX would take three quarters at once.
+        beside_training: whether it may share a GPU with a training run, and so allocates memory
+            there only as needed. JAX would take three quarters at once.
     """
     status = int(ExitCode.BUG)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, as by `>&-`; the next file would take its place
+        if getattr(sys, name) is None:  # closed, as by `>&-`: the next file would take its place
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
     def leave() -> None:
-        # Threads of C++ may still be at work, and crash a Python that is taken apart beside them.
+        # C++ threads may still be running, and would crash an interpreter that is being torn down.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(status)
 
-    atexit.register(leave)  # before JAX and others register theirs, which so come first
+    atexit.register(leave)  # before JAX and others register theirs, so that theirs run first
     status = _run(main, beside_training)
     sys.exit(status)
 
@@ -194,7 +195,7 @@ def _run(main: Callable[[], None], beside_training: bool = False) -> int:
 
     signal.signal(signal.SIGTERM, on_sigterm)
     sys.unraisablehook = _on_ignored
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be of the terminal's encoding
+    for stream in (sys.stdout, sys.stderr):  # file names need not fit the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -211,7 +212,7 @@ def _run(main: Callable[[], None], beside_training: bool = False) -> int:
             print(end.code, file=sys.stderr)
             return ExitCode.BUG
         return end.code or ExitCode.OK
-    except BrokenPipeError:  # as of `| head`, which has read enough
+    except BrokenPipeError:  # as with `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -230,10 +231,10 @@ def _run(main: Callable[[], None], beside_training: bool = False) -> int:
 
 
 def _on_ignored(ignored: sys.UnraisableHookArgs) -> None:
-    """For an error where Python cannot raise it, as in a destructor or a thread of C++.
+    """Handle an exception that Python cannot raise, as in a destructor or a C++ thread.
 
-    A signal's must not be lost: it is sent again. Others are shown with ``--debug`` alone, such as
-    those of TensorStore's writes that end after the one that failed.
+    A signal's must not be lost, so the signal is sent again. Others are shown only with
+    ``--debug``, such as those of TensorStore's writes that finish after the one that failed.
     """
     error = ignored.exc_value
     if isinstance(error, Stopped | KeyboardInterrupt):
@@ -245,7 +246,7 @@ def _on_ignored(ignored: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(ignored)
 
 
-# What CUDA's libraries say where they cannot begin, mostly for want of memory.
+# Messages of CUDA's libraries when they cannot start, mostly for lack of memory.
 _GPU_IS_TAKEN = (
     "DNN library initialization failed",
     "blasCreate",
@@ -255,25 +256,27 @@ _GPU_IS_TAKEN = (
 
 
 def _told(error: Exception) -> CifarJaxError:
-    """What a person is told of an error that no one foresaw where it arose."""
+    """The message for an exception that was not handled where it arose."""
     reason = first_line(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
         return CifarJaxError(
             ExitCode.ENVIRONMENT,
-            f"the memory is not enough: {reason}",
-            fix="ask for less at a time: a smaller --batch-size where there is one, in training "
-            "--accumulate 2, 4, ...; or end another program that holds memory",
+            f"out of memory: {reason}",
+            fix="use a smaller --batch-size if the command has one, in training --accumulate 2, 4, "
+            "...; or close another program that holds memory",
         )
     if any(words in str(error) for words in _GPU_IS_TAKEN):
         return CifarJaxError(
             ExitCode.ENVIRONMENT,
             f"the GPU cannot be used: {reason}",
-            fix="another process may hold the GPU: end it, or set "
+            fix="another process may hold the GPU: stop it, or set "
             "XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for both; if there is none, check the driver",
         )
     if isinstance(error, OSError):
         return CifarJaxError(
-            ExitCode.ENVIRONMENT, reason, fix="make room or the rights there, or give another place"
+            ExitCode.ENVIRONMENT,
+            reason,
+            fix="free space or fix permissions there, or choose another path",
         )
     with tempfile.NamedTemporaryFile(
         "w", prefix="cifar_jax-", suffix=".txt", delete=False, errors="backslashreplace"

@@ -1,4 +1,4 @@
-"""Compiled programs, kept from one command to the next in a folder of this user's own."""
+"""JAX's cache of compiled programs, in a folder that only this user can write to."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _MOST_BYTES = 1 << 30  # some hundred programs
 
 
 def use_compilation_cache() -> None:
-    """Tell JAX where to keep what it compiles.
+    """Tell JAX where to cache compiled programs.
 
-    JAX's own variables have the last word: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
-    ``JAX_ENABLE_COMPILATION_CACHE=0`` does without. Where it cannot be written there is one
-    warning: JAX would give one for each program.
+    JAX's own environment variables take precedence: ``JAX_COMPILATION_CACHE_DIR`` names another
+    folder, and ``JAX_ENABLE_COMPILATION_CACHE=0`` disables the cache. If the folder cannot be
+    written there is one warning, where JAX would print one for each program.
 
     Raises:
-        CifarJaxError: environment; others could put programs into the folder, which JAX would run.
+        CifarJaxError: environment; others can write to the folder, and so could inject programs.
     """
     if _FOLDER not in os.environ:
         try:
             folder = _own_folder()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_room(folder)
-        except (OSError, RuntimeError):  # no home, or a full one: then each command compiles again
+        except (OSError, RuntimeError):  # no home, or a full disk: then each command compiles anew
             return
         _tell(_FOLDER, str(folder))
         if _LEAST_SECONDS not in os.environ:
@@ -46,7 +46,7 @@ def use_compilation_cache() -> None:
         if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
             raise CifarJaxError(
                 ExitCode.ENVIRONMENT,
-                f"{_FOLDER} {given} can be written by others, whose programs would then be run",
+                f"{_FOLDER} {given} can be written by others, who could inject programs",
                 fix=f"chmod go-w {given}, or name another folder",
             )
     is_off = not given or os.environ.get(_ENABLED, "").lower() in _OFF
@@ -55,8 +55,8 @@ def use_compilation_cache() -> None:
     try:
         try_to_write(Path(given))
     except OSError as error:
-        if os.path.isdir(given):  # perhaps filled by others: it is read, and no program is written
-            consequence = "what is compiled is not kept"
+        if os.path.isdir(given):  # perhaps filled by others: it is read, but nothing is written
+            consequence = "new programs are not cached"
             _tell(_LEAST_SECONDS, 1e9)
         else:
             consequence = "each program is compiled anew"
@@ -70,7 +70,7 @@ def use_compilation_cache() -> None:
 
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
-    """What is compiled in here is not kept, and so compiled anew by the next command."""
+    """Disable the cache inside: what is compiled here is compiled anew by the next command."""
     import jax
 
     least_seconds = jax.config.values[_LEAST_SECONDS.lower()]
@@ -82,7 +82,7 @@ def nothing_kept() -> Iterator[None]:
 
 
 def _tell(variable: str, value: str | float | bool) -> None:
-    """Set what JAX reads when it is imported, or what it has read."""
+    """Set an option of JAX, whether or not JAX is imported yet."""
     os.environ[variable] = str(value)
     if "jax" in sys.modules:
         import jax
@@ -91,7 +91,7 @@ def _tell(variable: str, value: str | float | bool) -> None:
 
 
 def _own_folder() -> Path:
-    """Of this kind of processor: a home may be shared by several, and a program is made for one."""
+    """The folder for this kind of processor: machines may share a home, but not compiled code."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -102,7 +102,7 @@ def _own_folder() -> Path:
 
 
 def _make_room(folder: Path) -> None:
-    """Delete the oldest programs, of earlier versions mostly, where all would take too much."""
+    """Delete the oldest programs, mostly of earlier versions, if the cache is too large."""
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # deleted by another command meanwhile
@@ -112,7 +112,7 @@ def _make_room(folder: Path) -> None:
     for _, size, path in sorted(found, reverse=True):
         total += size
         if total > _MOST_BYTES:
-            if path.is_dir():  # what XLA has found out about a GPU
+            if path.is_dir():  # XLA's autotuning results for a GPU
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):

@@ -29,14 +29,14 @@ _PROCESSES = "several processes"
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Options):
-    """A training run. The same config, data and device count give the same bits on a CPU."""
+    """The options of a run. On a CPU, the same config, data and devices give the same bits."""
 
     preset: PresetName = option(
         "default",
         "a named set of defaults for all the other options: 'default' generalises, 'tutorial' "
         "(Adam 1e-3, constant, no augmentation) shows the overfitting that the tutorial describes, "
-        "'fast' is at 75 % on CIFAR-10 within a minute of two cores, 'airbench' is for a GPU: the "
-        "network of the record for 94 % there",
+        "'fast' reaches 75 % on CIFAR-10 in a minute on two cores, 'airbench' is the network of "
+        "the speed record for 94 %, for a GPU",
         group=_RUN,
     )
     epochs: int = option(
@@ -53,21 +53,21 @@ class TrainConfig(Options):
         below=2**32,
     )
     devices: Literal["all"] | int = option(
-        1, "devices, of each process, that share each batch", group=_RUN, at_least=1
+        1, "devices of each process that share each batch", group=_RUN, at_least=1
     )
     resume: bool = option(
-        False, "go on with the run in --workdir, exactly as if it had not stopped", group=_RUN
+        False, "continue the run in --workdir, exactly as if it had not stopped", group=_RUN
     )
     deterministic: bool = option(
         False,
-        "the same bits in each run on a GPU too, where some operations then take longer; a CPU "
-        "always gives them",
+        "give the same bits in each run on a GPU too, where it makes some operations slower; a CPU "
+        "always does",
         group=_RUN,
     )
     checkpoint_every: int = option(
         0,
-        "save inside an epoch too, every this many steps; 0 = at each epoch's end only. On a GPU "
-        "with --input device, Ctrl-C and SIGTERM take effect only at such a step",
+        "also save within an epoch, every this many steps; 0 = only at the end of each epoch. On a "
+        "GPU with --input device, Ctrl-C and SIGTERM take effect only at such a step",
         group=_RUN,
         unit="steps",
         at_least=0,
@@ -82,21 +82,19 @@ class TrainConfig(Options):
 
     coordinator: str | None = option(
         None,
-        "run as one of several processes, usually one a machine, started alike: HOST:PORT of "
+        "run as one of several processes, usually one per machine, all started alike: HOST:PORT of "
         "process 0, or 'auto' under SLURM, Open MPI (up to 4) or Kubernetes",
         group=_PROCESSES,
     )
-    num_processes: int | None = option(
-        None, "how many processes there are", group=_PROCESSES, at_least=1
-    )
+    num_processes: int | None = option(None, "number of processes", group=_PROCESSES, at_least=1)
     process_id: int | None = option(
-        None, "which of them this one is, from 0", group=_PROCESSES, at_least=0
+        None, "number of this process, from 0", group=_PROCESSES, at_least=0
     )
 
     data: str = option(
         "auto",
         "a folder of class folders (or of train/ and test/ with them), a .tar.gz of one, an "
-        "official CIFAR-10 .tar.gz, 'cifar10' (tensorflow-datasets), 'shapes' (drawn here, needs "
+        "official CIFAR-10 .tar.gz, 'cifar10' (tensorflow-datasets), 'shapes' (generated, needs "
         "no network), or 'auto': cifar10 if it is prepared or can be downloaded, else shapes",
         group=_DATA,
     )
@@ -108,7 +106,7 @@ class TrainConfig(Options):
     )
     image_size: int | None = option(
         None,
-        "resize images of a folder to this side; not given, all must be of one size",
+        "resize the images of a folder to squares of this side; otherwise all must have one size",
         group=_DATA,
         unit="pixels",
         at_least=1,
@@ -116,8 +114,8 @@ class TrainConfig(Options):
     )
     val_fraction: float = option(
         0.1,
-        "share of the training images held out for validation (a flat folder gives as much for "
-        "the test)",
+        "fraction of the training images held out for validation (of a flat folder, as many again "
+        "for the test)",
         group=_DATA,
         above=0,
         below=1,
@@ -128,14 +126,14 @@ class TrainConfig(Options):
     input: InputName = option(
         "tf.data",
         "where a step's images come from: 'tf.data' streams them from the host; 'device' keeps all "
-        "of them, decoded, on each accelerator and runs whole epochs there, with no TensorFlow "
-        "between steps; reading 'cifar10' or resizing starts it",
+        "images, decoded, on each accelerator and runs whole epochs there, without TensorFlow, "
+        "which then starts only to read 'cifar10' or to resize",
         group=_DATA,
     )
     cache_mb: int = option(
         2048,
-        "for tf.data: training and validation images that fit decoded are decoded once; where they "
-        "do not, both stream from disk",
+        "for tf.data: training and validation images are decoded once if they fit into this; "
+        "otherwise they are streamed from disk",
         group=_DATA,
         unit="MB",
         at_least=0,
@@ -144,22 +142,22 @@ class TrainConfig(Options):
     model: ModelName = option("cnn", "the network", group=_MODEL)
     widths: tuple[int, ...] = option(
         (),
-        "channels of the convolutions; not given, the model's own",
+        "channels of the convolutions [default the model's own]",
         group=_MODEL,
         at_least=1,
         at_most=1_000_000,
     )
     hidden: tuple[int, ...] = option(
         (),
-        "units of the hidden Dense layers; not given, the model's own",
+        "units of the hidden Dense layers [default the model's own]",
         group=_MODEL,
         at_least=1,
         at_most=1_000_000,
     )
     patch_size: int = option(
         1,
-        "side of the squares of pixels that become one pixel of as many more channels before the "
-        "first convolution, so that all have less to do; 1 = off",
+        "before the first convolution, turn each square of this side into one pixel with the "
+        "channels of all of them, which makes every convolution cheaper; 1 = off",
         group=_MODEL,
         unit="pixels",
         at_least=1,
@@ -169,20 +167,20 @@ class TrainConfig(Options):
     )
     sync_batch_norm: bool = option(
         True,
-        "batch norm over the whole batch, so that the number of devices does not matter; off: each "
-        "device over its own share, which saves their waiting for each other",
+        "batch norm over the whole batch, so that the number of devices does not matter; off: over "
+        "each device's own share, so that devices need not wait for each other",
         group=_MODEL,
     )
     initial_weights: str | None = option(
         None,
-        "begin with the weights of this run, checkpoint or converted network of the same model, "
-        "classes and image size, and normalise images as it does; not given, random weights",
+        "start from the weights of this run, checkpoint or converted network of the same model, "
+        "classes and image size, and normalise images as it does [default random weights]",
         group=_MODEL,
     )
     dropout: float = option(
         0.0,
-        "share of units dropped after each hidden Dense layer (resnet9: before its last; cnn-gap "
-        "has one with --hidden only)",
+        "fraction of units dropped after each hidden Dense layer (resnet9: before its last layer; "
+        "cnn-gap has a hidden layer only with --hidden)",
         group=_MODEL,
         at_least=0,
         below=1,
@@ -190,18 +188,18 @@ class TrainConfig(Options):
 
     dtype: DtypeName = option(
         "float32",
-        "of activations in training; parameters, statistics, loss, sums and scores are float32",
+        "type of activations in training; parameters, statistics, loss and scores are float32",
         group=_MODEL,
     )
 
     optimizer: OptimizerName = option(
         "adam",
-        "the optimizer; 'muon' is for the kernels of convolutions, beside Adam at a tenth of the "
-        "learning rate for all else",
+        "the optimizer; 'muon' trains the kernels of convolutions, and Adam at a tenth of the "
+        "learning rate everything else",
         group=_OPTIMIZER,
     )
     learning_rate: float = option(3e-3, "the schedule's peak", group=_OPTIMIZER, above=0)
-    schedule: ScheduleName = option("onecycle", "the learning rate's course", group=_OPTIMIZER)
+    schedule: ScheduleName = option("onecycle", "how the learning rate changes", group=_OPTIMIZER)
     momentum: float = option(0.9, "momentum of sgd and muon", group=_OPTIMIZER, at_least=0, below=1)
     nesterov: bool = option(False, "Nesterov momentum for sgd", group=_OPTIMIZER)
     weight_decay: float = option(
@@ -212,7 +210,7 @@ class TrainConfig(Options):
     )
     accumulate: int = option(
         1,
-        "micro-batches that each device's share of a step is cut into, to save memory",
+        "split each device's share of a batch into this many micro-batches, to save memory",
         group=_OPTIMIZER,
         at_least=1,
     )
@@ -265,13 +263,13 @@ class TrainConfig(Options):
             )
         if self.optimizer == "muon" and not (self.batch_norm or self.model in ALWAYS_NORMALISED):
             raise _usage(
-                "--optimizer muon without --batch-norm, which makes up for the norms of kernels "
-                "that it holds",
+                "--optimizer muon without --batch-norm: Muon fixes the norms of kernels, and batch "
+                "norm restores the scale",
                 "give --batch-norm too, or --optimizer adam",
             )
         if self.optimizer == "muon" and self.weight_decay:
             raise _usage(
-                "--weight-decay with --optimizer muon, which holds the norms of kernels",
+                "--weight-decay with --optimizer muon, which fixes the norms of kernels",
                 "give --weight-decay 0",
             )
         if isinstance(self.devices, int):
@@ -279,14 +277,14 @@ class TrainConfig(Options):
         _check_processes(self)
 
 
-# Options that some models cannot have: which models, what they are like, and the cure.
+# Options that some models cannot have: which models, why, and the fix.
 _HAS_NO_USE_FOR: dict[str, tuple[tuple[ModelName, ...], str, str]] = {
     "widths": (("linear", "mlp"), "has no convolutions", "drop --widths"),
     "hidden": (("linear", *ALWAYS_NORMALISED), "has no hidden Dense layer", "drop --hidden"),
     "batch_norm": (("linear", "mlp"), "has no convolutions", "give --no-batch-norm"),
     "patch_size": (
         ("linear", "mlp", *ALWAYS_NORMALISED),
-        "sees single pixels",
+        "does not support patches",
         "give --patch-size 1",
     ),
     "dropout": (("linear", "airbench"), "has none", "drop it, or use --model mlp or resnet9"),
@@ -321,7 +319,7 @@ def _check_processes(config: TrainConfig) -> None:
 
 
 def check_batch_divides(config: TrainConfig, devices: int) -> None:
-    """Raise ``CifarJaxError`` (usage) unless devices and micro-batches share the batch evenly."""
+    """Raise ``CifarJaxError`` (usage) unless the batch divides over devices and micro-batches."""
     parts = devices * config.accumulate
     if config.batch_size % parts:
         below, above = config.batch_size // parts * parts, -(-config.batch_size // parts) * parts
@@ -368,7 +366,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
 }
 
-# How a run is started this time: not kept with it.
+# How a run is started this time: not saved with it.
 OF_THIS_START = frozenset({"resume", "coordinator", "num_processes", "process_id"})
 # What a resumed run may change: where things are and what they run on, not what is computed.
 NOT_PART_OF_THE_RUN = OF_THIS_START | {
@@ -383,22 +381,22 @@ NOT_PART_OF_THE_RUN = OF_THIS_START | {
 
 
 def check_preset(config: TrainConfig) -> None:
-    """Raise ``CifarJaxError`` (usage) if ``config`` names a preset and has none of its options.
+    """Raise ``CifarJaxError`` (usage) if ``config`` names a preset but has none of its options.
 
-    The command line begins with the preset; in Python that is for the caller to do.
+    The command line applies the preset; in Python the caller must do so.
     """
     plain, preset = TrainConfig(), PRESETS[config.preset]
     names = [field.name for field in dataclasses.fields(config) if field.name != "preset"]
     its_own = [name for name in names if getattr(preset, name) != getattr(plain, name)]
     if its_own and all(getattr(config, name) == getattr(plain, name) for name in its_own):
         raise _usage(
-            f"the config says preset {config.preset!r}, and has none of its options",
-            f"begin with dataclasses.replace(PRESETS[{config.preset!r}], ...)",
+            f"the config names preset {config.preset!r}, but has none of its options",
+            f"start from dataclasses.replace(PRESETS[{config.preset!r}], ...)",
         )
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values, without what concerns one start of the run only."""
+    """The config as plain JSON values, without the options that concern only this start."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
@@ -410,14 +408,14 @@ def from_json(values: Any, where: str) -> TrainConfig:
     """The inverse of :func:`to_json`.
 
     Args:
-        where: what an error calls the place that ``values`` are from, such as a file's path.
+        where: where ``values`` come from, such as a file's path, for errors.
 
     Raises:
         CifarJaxError: usage; a key that is not an option, or a value that it cannot have.
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     if not isinstance(values, dict):
-        raise _usage(f"{where} is not a table of options", "use the file that the run wrote")
+        raise _usage(f"{where} is not a JSON object of options", "use the file that the run wrote")
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -437,9 +435,9 @@ def from_json(values: Any, where: str) -> TrainConfig:
 
 
 def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
-    """Raise ``CifarJaxError`` (usage) naming each option in which ``config`` leaves ``saved``.
+    """Raise ``CifarJaxError`` (usage) naming the options in which ``config`` is not ``saved``.
 
-    With a constant learning rate the past does not depend on ``epochs``, so that may change.
+    With a constant learning rate the past does not depend on ``epochs``, which may then change.
     """
     free = NOT_PART_OF_THE_RUN | ({"epochs"} if saved.schedule == "constant" else set())
     differing = [
@@ -449,7 +447,7 @@ def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
     ]
     if differing:
         raise _usage(
-            f"--resume with other options than the run began with: {', '.join(differing)}",
+            f"--resume with other options than the run started with: {', '.join(differing)}",
             "leave them out, or start a new run in another --workdir, with --initial-weights "
-            "to begin with these weights",
+            "to start from these weights",
         )

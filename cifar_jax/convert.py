@@ -14,20 +14,21 @@ from cifar_jax.files import check_is_new, new_path
 from cifar_jax.options import Options, flag, option
 from cifar_jax.workdir import step_folder
 
-if TYPE_CHECKING:  # slow to import: a wrong option is answered before
+if TYPE_CHECKING:  # slow to import: wrong options are reported before
     from cifar_jax.layout import StateDict
     from cifar_jax.trained import TrainedNetwork
 
 DESCRIPTION = """\
 Convert a trained network between PyTorch and JAX, exactly: float32 weights keep every bit.
 
-The formats are told by the endings: .pth and .pt are state_dicts of PyTorch (they take
-`pip install torch==2.13.0`), .safetensors the same tensors under the same names, and a folder is a
-checkpoint of this program: a --workdir of cifar_jax.train (its best step is taken), or one
-checkpoints/<step>. A folder that is written is a workdir of the same kind.
+The ending names the format: .pth and .pt are PyTorch state_dicts (they need
+`pip install torch==2.13.0`), .safetensors holds the same tensors under the same names, and a folder
+is a checkpoint of this program: a --workdir of cifar_jax.train (its best step is used), or one
+checkpoints/<step>. A DESTINATION folder becomes such a workdir.
 
-The network is found from the names and shapes of the tensors. Nothing in a file is run: a whole
-pickled model is refused, save torch.save(model.state_dict(), 'net.pth'). Nothing is overwritten.
+The network is recognised by the names and shapes of the tensors. No code in a file is run, and so a
+pickled model is refused; save its weights instead: torch.save(model.state_dict(), 'net.pth').
+Nothing is overwritten.
 
 examples:
   python -m cifar_jax.convert cifar10-cnn.pth runs/from-torch
@@ -38,7 +39,7 @@ examples:
 
 _GROUP = "what the tensors do not say"
 
-# In the order of ImageFolder, which numbers them by name.
+# In the order of torchvision's ImageFolder, which numbers classes by name.
 _CIFAR10 = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
@@ -47,14 +48,14 @@ _CIFAR10 = (
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions(Options):
-    """What to know of a network whose file holds tensors alone."""
+    """What a file that holds only tensors does not say about its network."""
 
     model: ModelName | None = option(
-        None, "the network; not given, it is found from the tensors", group=_GROUP
+        None, "the network [default: recognised by its tensors]", group=_GROUP
     )
     image_size: int | None = option(
         None,
-        "side of the images of training, where the network takes any [default 32]",
+        "side of the training images, if the network takes any size [default 32]",
         group=_GROUP,
         unit="pixels",
         at_least=1,
@@ -70,8 +71,8 @@ class ConvertOptions(Options):
     )
     classes: tuple[str, ...] = option(
         (),
-        "names of the classes in the order of their labels, comma-separated [default CIFAR-10's in "
-        "alphabetical order for 10 classes, else 'class 0' and on]",
+        "names of the classes in label order, comma-separated [default for 10 classes CIFAR-10's "
+        "in alphabetical order, else 'class 0' and so on]",
         group=_GROUP,
     )
 
@@ -82,14 +83,14 @@ class ConvertOptions(Options):
 
 
 def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
-    """Write the network in ``source`` as ``destination``; each kind is told by its ending.
+    """Write the network in ``source`` as ``destination``, in the formats that their endings name.
 
-    Prints what was assumed of the network, and what was converted.
+    Prints what was assumed about the network, and what was converted.
 
     Raises:
-        CifarJaxError: usage; ``destination`` exists, or ``options`` that contradict the network.
-            Checkpoint; ``source`` holds no network of the zoo, or NaN. Environment; no torch for a
-            ``.pth``, or ``destination`` cannot be written.
+        CifarJaxError: usage; ``destination`` exists, or ``options`` contradict the network.
+            Checkpoint; ``source`` holds no network of the zoo, or holds NaN. Environment; torch is
+            needed for a ``.pth`` and missing, or ``destination`` cannot be written.
     """
     check_is_new(destination, "DESTINATION")
     if not source.exists():
@@ -97,7 +98,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
             ExitCode.CHECKPOINT, f"SOURCE {source} does not exist", fix="check the path"
         )
     if source.is_dir():
-        step_folder(source)  # trained.load would refuse it too, seconds later
+        step_folder(source)  # fail early: trained.load would refuse it too, seconds later
     from cifar_jax import trained
     from cifar_jax.network_metadata import metadata_of
     from cifar_jax.parallel import select_devices
@@ -107,11 +108,11 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
     if ending not in ENDINGS and ending[1:].isidentifier():  # runs/v1.2 is a folder's name
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"DESTINATION {destination} ends in {ending}, which is not a format here",
-            fix=f"let it end in {', '.join(ENDINGS)}, or give a folder's name without an ending; "
+            f"DESTINATION {destination} ends in {ending}, which is not a known format",
+            fix=f"use {', '.join(ENDINGS)}, or for a folder a name without an ending; "
             "python -m cifar_jax.export writes .onnx",
         )
-    select_devices("all")  # says so if there are none
+    select_devices("all")  # raises if there are none
     network = _read(source, options)
     with new_path(destination, "DESTINATION") as path:
         if ending in ENDINGS:
@@ -147,14 +148,14 @@ def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
     if options.given:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"{', '.join(options.given)} with {source}, which says by itself what it holds",
+            f"{', '.join(options.given)} with {source}, which describes its network itself",
             fix="leave it out",
         )
     return network
 
 
 def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) -> TrainedNetwork:
-    """The network that the tensors are of; what they do not say is an option, or assumed."""
+    """The network with these tensors; what they do not say comes from ``options`` or is assumed."""
     from cifar_jax.state_dicts import identify, takes_one_size, variables_of
     from cifar_jax.trained import TrainedNetwork
 
@@ -165,8 +166,8 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     if channels not in (1, 3):
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
-            f"the network in {path} is for images of {channels} channels",
-            fix="networks here are for grey or colour, of 1 or 3",
+            f"the network in {path} takes images of {channels} channels",
+            fix="use a network for 1 channel (greyscale) or 3 (colour)",
         )
     for name, values in (("--mean", options.mean), ("--std", options.std)):
         if values and len(values) != channels:
@@ -194,8 +195,8 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
             "networks' predictions for one image"
         )
     if not options.image_size:
-        how = "by its first Linear" if takes_one_size(config) else "if not, give --image-size"
-        print(f"assumed: images of {side}x{side}; {how}")
+        how = "from the first Linear" if takes_one_size(config) else "if not, give --image-size"
+        print(f"assumed: {side}x{side} images; {how}")
     if not options.mean:
         print("assumed: training subtracted no mean from pixels 0..1; if it did, give --mean")
     if not options.std:
@@ -207,7 +208,7 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     if config.model == "airbench":
         print("assumed: the head's outputs are divided by its number of inputs, as airbench's are")
     if config.dropout:
-        print(f"assumed: dropout of {config.dropout}, which matters in training alone")
+        print(f"assumed: dropout of {config.dropout}, which matters only in training")
     return TrainedNetwork(
         config,
         options.classes or _default_classes(num_classes),

@@ -1,24 +1,24 @@
-"""The convolutions of the networks, in forms that XLA runs well, and the same to rounding.
+"""The convolutions of the networks, in forms that XLA runs fast; results differ only by rounding.
 
-Three things are slow on a CPU as JAX gives them.
+On a CPU, three things are slow with JAX's own form.
 
 The first layer: XLA multiplies one pixel's window by the kernel, and with three input channels and
-a few output channels that product is too small to run well. Computing the four pixels of a 2x2
-window at once, from the 4x4 pixels around them, does 16/9 of the arithmetic in half the time or
-less.
+few output channels that product is too small to be efficient. Computing the four pixels of a 2x2
+window at once, from the 4x4 pixels around them, takes 16/9 of the arithmetic but at most half the
+time.
 
-The layers of many channels: they are bound by multiplications, of which :mod:`cifar_jax.winograd`
+Layers with many channels: they are bound by multiplications, of which :mod:`cifar_jax.winograd`
 needs half.
 
-The gradients, inside a loop: XLA brings a convolution into the form of its fast routine (batch,
-rows, columns, channels) only outside of loops, and in ``lax.scan`` runs a gradient's convolution up
-to 70 times slower. Written in that form they take the same time everywhere, and give the same bits
-(those of many channels, by Winograd's form, the same to rounding).
+Gradients inside a loop: only outside of loops does XLA bring a convolution into the form of its
+fast routine (batch, rows, columns, channels); in ``lax.scan`` it runs a gradient's convolution up
+to 70 times slower. Written in that form from the start, they take the same time everywhere and give
+the same bits (with Winograd's form, for many channels, the same to rounding).
 
-On a GPU, airbench's first two convolutions are slow: 3 and 24 channels leave its matrix units idle.
-With two neighbouring columns as one pixel of twice the channels, in and out, they do more
-arithmetic, 4/3 of it for a 3x3 kernel, in less time (experiments/airbench/README.md). Of other
-shapes, most gain nothing by it.
+On a GPU, airbench's first two convolutions are slow: 3 and 24 channels leave the matrix units idle.
+Taking two neighbouring columns as one pixel with twice the channels, in and out, needs more
+arithmetic, 4/3 of it for a 3x3 kernel, but less time (experiments/airbench/README.md). Most other
+shapes gain nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jax import lax
 from cifar_jax import winograd
 from cifar_jax.winograd import Padding
 
-_MAX_IN_CHANNELS = 4  # images; with 16 channels in, both forms take the same time
+_MAX_IN_CHANNELS = 4  # that is, images; with 16 channels in, both forms take the same time
 _MAX_OUT_CHANNELS = 32  # with 64 out, the plain form is faster
 
 _Convolution = Callable[..., jax.Array]
@@ -50,12 +50,12 @@ def conv3x3(
     """The convolution with stride 1: ``[B, H, W, C]``, ``[3, 3, C, D]`` -> ``[B, H, W, D]``.
 
     Args:
-        padding: 1 above and to the left; without it below or to the right, the last row or column
-            of the output is not computed.
-        paired: take neighbouring columns together on a GPU, for fewer channels than it runs well.
+        padding: 1 above and to the left; 0 below or to the right leaves out the last row or column
+            of the output.
+        paired: on a GPU take pairs of neighbouring columns together, for few channels.
 
     Raises:
-        ValueError: another kernel or padding.
+        ValueError: the kernel or the padding is another one.
     """
     if kernel.shape[:2] != (3, 3) or any(a != 1 or b not in (0, 1) for a, b in padding):
         raise ValueError(
@@ -78,7 +78,7 @@ def plain_conv(
         x,
         kernel,
         (stride, stride),
-        # Explicit: "SAME" would pad other sides than PyTorch where there is a stride.
+        # Explicit: with a stride, "SAME" would pad other sides than PyTorch does.
         padding=padding,
         dimension_numbers=_NHWC,
     )
@@ -113,7 +113,7 @@ def _on_gpu(paired: bool) -> _Convolution:
 def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The convolution without padding: ``[B, H, W, C]``, ``[2, 2, C, D]`` -> ``[B, H-1, W-1, D]``.
 
-    On a GPU it takes neighbouring columns together, as :func:`in_pairs`.
+    On a GPU it takes pairs of neighbouring columns together, by :func:`in_pairs`.
     """
     none: Padding = ((0, 0), (0, 0))
     return lax.platform_dependent(
@@ -127,7 +127,7 @@ def paired_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def in_pairs(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """The convolution ``[B, H, W, C]``, ``[S, S, C, D]`` -> ``[B, H', W', D]``, S at most 3.
 
-    It takes two neighbouring columns as one pixel of twice the channels, in and out.
+    Computed with two neighbouring columns as one pixel of twice the channels, in and out.
     """
     side, _, channels, features = kernel.shape
     (above, below), (left, right) = padding
@@ -176,8 +176,8 @@ def _gradients_as_convolutions(
 ) -> _Gradients:
     """The gradients with respect to ``x`` and ``kernel``, each a convolution.
 
-    The first is one of ``gradient`` with the kernel turned by 180 degrees, the second one of ``x``
-    with ``gradient``.
+    The first convolves ``gradient`` with the kernel rotated by 180 degrees, the second ``x`` with
+    ``gradient``.
     """
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     (above, below), (left, right) = padding

@@ -1,4 +1,4 @@
-"""What a data set is: images and labels in three splits, class names, mean and std. NumPy only."""
+"""Data sets: images and labels in three splits, class names, mean and std. NumPy only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ImageShape = tuple[int, int, int]  # H, W, C
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """Images that are still files, decoded when they are asked for.
+    """Images that are still files, decoded on demand.
 
     Attributes:
         paths: bytes ``[N]``, as the file system spells them.
         shape: ``(H, W, C)`` of each decoded image.
-        resize: whether images of another size are resized to ``shape``, or refused.
-        to_grey: whether images in colour are made greyscale where ``shape`` has one channel, or
-            refused.
+        resize: whether images of another size are resized to ``shape``; otherwise they are refused.
+        to_grey: whether colour images are converted to greyscale if ``shape`` has one channel;
+            otherwise they are refused.
     """
 
     paths: NDArray[np.bytes_]
@@ -68,11 +68,11 @@ class Dataset:
 
     Attributes:
         name: what people call it, e.g. ``"shapes"``.
-        digest: SHA-256 that tells this data from other data: of the pixels and labels, or, for
-            files, of their names and sizes.
+        digest: SHA-256 that identifies the data: of pixels and labels or, for files, of their names
+            and sizes.
         class_names: the name of each label, in label order.
         mean, std: of each channel of the training split, in units of 0..1.
-        notice: what a person must be told before they read any result.
+        notice: what a reader must know before seeing any result.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Dataset:
 def stratified_choice(
     labels: NDArray[np.int32], count: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Choose ``count`` of the examples (or all), from each class about its share.
+    """Choose ``count`` of the examples (or all), from each class in proportion.
 
     Returns:
         Their indices, ascending.
@@ -107,7 +107,7 @@ def stratified_choice(
 
 
 def split_off(split: Split, fraction: float, rng: np.random.Generator) -> tuple[Split, Split]:
-    """Hold out a stratified ``fraction`` (at least one image); returns (the rest, the held out)."""
+    """Hold out a stratified ``fraction`` (at least one image); returns (the rest, held out)."""
     count = max(1, round(fraction * len(split)))
     held_out = stratified_choice(split.labels, count, rng)
     rest = np.setdiff1d(np.arange(len(split)), held_out, assume_unique=True)
@@ -117,10 +117,10 @@ def split_off(split: Split, fraction: float, rng: np.random.Generator) -> tuple[
 def channel_statistics(
     images: NDArray[np.uint8],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation over all pixels of each channel, of images scaled to 0..1.
+    """Mean and standard deviation over all pixels of each channel, for images scaled to 0..1.
 
-    From a histogram of the 256 values: exact, and independent of the order of the images.
-    A channel that is constant has the std 1, so that it can be divided by.
+    Computed from a histogram of the 256 values: exact, and independent of the order of the images.
+    The std of a constant channel is given as 1, so that it can be divided by.
     """
     values = np.arange(256) / 255
     mean, std = [], []

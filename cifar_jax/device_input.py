@@ -1,7 +1,7 @@
-"""Steps whose images lie on the device: many steps a dispatch, no TensorFlow, no host in between.
+"""Steps whose images are on the device: many steps per dispatch, without TensorFlow or the host.
 
-Every device holds all decoded images as uint8, and a step is told which of them make its batch. The
-order is the one of tf.data's batches, so that the step sees the same bits.
+Every device holds all decoded images as uint8, and each step receives the indices of its batch. The
+order is that of tf.data's batches, so that the step sees the same bits.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from cifar_jax.parallel import (
 )
 from cifar_jax.train_step import Sums, TrainState, eval_step
 
-# The rest is for the state and the activations: a guess.
+# The rest is left for the state and the activations: a guess.
 _SHARE_FOR_IMAGES = 0.9
 
-# Where a step takes a tenth of a second, a progress bar and a Ctrl-C want an answer in between.
+# On a CPU, where a step can take a tenth of a second, return often enough for the progress bar and
+# for Ctrl-C.
 _MOST_STEPS_ON_A_CPU = 32
 
 
 def decode(split: Split) -> Split:
-    """The same split, decoded, with the pixels that tf.data's batches have."""
+    """The same split, decoded to the same pixels as tf.data's batches."""
     assert isinstance(split.images, ImageFiles)
-    if split.images.resize:  # Pillow rounds otherwise than TensorFlow when it resizes
+    if split.images.resize:  # Pillow rounds differently from TensorFlow when it resizes
         from cifar_jax.input_pipeline import decode as decode_by_tensorflow
 
         return decode_by_tensorflow(split)
@@ -54,10 +55,10 @@ def decode(split: Split) -> Split:
 
 
 def room_mb(devices: Sequence[jax.Device]) -> int:
-    """Megabytes of images that each device, and the host that decodes them, has room for."""
+    """Megabytes of images that fit on each device, and on the host that decodes them."""
     own = local_devices(devices)
     stats = own[0].memory_stats()
-    if stats is None:  # on a CPU, whose devices share the host's memory with the decoded images
+    if stats is None:  # a CPU, whose devices share the host's memory with the decoded images
         free = _available_bytes() // (len(own) + 1)
     else:
         limit = stats.get("bytes_limit", math.inf)
@@ -66,9 +67,9 @@ def room_mb(devices: Sequence[jax.Device]) -> int:
 
 
 def check_fits(dataset: Dataset, room_mb: float) -> None:
-    """Raise ``CifarJaxError`` (environment) unless all images fit, decoded.
+    """Raise ``CifarJaxError`` (environment) unless all decoded images fit together.
 
-    The test's come last, when the others are still there.
+    The test images are loaded last, while the others are still in memory.
     """
     splits, shape = (dataset.train, dataset.val, dataset.test), dataset.image_shape
     count = sum(map(len, splits))
@@ -90,8 +91,8 @@ def make_advance(
     devices: Sequence[jax.Device],
     first_step: int,
 ) -> Advance:
-    """Put ``split`` on the devices, and compile ``step`` for as many steps as a dispatch takes."""
-    del first_step  # each call says where it is
+    """Put ``split`` on the devices, and compile ``step`` for many steps per dispatch."""
+    del first_step  # each call is given its position
     held = _place(split, devices)
     batch_size, n_devices = config.batch_size, len(local_devices(devices))
     steps_per_epoch = len(split) // batch_size
@@ -131,7 +132,7 @@ def make_advance(
     def advance(
         state: TrainState, at_step: int, before_step: int, signal: int
     ) -> tuple[TrainState, Sums, int]:
-        # Seldom another number than those two: each takes a program of its own.
+        # Nearly always one of the two numbers compiled above; any other compiles anew.
         n = min(at_once - at_step % steps_per_epoch % at_once, before_step - at_step)
         state, sums = compiled(n)(state, batches(at_step, n, signal))
         return state, sums, n
@@ -199,9 +200,9 @@ def make_evaluate(
 
 
 def _steps_at_once(platform: str, steps: int, save_every: int) -> int:
-    """How many of ``steps`` a dispatch takes: all up to a save, or on a CPU a part of them.
+    """How many of ``steps`` one dispatch runs: all up to a save, or on a CPU a part of them.
 
-    The part divides ``steps`` and ``save_every``, so that one program does for all.
+    That part divides ``steps`` and ``save_every``, so that a single program suffices.
     """
     if platform != "cpu":
         return save_every
@@ -219,9 +220,9 @@ def _by_device(rows: NDArray[Any], n_devices: int) -> NDArray[Any]:
 
 
 def _scan(step: Callable[..., Any]) -> Callable[..., Any]:
-    """From ``step(carry, batch)`` to one of many, whose batch has ``index`` instead of images.
+    """Turn ``step(carry, batch)`` into a function of many steps, with ``index`` instead of images.
 
-    Each array of the batch has the steps as its first axis, and so have the sums. One step is not
+    Each array of the batch, and each sum, gets the steps as its first axis. A single step is not
     made a loop.
     """
 
@@ -242,7 +243,7 @@ def _scan(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _available_bytes() -> int:
-    """Of the host's memory, as Linux tells it; elsewhere, more than anyone has."""
+    """Free memory of the host as Linux reports it; elsewhere, more than any machine has."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))

@@ -1,7 +1,7 @@
-"""Several processes as one run: they meet, agree, and leave together. ``jax.distributed`` does it.
+"""Several processes as one run, by ``jax.distributed``: they start, agree and end together.
 
-When one process is gone, JAX aborts the other processes with a C++ trace and no advice, so a helper
-process that outlives this one prints it. The runtime's own messages are kept in a file.
+When one process dies, JAX aborts the others with a C++ trace and no advice; a helper process, which
+outlives this one, prints that advice. The runtime's own messages go to a file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
 from cifar_jax.parallel import select_devices
 
-# How long a process may be silent before the others take it for dead; and how long they wait for
+# How long a process may be silent before the others consider it dead; and how long they wait for
 # each other at the start and at the end.
 _HEARTBEAT_SECONDS = 30
 _MEETING_SECONDS = 60
@@ -36,12 +36,12 @@ _PARTING_SECONDS = 5
 
 @contextlib.contextmanager
 def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
-    """Take part in the run of several processes that ``config`` names, if it names one.
+    """Join the run of several processes that ``config`` describes, if it does.
 
     Inside, only the first process prints.
 
     Raises:
-        CifarJaxError: environment; the others cannot be found, or one of them is lost.
+        CifarJaxError: environment; the others cannot be reached, or one of them is lost.
     """
     if config.coordinator is None:
         yield
@@ -85,24 +85,24 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes: the only one, or number 0."""
+    """Whether this process prints and writes files: the only one, or number 0."""
     return jax.process_index() == 0
 
 
 def wait_for_all(where: str) -> None:
-    """Go on when every process has come to the same place."""
+    """Block until every process has reached the same place."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
-    """See that all processes start from the same, and with the same code.
+    """Check that all processes run the same code from the same starting point.
 
     Args:
-        facts: what must be equal besides, by the name that an error calls it.
+        facts: what else must be equal, by the name that errors use.
 
     Raises:
-        CifarJaxError: usage; names the processes that differ from the first, and in what.
+        CifarJaxError: usage; names a process that differs from the first, and in what.
     """
     for name, fact in {**facts, "code": _code_digest()}.items():
         first, *others = _gather(fact)
@@ -118,14 +118,14 @@ def check_agreement(facts: Mapping[str, str]) -> None:
 
 
 def holds_for_all(fact: bool) -> bool:
-    """Whether it holds in every process; all of them must ask at the same place."""
+    """Whether ``fact`` holds in every process; all of them must call this at the same place."""
     if jax.process_count() == 1:
         return fact
     return bool(multihost_utils.process_allgather(np.array(fact)).all())
 
 
 def agreed_signal(received: int | None) -> int | None:
-    """The signal that came to any of the processes; all of them must ask at the same place."""
+    """A signal received by any of the processes; all of them must call this at the same place."""
     if jax.process_count() == 1:
         return received
     return int(multihost_utils.process_allgather(np.array(received or 0)).max()) or None
@@ -149,7 +149,7 @@ def _gather(text: str) -> list[str]:
 
 
 def _difference(ours: str, theirs: str) -> str:
-    """The lines of one that the other has not: ``learning_rate 0.1 instead of 0.01``."""
+    """The lines in which the two differ: ``learning_rate 0.1 instead of 0.01``."""
     left, right = ours.splitlines(), theirs.splitlines()
     pairs = [
         f"{a.strip().rstrip(',')} instead of {b.strip().rstrip(',')}"
@@ -161,7 +161,7 @@ def _difference(ours: str, theirs: str) -> str:
 
 @contextlib.contextmanager
 def _bounded_meeting(config: TrainConfig, withhold_advice: Callable[[], None]) -> Iterator[None]:
-    """End this process if the others do not come: JAX would abort it, and say another has died."""
+    """End this process if the others do not come; JAX would abort it, and claim that one died."""
 
     def give_up() -> None:
         withhold_advice()
@@ -170,7 +170,7 @@ def _bounded_meeting(config: TrainConfig, withhold_advice: Callable[[], None]) -
             f"--coordinator {config.coordinator}: not all processes came within "
             f"{_MEETING_SECONDS} s"
             + (f"; --num-processes is {config.num_processes}" if config.num_processes else ""),
-            fix="start the others too, with the same --coordinator, and see that they can reach it",
+            fix="start the others too, with the same --coordinator, which they must reach",
         )
         print(f"cifar_jax: error: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
@@ -189,8 +189,9 @@ def _bounded_meeting(config: TrainConfig, withhold_advice: Callable[[], None]) -
 def _meet(config: TrainConfig) -> None:
     """Join the others, before JAX starts."""
     if "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
-        # Only process 0 writes to it. On machines with homes of their own it would find a program
-        # that the others must compile, and XLA compiles for GPUs only with all of them.
+        # Only process 0 writes to the cache. On machines with separate homes it would find a
+        # program that the others must compile, and XLA compiles for GPUs only with all of them
+        # together.
         jax.config.update("jax_enable_compilation_cache", False)
     timing: dict[str, Any] = {
         "initialization_timeout": 2 * _MEETING_SECONDS,  # longer than ours
@@ -223,11 +224,11 @@ def _meet(config: TrainConfig) -> None:
             f"--coordinator {config.coordinator}: the processes cannot meet: {error}",
             fix=fix,
         ) from error
-    signal.signal(signal.SIGTERM, on_sigterm)  # JAX's own would note it, and no one would ask
+    signal.signal(signal.SIGTERM, on_sigterm)  # JAX's handler only records it, and nothing polls it
 
 
 def _check_device_counts() -> None:
-    """Raise unless every process has as many devices: what JAX gathers from all is a rectangle."""
+    """Raise unless all processes have as many devices: process_allgather needs equal shapes."""
     first, *others = (
         len(jax.local_devices(process_index=index)) for index in range(jax.process_count())
     )
@@ -241,14 +242,14 @@ def _check_device_counts() -> None:
 
 
 def _has_all_gpus_it_sees(environment: Mapping[str, str]) -> bool:
-    """Whether a task of a cluster is alone with the GPUs that it sees.
+    """Whether a cluster's task has all GPUs that it sees to itself.
 
-    JAX assumes a task per GPU: of the GPUs that a task sees, it uses only the one whose number is
-    the task's own number on its machine.
+    JAX assumes one task per GPU: of the GPUs that a task sees, it uses only the one whose number is
+    the task's number on its machine.
     """
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return False
-    # Open MPI first, as JAX has it: inside SLURM, mpirun may start one task of SLURM per machine.
+    # Open MPI first, as in JAX: inside SLURM, mpirun may start one SLURM task per machine.
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
         is_alone = environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
     else:
@@ -271,17 +272,17 @@ def _wait_for_coordinator(address: str) -> None:
                     ExitCode.ENVIRONMENT,
                     f"--coordinator {address}: no process 0 there after {_MEETING_SECONDS} s "
                     f"({error})",
-                    fix="start process 0 on that host, and see that the port can be reached",
+                    fix="start process 0 on that host, and check that the port can be reached",
                 ) from error
             time.sleep(0.2)
 
 
 def _leave_alone_after(patience_seconds: float, status: int) -> None:
-    """Bound the end of this process: JAX waits there for others that may be waiting for this one.
+    """Limit how long this process takes to exit: there, JAX waits for others, who may wait for it.
 
     Args:
-        patience_seconds: from the end of the main thread, for the others to leave too.
-        status: the exit status of a process that has waited in vain.
+        patience_seconds: time for the others to exit too, from the end of the main thread.
+        status: the exit status if they do not.
     """
 
     def leave() -> None:
@@ -295,14 +296,14 @@ def _leave_alone_after(patience_seconds: float, status: int) -> None:
 
 
 def _exit_status(error: BaseException) -> int:
-    """What a command that ends with this error ends with."""
+    """The exit status of a command that ends with this error."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return error.exit_code if isinstance(error, CifarJaxError | Stopped) else ExitCode.BUG
 
 
 def _is_of_a_shared_gpu(error: BaseException) -> bool:
-    """Whether NCCL refuses two processes on one GPU."""
+    """Whether this is NCCL refusing two processes on one GPU."""
     known = isinstance(error, ValueError | jax.errors.JaxRuntimeError)
     return known and any(word in str(error) for word in ("Duplicate GPU", "invalid usage"))
 
@@ -317,13 +318,13 @@ def _is_of_a_lost_peer(error: BaseException) -> bool:
 
 def _how_to_go_on(workdir: Path) -> str:
     return (
-        "see what the others say; then start all of them again, with --resume "
+        "check the output of the others; then start all of them again, with --resume "
         f"--workdir {workdir}, from the last checkpoint"
     )
 
 
 def _keep_runtime_messages(log: Path) -> None:
-    """From here on, C++ writes to ``log`` what it would to stdout and stderr; Python does not."""
+    """Redirect what C++ code writes to stdout and stderr to ``log``, but not what Python writes."""
     with log.open("ab") as file:
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             getattr(sys, name).flush()
@@ -334,16 +335,16 @@ def _keep_runtime_messages(log: Path) -> None:
 
 @contextlib.contextmanager
 def _advice_if_aborted(workdir: Path, log: Path) -> Iterator[Callable[[], None]]:
-    """Have a helper process print what to do if this one is aborted inside.
+    """Have a helper process print what to do if this process is aborted inside.
 
-    Gives a function after which it prints nothing.
+    Yields a function that tells the helper to print nothing.
     """
     message = (
-        "cifar_jax: error: this process was ended because another one is gone, or was killed "
-        f"itself (the runtime's own words are in {log}). Fix: {_how_to_go_on(workdir)}."
+        "cifar_jax: error: this process was killed, or was ended because another one is gone "
+        f"(the runtime's own messages are in {log}). Fix: {_how_to_go_on(workdir)}."
     )
     script = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
-    # In a session of its own: a Ctrl-C is meant for the run, which says what it does then.
+    # In a session of its own: a Ctrl-C is for the run, which reports it itself.
     with subprocess.Popen(
         [sys.executable, "-ISc", script, message], stdin=subprocess.PIPE, start_new_session=True
     ) as speaker:

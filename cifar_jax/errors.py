@@ -1,4 +1,4 @@
-"""The errors that people see, and the exit codes of every command."""
+"""Errors with a fix, and the exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class ExitCode(enum.IntEnum):
-    """What a command's exit status says. A stop by signal N exits with 128 + N."""
+    """The exit status of a command. A stop by signal N exits with 128 + N."""
 
     OK = 0
     BUG = 1
@@ -21,7 +21,7 @@ class ExitCode(enum.IntEnum):
 
 
 class CifarJaxError(Exception):
-    """Something a person can put right; shown as one line, without a traceback.
+    """An error that the user can fix; shown as one line, without a traceback.
 
     Args:
         exit_code: the kind of error, and the command's exit status.
@@ -30,7 +30,7 @@ class CifarJaxError(Exception):
     """
 
     def __init__(self, exit_code: ExitCode, what: str, *, fix: str) -> None:
-        # Names of files and classes come from outside: a line break in one stays one line.
+        # Names of files and classes may contain line breaks; the message stays one line.
         cure = fix if fix.endswith("?") else f"{fix}."
         what = what.rstrip(".:")  # another library's message may end so
         super().__init__(" ".join(f"{what}. Fix: {cure}".splitlines()))
@@ -40,9 +40,9 @@ class CifarJaxError(Exception):
 
 
 class Stopped(BaseException):
-    """The command ends early because a signal asked for it; ``message`` says what was kept.
+    """The command ends early because of a signal; ``message`` says what was saved.
 
-    Like ``KeyboardInterrupt`` no ``Exception``: whoever catches all errors must not catch this.
+    Like ``KeyboardInterrupt`` not an ``Exception``, so that handlers of all errors do not catch it.
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -52,10 +52,10 @@ class Stopped(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """What to quote of an error that another library raised, which may be pages long."""
+    """The first line of another library's error, whose message may be pages long."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def shown(name: str | bytes | Path) -> str:
-    """A name that comes from outside, for a message: escaped where it would not print in a line."""
+    """An external name for a message: characters that do not print on a line are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))

@@ -14,16 +14,16 @@ from cifar_jax.files import write_atomically, writing
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder, workdir_of
 
-if TYPE_CHECKING:  # slow to import: a wrong option is answered before
+if TYPE_CHECKING:  # slow to import: wrong options are reported before
     from cifar_jax.scores import Scores
 
 DESCRIPTION = """\
 Score a trained network on labelled images: loss, accuracy with its 95 % interval, precision and
 recall of each class, the confusion matrix, how well its confidence is calibrated, and its most
-confident mistakes. Writes evaluation.json (of another split than test: evaluation-val.json) and
+confident mistakes. Writes evaluation.json (evaluation-val.json for --split val, and so on) and
 pictures.
 
-The test split is for the end: choose networks and options on --split val.
+The test split is for the end: choose networks and options by --split val.
 
 examples:
   python -m cifar_jax.evaluate --checkpoint runs/20261122-101500-cnn
@@ -36,7 +36,7 @@ _MISTAKES = 24
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions(Options):
-    """What to score, on what."""
+    """Which network to score, and on which images."""
 
     checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
     data: str | None = option(
@@ -51,14 +51,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Score a network, print its scores, and write them and pictures to the output folder.
 
     Returns:
-        The contents of ``evaluation.json``, or of another split ``evaluation-val.json``.
+        The contents of ``evaluation.json`` (of another split, ``evaluation-val.json`` and so on).
 
     Raises:
-        CifarJaxError: there is no such network, or the images cannot be read.
+        CifarJaxError: checkpoint; there is no such network. Data; the images cannot be read.
             Environment; the output folder cannot be written.
     """
     checkpoint = Path(options.checkpoint)
-    step = step_folder(checkpoint)  # soon: trained.load would say so after the imports
+    step = step_folder(checkpoint)  # fail early, before the slow imports of trained.load
     output = Path(options.output or workdir_of(checkpoint))
     from cifar_jax import trained
     from cifar_jax.labelled import load_labelled, logits_of
@@ -119,7 +119,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def describe(scores: Scores, class_names: Sequence[str]) -> str:
-    """``scores`` for a terminal: totals, and a row a class."""
+    """``scores`` for a terminal: totals, and a row per class."""
     low, high = scores.accuracy_interval
     lines = [
         f"accuracy {100 * scores.accuracy:.2f} % ({scores.correct} of {scores.n}; 95 % interval "

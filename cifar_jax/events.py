@@ -21,7 +21,7 @@ _TAGS = {
 
 @contextlib.contextmanager
 def event_log(folder: Path, history: list[EpochRow]) -> Iterator[Callable[[EpochRow], None]]:
-    """Give a function that adds an epoch's row, by optimizer step, to the events in ``folder``.
+    """Yield a function that adds an epoch's row to the events in ``folder``, by optimizer step.
 
     The folder is rewritten from ``history``, so that a resumed run has no epoch twice.
     """

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes, and readable errors when writing fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` as ``path``: a reader, a kill, a power cut meets the old file or the new one.
+    """Write ``text`` to ``path``, so that at any moment either the old or the new file is there.
 
     Raises:
         OSError: it cannot be written.
@@ -25,12 +25,12 @@ def write_atomically(path: Path, text: str) -> None:
     with temporary.open("w") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())  # else the name may reach the disk before the text does
+        os.fsync(file.fileno())  # otherwise the rename may reach the disk before the text
     os.replace(temporary, path)
 
 
 def try_to_write(folder: Path) -> None:
-    """Make ``folder`` if need be, and a file in it, which is gone again.
+    """Create ``folder`` if necessary, and a file in it, which is deleted again.
 
     Raises:
         OSError: it cannot be written.
@@ -40,17 +40,17 @@ def try_to_write(folder: Path) -> None:
 
 
 def lacks_room(error: OSError) -> bool:
-    """Whether ``error`` is of a full disk, a quota or the like."""
+    """Whether ``error`` means a full disk, an exceeded quota or the like."""
     return error.errno in _NO_ROOM
 
 
 def fix_of(error: OSError, another: str) -> str:
-    """What to do where something cannot be written: make room if it lacks, or give ``another``."""
-    return f"make room there, or give {another}" if lacks_room(error) else f"give {another}"
+    """The fix for a failed write: free space if that is what lacks, or give ``another``."""
+    return f"free up space there, or give {another}" if lacks_room(error) else f"give {another}"
 
 
 def check_is_new(destination: Path, option: str) -> None:
-    """Raise ``CifarJaxError`` (usage) if there is a ``destination``, which ``option`` names."""
+    """Raise ``CifarJaxError`` (usage) if ``destination``, given by ``option``, exists."""
     if os.path.lexists(destination):
         raise CifarJaxError(
             ExitCode.USAGE,
@@ -61,10 +61,10 @@ def check_is_new(destination: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def writing(what: str, another: str) -> Iterator[None]:
-    """Tell an ``OSError`` inside as ``CifarJaxError`` (environment): ``what`` cannot be written.
+    """Turn an ``OSError`` inside into a ``CifarJaxError`` (environment): cannot write ``what``.
 
     Args:
-        another: what to give in its place, as :func:`fix_of` has it.
+        another: what to give instead, as in :func:`fix_of`.
     """
     try:
         yield
@@ -76,13 +76,13 @@ def writing(what: str, another: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_path(destination: Path, option: str) -> Iterator[Path]:
-    """A path to write a file or folder to, which becomes ``destination`` when all went well.
+    """A temporary path for a file or folder, renamed to ``destination`` on success.
 
     Args:
-        option: what a person calls ``destination``.
+        option: the option that gives ``destination``, for errors.
 
     Raises:
-        CifarJaxError: environment; it cannot be written.
+        CifarJaxError: environment; ``destination`` cannot be written.
     """
     folder = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 
 from cifar_jax import checkpoint
 from cifar_jax.distributed import holds_for_all, is_first
-from cifar_jax.errors import CifarJaxError
+from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.files import write_atomically
 from cifar_jax.metrics import best_row
 from cifar_jax.parallel import compiler_options, replicate
@@ -19,7 +20,7 @@ from cifar_jax.run import Progress, Run, versions
 
 
 def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
-    """Score the best epoch on the test set, which nothing has seen before, and write the report."""
+    """Score the best epoch on the test set, which was not used until now, and write the report."""
     config, dataset, history = run.config, run.dataset, progress.history
     best = best_row(history)
     state, problem = progress.state, ""
@@ -29,9 +30,15 @@ def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
         problem = str(error)
     if not holds_for_all(not problem):  # all must score the same
         problem = problem or "Another process cannot read the best checkpoint."
-        print(f"warning: {problem} The last epoch is scored in its place.")
+        print(f"warning: {problem} The last epoch is scored instead.")
         best, state = history[-1], progress.state
     test = run.evaluate(replicate(state.variables, run.devices), dataset.test)
+    if not math.isfinite(test.mean_loss):  # as with a logit that overflows for a test image alone
+        raise CifarJaxError(
+            ExitCode.NUMERICS,
+            f"the test loss is {test.mean_loss} with epoch {best['epoch']}",
+            fix="start again with a lower --learning-rate, or with --clip-norm 1",
+        )
     report = {
         "data": {"name": dataset.name, "digest": dataset.digest},
         "model": config.model,
@@ -47,7 +54,7 @@ def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
         "steps": progress.step,
         "best_step": best["step"],
         "train_seconds": sum(row["seconds"] for row in history),
-        # The epochs have equal numbers of images, so this is all images by all their time.
+        # Epochs have equally many images, so the harmonic mean is total images over total time.
         "images_per_second": statistics.harmonic_mean(
             [row["images_per_second"] for row in history]
         ),
@@ -60,7 +67,7 @@ def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
         "device_kind": run.devices[0].device_kind,
         "seed": config.seed,
         "versions": versions(),
-        # After the last step, where a resumed run must arrive; what was scored is best_step.
+        # After the last step, to compare with a resumed run; what was scored is best_step.
         "params_sha256": checkpoint.tree_sha256(jax.device_get(progress.state.params)),
     }
     if is_first():
@@ -75,11 +82,11 @@ def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def draw_curves(run: Run, progress: Progress) -> None:
-    from cifar_jax.plots import save_curves  # half a second of matplotlib, which no step needs
+    from cifar_jax.plots import save_curves  # takes half a second, for matplotlib
 
     title = f"{run.config.model} on {run.dataset.name}"
     path = run.workdir / "plots" / "curves.png"
     try:
         save_curves(progress.history, title, path)
-    except OSError as error:  # a full disk, for example; the run itself says more of it
+    except OSError as error:  # a full disk, for example, which the next save reports in full
         print(f"warning: cannot draw {path}: {error.strerror}")

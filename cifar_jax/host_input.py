@@ -1,4 +1,4 @@
-"""Steps whose images come from the host: tf.data decodes and batches while the step before runs."""
+"""Steps whose images come from the host: tf.data prepares a batch while the previous step runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_advance(
     devices: Sequence[jax.Device],
     first_step: int,
 ) -> Advance:
-    """Compile ``step``, and start reading ``split`` from ``first_step`` on: a step at a time."""
+    """Compile ``step``, and start reading ``split`` at ``first_step``; each call runs one step."""
     n_devices = len(local_devices(devices))
     empty = empty_batch(config.batch_size, split.image_shape, devices)
     empty["signal"] = np.zeros(n_devices, np.int32)
@@ -56,7 +56,7 @@ def make_advance(
     def advance(
         state: TrainState, at_step: int, before_step: int, signal: int
     ) -> tuple[TrainState, Sums, int]:
-        del at_step, before_step  # one step, and it is the next one
+        del at_step, before_step  # always one step, the next
         batch = shard(next(batches), devices)
         batch["signal"] = np.full(n_devices, signal, np.int32)
         state, sums = compiled(state, batch)
@@ -79,7 +79,7 @@ def make_evaluate(
     Every image counts once, at any batch size and number of devices.
 
     Args:
-        batch_size: images a step, over all devices; rounded up to a multiple of their number.
+        batch_size: images per step, over all devices; rounded up to a multiple of their number.
         deterministic: as in :func:`cifar_jax.parallel.compile_step`.
     """
     batch_size = -(-batch_size // len(devices)) * len(devices)

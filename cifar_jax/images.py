@@ -1,11 +1,11 @@
-"""Image files of any kind, as the pixels that a network was trained on. Pillow only.
+"""Image files of any kind, decoded to the pixels that training would see. Pillow only.
 
-A JPEG gives the very pixels that training's decoder gives; what else that decoder does is done
-here too: transparency is dropped, and of 16 bits the upper 8 are kept. What it does not do, it is
-spared: a photograph is turned as its EXIF says before it sees it.
+JPEGs decode to the same pixels as in training. Like the decoder of training, this one drops
+transparency and keeps the upper 8 of 16 bits. EXIF rotation, which that decoder ignores, is applied
+before either decodes.
 
-The files of a data set are JPEG and PNG alone. Whichever decoder takes them, :func:`read_checked`
-reads them: what their bytes tell before anything is decoded, it has looked at.
+The files of a data set are JPEG or PNG. All of them are read by :func:`read_checked`, which checks
+their bytes before any decoder sees them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from cifar_jax.errors import CifarJaxError, ExitCode, first_line, shown
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 
-_POSTSCRIPT = "EPS"  # a program: Pillow would have Ghostscript run it, for as long as it likes
+_POSTSCRIPT = "EPS"  # a program: Pillow would have Ghostscript run it, for as long as it takes
 
-# Pillow warns of odd metadata; what matters raises. Once for all: many threads read images, and
-# ``warnings.catch_warnings`` in one undoes that in another.
+# Pillow warns of odd metadata; what matters raises. Set once for the process: many threads read
+# images, and ``warnings.catch_warnings`` is not thread-safe.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
@@ -48,15 +48,15 @@ def read_image(
 ) -> NDArray[np.uint8]:
     """The image in ``file``, a path or an open file, as uint8 ``[H, W, C]``.
 
-    Turned as its EXIF orientation says; of an animation the first frame.
+    Rotated as its EXIF orientation says; of an animation, the first frame.
 
     Args:
-        name: what to call it in errors.
+        name: the image's name in errors.
         image_shape: ``(H, W, C)`` to resize to, bilinear with antialiasing as in training.
-        fit: ``stretch`` changes the proportions to fit; ``crop`` cuts the middle out.
+        fit: ``stretch`` changes the proportions to fit; ``crop`` cuts out the middle.
 
     Raises:
-        CifarJaxError: data; it cannot be read, is not an image, is damaged, or is too large.
+        CifarJaxError: data; the file cannot be read, is not an image, is damaged, or is too large.
     """
     try:
         with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
@@ -68,7 +68,7 @@ def read_image(
         raise _refused(name, "is empty")
     if len(content) > MAX_BYTES:
         raise _refused(name, f"has more than {MAX_BYTES >> 20} MB", "make it smaller")
-    if content.startswith((_PNG, _JPEG)):  # as in training: Pillow passes over a wrong checksum
+    if content.startswith((_PNG, _JPEG)):  # as in training: Pillow ignores a wrong checksum
         try:
             _header(content)
         except ValueError as error:
@@ -89,10 +89,10 @@ def read_image(
 
 
 def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape:
-    """The shape of a data set's images, from a few of them: greyscale only if all of these are.
+    """The shape of a data set's images, from a sample: greyscale only if the whole sample is.
 
-    The size is the first one's. Those that cannot be read are passed over here, and come up when
-    all are read.
+    The size is the first image's. Unreadable images are skipped here, and reported when all are
+    read.
 
     Raises:
         CifarJaxError: data; none of them can be read.
@@ -109,7 +109,7 @@ def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape
 
 
 def decode(split: Split) -> Split:
-    """The same split with every file decoded into memory, none of them resized.
+    """The same split with every file decoded into memory, without resizing.
 
     Raises:
         CifarJaxError: data; names the first file that cannot be decoded or has another size.
@@ -130,19 +130,19 @@ def decode_file(files: ImageFiles, path: bytes) -> NDArray[np.uint8]:
     """The pixels of one of ``files``, uint8 ``[H, W, C]``, not resized.
 
     Raises:
-        CifarJaxError: data; says what is wrong with it.
+        CifarJaxError: data; the file is not such an image.
     """
     return _decoded(path, read_checked(files, path), files.shape[2])
 
 
 def read_checked(files: ImageFiles, path: bytes) -> bytes:
-    """The content of one of ``files``: a JPEG or PNG that is all there, of the right size.
+    """The content of one of ``files``: a complete JPEG or PNG of the right size.
 
-    With ``files.to_grey``, of an image in colour it is a greyscale copy: decoders have greys of
-    their own.
+    With ``files.to_grey``, a colour image is returned as a greyscale copy, since decoders convert
+    to grey differently.
 
     Raises:
-        CifarJaxError: data; says what else it is.
+        CifarJaxError: data; the file is not such an image.
     """
     content, shape = _read(path)
     if shape == files.shape:  # as nearly all are
@@ -158,7 +158,7 @@ def read_checked(files: ImageFiles, path: bytes) -> bytes:
         if not files.to_grey:
             raise unusable(
                 path,
-                "is in colour, and those of the data set that were looked at first are greyscale",
+                "is in colour, but the images that were sampled first are greyscale",
                 fix="make it greyscale, or some of the others colour",
             )
         return png(_decoded(path, content, wanted_channels))
@@ -169,7 +169,7 @@ def _decoded(path: bytes, content: bytes, channels: int) -> NDArray[np.uint8]:
     height, width, _ = _header(content)
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-        if image.size == (width, height):  # else there is a second header
+        if image.size == (width, height):  # otherwise there is a second header
             return np.asarray(_eight_bits(image, channels)).reshape(height, width, channels)
     except Exception as error:  # a damaged file ends in whatever its decoder runs into
         raise undecodable(path) from error
@@ -177,7 +177,7 @@ def _decoded(path: bytes, content: bytes, channels: int) -> NDArray[np.uint8]:
 
 
 def undecodable(path: bytes) -> CifarJaxError:
-    """For a file that :func:`read_checked` let pass, and its decoder does not."""
+    """The error for a file that :func:`read_checked` accepts and the decoder does not."""
     return unusable(path, "is damaged: its pixels cannot be decoded")
 
 
@@ -191,7 +191,7 @@ def unusable(path: bytes, what: str, fix: str | None = None) -> CifarJaxError:
 
 def _read(path: bytes) -> tuple[bytes, ImageShape]:
     try:
-        # Without O_NONBLOCK, a pipe that has taken the file's place would be waited for.
+        # Without O_NONBLOCK, opening a pipe that has replaced the file would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             content = os.read(descriptor, _FIRST_READ)
@@ -211,12 +211,12 @@ def _read(path: bytes) -> tuple[bytes, ImageShape]:
 
 
 def _upright_file(path: bytes, content: bytes, shape: ImageShape) -> tuple[bytes, ImageShape]:
-    """The image and its shape; if EXIF says that it is to be turned, as a PNG that is upright."""
+    """The image and its shape; converted to an upright PNG if its EXIF asks for a rotation."""
     if not any(mark in content for mark in _MAY_BE_TURNED):
         return content, shape
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-        # Of another size there is a second header, which the decoder will come upon.
+        # If the size differs there is a second header, which the decoder will run into.
         if _turn(image) is None or image.size != (shape[1], shape[0]):
             return content, shape
         pixels = np.asarray(_upright(image, shape[2]))
@@ -226,9 +226,9 @@ def _upright_file(path: bytes, content: bytes, shape: ImageShape) -> tuple[bytes
     return png(pixels, compress_level=0), (height, width, shape[2])
 
 
-# Pillow finds an orientation in EXIF, also in that of PNG's texts, and in XMP.
+# Pillow finds an orientation in EXIF, also within PNG text chunks, and in XMP.
 _MAY_BE_TURNED = (b"Exif", b"eXIf", b"exif", b":Orientation")
-_FIRST_READ = 64 * 2**10  # bytes; most files have fewer, and are read in one call
+_FIRST_READ = 64 * 2**10  # bytes; most files are smaller, and are read in one call
 _PNG, _JPEG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 _JPEG_MARKER = re.compile(rb"\xff([^\xff])")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -237,11 +237,11 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 def _header(content: bytes) -> ImageShape:
     """The shape that a JPEG or PNG claims; 1 channel if it is greyscale, otherwise 3.
 
-    A file of some bytes can claim gigabytes, so this comes before any decoder. And decoders differ
-    in whether they mind that a file ends early, or a wrong checksum: here it is an error.
+    A file of a few bytes can claim gigabytes, so this comes before any decoder. Decoders also
+    differ in whether they accept a truncated file or a wrong checksum: here both are errors.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: what is wrong with the file.
     """
     try:
         if content.startswith(_JPEG):
@@ -263,7 +263,7 @@ def _header(content: bytes) -> ImageShape:
 def _jpeg_header(content: bytes) -> ImageShape:
     at = len(_JPEG)
     while True:
-        found = _JPEG_MARKER.search(content, at)  # to the next, as libjpeg goes
+        found = _JPEG_MARKER.search(content, at)  # the next one, as libjpeg does
         if found is None:
             raise IndexError
         marker, at = found[1][0], found.end()
@@ -292,7 +292,7 @@ def _png_header(content: bytes) -> ImageShape:
 
 
 def image_suffixes() -> frozenset[str]:
-    """The endings of the formats that can be read, ``.jpg`` and so on."""
+    """The file endings of all formats that can be read: ``.jpg`` and so on."""
     formats = Image.registered_extensions().items()  # which fills Image.OPEN
     return frozenset(s for s, f in formats if f in Image.OPEN and f != _POSTSCRIPT)
 
@@ -309,7 +309,7 @@ _TURNS = {
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The turn that EXIF asks for, or None; damaged EXIF is ignored."""
+    """The rotation that EXIF asks for, or None; damaged EXIF is ignored."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever Pillow's parsers run into
@@ -317,16 +317,16 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _upright(image: Image.Image, channels: int) -> Image.Image:
-    """Greyscale or RGB of 8 bits, turned as EXIF says."""
-    image.load()  # a TIFF is turned by this, and says so no longer
+    """The image as 8-bit greyscale or RGB, rotated as EXIF says."""
+    image.load()  # this rotates a TIFF, and removes its orientation
     turn = _turn(image)
     image = _eight_bits(image, channels)
     return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
-    """Greyscale or RGB of 8 bits."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow keeps in 16 or in 32
+    """The image as 8-bit greyscale or RGB."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow stores in 16 or 32
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
@@ -339,11 +339,11 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
-    """As TensorFlow does it: Pillow rounds otherwise."""
-    # Pillow takes every JPEG's inks for inverted, as Adobe's are: of others it then has the light.
+    """Convert as TensorFlow does: Pillow rounds differently."""
+    # Pillow inverts every CMYK JPEG, as those of Adobe require; others are then inverted already.
     is_light = image.format == "JPEG" and "adobe" not in image.info
     rgb = Image.new("RGB", image.size)
-    for top in range(0, image.height, 64):  # in pieces: 16 bits take much memory
+    for top in range(0, image.height, 64):  # in pieces: 16-bit copies take much memory
         piece = image.crop((0, top, image.width, min(top + 64, image.height)))
         light = np.asarray(piece, np.uint16) if is_light else 255 - np.asarray(piece, np.uint16)
         pixels = light[..., :3] * light[..., 3:] // 255
@@ -370,7 +370,7 @@ def png(pixels: NDArray[np.uint8], *, compress_level: int = 6) -> bytes:
 
 
 def png_uri(pixels: NDArray[np.uint8]) -> str:
-    """:func:`png` as a ``data:`` address, for pages that hold all they show."""
+    """:func:`png` as a ``data:`` URI, for self-contained pages."""
     return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 

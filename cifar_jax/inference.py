@@ -1,4 +1,4 @@
-"""A trained network's answers: images in, logits and probabilities out. No TensorFlow."""
+"""Inference with a trained network: images in, logits and probabilities out. No TensorFlow."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def make_logits(network: TrainedNetwork) -> Logits:
     """A function from images uint8 ``[N, H, W, C]`` to logits ``[N, K]``, for any N.
 
     It runs in batches whose sizes are powers of two, the last one padded, and compiles each size
-    when it first comes.
+    when it first occurs.
 
     The function raises ``ValueError`` for images of another shape or type, and ``CifarJaxError``
-    (numerics) where a logit is not finite, as of weights that are too large: the highest of such
-    would be called class 0.
+    (numerics) if a logit is not finite, as with weights that are too large: argmax would then
+    return an arbitrary class.
     """
     model = network.model
     variables = jax.device_put(network.variables)
@@ -62,7 +62,7 @@ def make_logits(network: TrainedNetwork) -> Logits:
         if not np.isfinite(values).all():
             raise CifarJaxError(
                 ExitCode.NUMERICS,
-                "the network's answers are not finite numbers",
+                "the network's logits are not finite",
                 fix="give another checkpoint",
             )
         return values
@@ -76,6 +76,6 @@ def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """The logarithms of :func:`softmax`, finite also where a probability is next to nothing."""
+    """The logarithm of :func:`softmax`, finite even if a probability underflows."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""How the kernels of ``airbench`` are initialised: as the identity, and to whiten the images.
+"""Initializers of ``airbench``: kernels that begin as the identity, and kernels that whiten images.
 
 As in https://github.com/KellerJordan/cifar10-airbench (Jordan, 2024, arXiv:2404.00498, section 3).
 """
@@ -18,9 +18,9 @@ WHITENING, WHITENING_SIDE = "Whitening", 2
 Shape = tuple[int, ...]
 Initializer = Callable[..., jax.Array]
 
-# Added to the variances, so that directions without any are not blown up.
+# Added to the variances, so that those near zero are not amplified.
 _WHITENING_EPS = 5e-4
-_WHITENING_IMAGES = 5000  # about so many are enough
+_WHITENING_IMAGES = 5000  # about this many are enough
 
 
 def uniform(fan_in: int) -> Initializer:
@@ -34,9 +34,9 @@ def uniform(fan_in: int) -> Initializer:
 
 
 def partly_identity(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-    """A kernel ``[3, 3, C, D]`` whose first C features are the channels as they come in.
+    """A kernel ``[3, 3, C, D]`` whose first C features copy the input channels.
 
-    These are ``torch.nn.init.dirac_``'s; the others, where D is larger, are :func:`uniform`.
+    Those are ``torch.nn.init.dirac_``; any others, if D is larger, are :func:`uniform`.
     """
     rows, columns, channels, features = shape
     kernel = uniform(rows * columns * channels)(key, shape, dtype)
@@ -53,7 +53,7 @@ def unit_std(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Arra
 
 
 def whiten(params: Any, images: jax.Array) -> Any:
-    """``params`` of airbench, whose first convolution whitens ``images``.
+    """``params`` of airbench, with a first convolution that whitens ``images``.
 
     Args:
         images: normalised, float32 ``[B, H, W, C]``.
@@ -63,16 +63,16 @@ def whiten(params: Any, images: jax.Array) -> Any:
 
 
 def whitening_stride(n: int) -> int:
-    """The stride that takes some 5,000 of ``n`` images: evenly, as they may be sorted by class."""
+    """The stride that picks about 5,000 of ``n`` images: evenly, as they may be sorted by class."""
     return max(n // _WHITENING_IMAGES, 1)
 
 
 def whitening_kernel(images: jax.Array, side: int) -> jax.Array:
     """The kernel ``[side, side, C, 2 * side * side * C]`` that whitens ``images``.
 
-    Its features are the principal directions of all squares of ``side`` pixels, each divided by the
-    square root of its variance (about 0, not the mean), and then the same once more, negated: a
-    GELU after it loses neither sign.
+    Its features are the principal directions of all patches of ``side`` by ``side`` pixels, each
+    divided by the square root of its variance (about 0, not the mean), followed by their negatives,
+    so that a GELU loses neither sign.
 
     Args:
         images: normalised, float32 ``[B, H, W, C]``.

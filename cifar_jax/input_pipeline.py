@@ -1,13 +1,14 @@
 """tf.data: from files or arrays to batches. The only module that imports TensorFlow.
 
-TensorFlow decodes and batches here, and nothing else: it sees no GPU, and what a batch holds is
-decided by :func:`cifar_jax.dataset.epoch_order`, not by its shuffling.
+TensorFlow only decodes and batches: it sees no GPU, and the content of each batch is decided by
+:func:`cifar_jax.dataset.epoch_order`, not by tf.data's shuffling.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import importlib
 import os
 import traceback
@@ -22,19 +23,20 @@ from tqdm import tqdm
 
 from cifar_jax.dataset import ImageFiles, Split, epoch_order
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.files import lacks_room
 from cifar_jax.images import read_checked, undecodable
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# TensorFlow reads this when it is imported; otherwise it prints notes on the processor, and of each
-# error, which reaches Python as an exception, five lines more. JAX's own default is 1.
+# TensorFlow reads this when it is imported; otherwise it logs notes on the processor, and repeats
+# each error that Python already gets as an exception. JAX's own default is 1.
 _level = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if _level == "1" else _level
-# Keras 3, which it brings along, takes a fifth of its import's time; an older one, which it then
-# looks for instead, is hardly ever installed.
+# Importing Keras 3 takes a fifth of TensorFlow's import time. With this set, TensorFlow looks for
+# an older Keras instead, which is hardly ever installed.
 _keras = os.environ.get("TF_USE_LEGACY_KERAS", "")
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
-# What pip's usual PyTorch for Linux brings along. Loaded after TensorFlow, as PyTorch's optimizers
-# do, it crashes the process (3.7 beside 2.21); before it, it does not.
+# Triton comes with pip's usual PyTorch for Linux. If it is imported after TensorFlow, as PyTorch's
+# optimizers do, the process crashes (3.7 beside 2.21); if it is imported before, it does not.
 with contextlib.suppress(Exception):
     importlib.import_module("triton")
 import tensorflow as tf
@@ -46,7 +48,7 @@ tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 
 Batch = dict[str, NDArray[Any]]
 
-# The files that were refused before they were decoded, by path.
+# The errors of files that were refused before decoding, by path.
 Refused = dict[bytes, CifarJaxError]
 
 _PREFETCHED_BATCHES = 4
@@ -68,8 +70,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Full batches from ``first_step`` to the end of the last epoch, in ``epoch_order``.
 
-    The images that do not fill an epoch's last batch sit that epoch out; others do the next time.
-    Nothing before ``first_step`` is read or decoded, nor is what is not in ``rows``.
+    Images beyond the last full batch are skipped in that epoch; the next epoch skips others.
+    Nothing before ``first_step`` is read or decoded, and neither is anything outside ``rows``.
 
     Args:
         rows: which images of each batch to yield.
@@ -167,13 +169,13 @@ def _decoder(files: ImageFiles, refused: Refused) -> Callable[[tf.Tensor], tf.Te
             try:
                 contents[i] = read_checked(files, path)
             except CifarJaxError as error:
-                refused[path], contents[i] = error, b""  # which ends the pipeline
+                refused[path], contents[i] = error, b""  # the decoder fails on it
         return contents
 
     def decode(content: tf.Tensor) -> tf.Tensor:
         image = _decode(content, channels)
         if files.resize:
-            # antialias: without it, shrinking skips most of the pixels.
+            # Without antialias, shrinking skips most of the pixels.
             resized = tf.image.resize(image, (height, width), antialias=True)
             return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8)
         return image
@@ -187,7 +189,7 @@ def _decoder(files: ImageFiles, refused: Refused) -> Callable[[tf.Tensor], tf.Te
 
 
 def _decode(content: tf.Tensor, channels: int) -> tf.Tensor:
-    # Reads PNG too. INTEGER_ACCURATE gives the pixels that Pillow gives; the default does not.
+    # Decodes PNG too. INTEGER_ACCURATE gives the same pixels as Pillow; the default does not.
     return tf.io.decode_jpeg(content, channels=channels, dct_method="INTEGER_ACCURATE")
 
 
@@ -197,9 +199,9 @@ _running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 def _elements(
     dataset: tf.data.Dataset, images: ImageFiles | NDArray[np.uint8], refused: Refused
 ) -> Iterator[Any]:
-    """The elements of ``dataset`` in NumPy, read ahead of."""
-    # Not tuned as it goes: now and then the thread that does so sleeps on for seconds when a
-    # pipeline is to end, and what ends it waits. It was slower, too.
+    """The elements of ``dataset`` as NumPy arrays, prefetched."""
+    # Autotuning is off: its thread sometimes sleeps for seconds when a pipeline closes, and closing
+    # waits for it. It was slower, too.
     options = tf.data.Options()
     options.autotune.enabled = False
 
@@ -208,7 +210,7 @@ def _elements(
             read_ahead = dataset.prefetch(_PREFETCHED_BATCHES).with_options(options)
             yield from read_ahead.as_numpy_iterator()
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the pipeline
+            traceback.clear_frames(error.__traceback__)  # they would keep the pipeline alive
             if isinstance(error, tf.errors.OpError):
                 raise _explained(error, images, refused) from error
             raise
@@ -220,7 +222,7 @@ def _elements(
 
 @atexit.register
 def _stop_running() -> None:
-    """End what still reads ahead. Its threads call Python, and would wait for it for ever."""
+    """Close running pipelines at exit: their threads call Python, and would wait for it forever."""
     for elements in list(_running):
         elements.close()
 
@@ -234,7 +236,7 @@ def _explained(
     for path in images.paths:
         if path in refused:
             return refused[path]
-    # A decoder failed: only then are the files tried one by one.
+    # The decoder failed; only then are the files tried one by one.
     for path in tqdm(images.paths, "looking for the damaged file", unit="images", disable=None):
         try:
             _decode(read_checked(images, path), images.shape[2])
@@ -259,12 +261,14 @@ def read_cifar10(data_dir: Path, *, download: bool) -> tuple[dict[str, Split], t
             name: tfds.as_numpy(builder.as_dataset(split=name, batch_size=-1))
             for name in ("train", "test")
         }
-    except Exception as error:  # of tfds, TensorFlow and protobuf: some have no other base
-        raise CifarJaxError(
-            ExitCode.DATA,
-            f"tensorflow-datasets cannot give cifar10 from --data-dir {data_dir}: {error}",
-            fix="delete its cifar10 folder there and try again, or give --data an archive",
-        ) from error
+    except Exception as error:  # tfds, TensorFlow and protobuf: some have no other base class
+        what = f"tensorflow-datasets cannot prepare cifar10 in --data-dir {data_dir}: {error}"
+        full = isinstance(error, OSError) and lacks_room(error)
+        if full or os.strerror(errno.ENOSPC) in what:  # TensorFlow's error, wrapped by tfds
+            fix = "free up space there, or give another --data-dir"
+            raise CifarJaxError(ExitCode.ENVIRONMENT, what, fix=fix) from error
+        fix = "delete its cifar10 folder there and try again, or give --data an archive"
+        raise CifarJaxError(ExitCode.DATA, what, fix=fix) from error
     return (
         {
             name: Split(arrays["image"], arrays["label"].astype(np.int32))

@@ -22,12 +22,12 @@ _BATCH_SIZE = 128
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
-    """One split of a source, in the terms of a network: its image size, its labels.
+    """One split of a source, converted to a network's image size and label order.
 
     Attributes:
         name, digest: of the source, as in ``Dataset``.
         split: images of the network's shape, files or decoded, and labels in its class order.
-        notice: what a person must be told before they read any result.
+        notice: what a reader must know before seeing any result.
     """
 
     name: str
@@ -48,7 +48,7 @@ class LabelledImages:
         return chosen.pixels
 
     def file_name(self, index: int) -> str:
-        """Of an image that is a file, class folder and name; of others, a number."""
+        """The class folder and file name of an image; if it is not a file, its number."""
         if isinstance(self.split.images, ImageFiles):
             path = os.fsdecode(self.split.images.paths[index])
             return shown("/".join(path.split(os.sep)[-2:]))
@@ -63,16 +63,16 @@ def load_labelled(
     data_dir: str | None,
     may_be_trained_on: bool = False,
 ) -> LabelledImages:
-    """The images of ``split``, split as they were in training.
+    """The images of ``split``, with the source split as in training.
 
     Args:
         data: a source as in ``cifar_jax.train``; None is the one that the network was trained on.
-        may_be_trained_on: take also a split that is drawn from other images than in training, and
-            so may hold some that were trained on.
+        may_be_trained_on: also accept a split drawn from other images than in training, which may
+            contain images that were trained on.
 
     Raises:
-        CifarJaxError: data; the source cannot be read, or has other classes or images. Or the split
-            is drawn from other images than in training.
+        CifarJaxError: data; the source cannot be read, has other classes or images, or its split is
+            drawn from other images than in training.
     """
     config = network.config
     source = data or config.data
@@ -96,8 +96,8 @@ def load_labelled(
     if other_data and split in splits.drawn and not may_be_trained_on:
         raise CifarJaxError(
             ExitCode.DATA,
-            f"the {split} images of {splits.name} are drawn at random, and it has changed since "
-            "the network was trained, or is other data: some of them may have been trained on",
+            f"the {split} images of {splits.name} are drawn at random, and the data is not that of "
+            "training, or has changed since: some of them may have been trained on",
             fix="give the --data of training as it was, or images in a test/ folder beside train/",
         )
     chosen = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
@@ -124,7 +124,7 @@ def load_labelled(
 
 
 def logits_of(network: TrainedNetwork, labelled: LabelledImages) -> NDArray[np.float32]:
-    """The logits ``[N, K]`` of all images, in order; with a progress bar."""
+    """The logits ``[N, K]`` of all images, in order; shows a progress bar."""
     logits = make_logits(network)
     pieces = []
     with tqdm(total=len(labelled), unit="images", desc="scoring", leave=False, disable=None) as bar:

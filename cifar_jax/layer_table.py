@@ -1,4 +1,4 @@
-"""What each layer of a network costs and sees, counted from its shapes alone."""
+"""Parameters, arithmetic, memory and receptive field of each layer, from shapes alone."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class LayerRow:
     Attributes:
         name, kind: as in :class:`cifar_jax.layers.Layer`.
         output_shape: ``(B, H, W, C)`` or ``(B, F)``.
-        params: what training changes; the running statistics of a norm are not among them.
-        arithmetic: how ``params`` comes about, such as ``3*3*3*16 + 16``; empty without any.
-        macs: multiply-accumulates for one image, by the textbook: a convolution's
-            ``H*W*C_out * kh*kw*C_in`` (outputs at the padded border in full), a Dense layer's
-            ``F_in*F_out``; additions of biases, norms, ReLUs and pools count nothing.
-        receptive_field: side of the square of the image that one output depends on, as if the image
-            had no border; from a global pool or flatten on, what of the image is seen at all; 0
-            where a layer has changed the size of the image in a way that is not known here.
-        stride: pixels of the image from one output to the next; 0 where there is one position.
-        start: the first pixel that the first output sees; below 0 in the padding.
-        activation_bytes: of the output for the whole batch, in float32.
+        params: the number of trained parameters, without the running statistics of a norm.
+        arithmetic: ``params`` as a sum of products, such as ``3*3*3*16 + 16``; empty if 0.
+        macs: multiply-accumulates for one image, as textbooks count them: for a convolution
+            ``H*W*C_out * kh*kw*C_in`` (border outputs in full), for a Dense layer ``F_in*F_out``;
+            biases, norms, ReLUs and pools count nothing.
+        receptive_field: side of the square of the image that one output depends on, ignoring the
+            image's border; after a global pool or flatten, the part of the image that is seen at
+            all; 0 if a layer has changed the size of the image in a way that is not known here.
+        stride: pixels of the image from one output to the next; 0 if there is only one position.
+        start: the first pixel that the first output sees; negative within the padding.
+        activation_bytes: size of the output for the whole batch, in float32.
     """
 
     name: str
@@ -51,7 +51,7 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What outputs of a layer see of the image, along one axis.
+    """What the outputs of a layer see of the image, along one axis.
 
     Output i sees the pixels ``start + i * stride`` to ``start + i * stride + size - 1``, of which
     those outside the image are padding.
@@ -74,7 +74,7 @@ class View:
         )
 
     def of_all(self, outputs: tuple[int, ...], pixels: tuple[int, ...]) -> View:
-        """What all ``outputs`` along each axis see together of its ``pixels``: the longer axis."""
+        """What all ``outputs`` together see of the image's ``pixels``, along the longer axis."""
         start = max(self.start, 0)
         ends = [self.start + (n - 1) * self.stride + self.size for n in outputs]
         size = max(min(end, limit) for end, limit in zip(ends, pixels, strict=True)) - start
@@ -88,7 +88,7 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
     """A row for each layer of ``model``, for images ``(H, W, C)``; nothing is computed.
 
     Raises:
-        CifarJaxError: usage; parameters are in layers that no ``nn.Sequential`` runs.
+        CifarJaxError: usage; some parameters are in layers that no ``nn.Sequential`` runs.
     """
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -96,7 +96,7 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
     view, size = View(), image_shape[:2]
     rows = []
     for layer in layers:
-        if layer.input.shape[1:-1] != size:  # a branch of its own, such as a strided shortcut
+        if layer.input.shape[1:-1] != size:  # a separate branch, such as a strided shortcut
             view = _UNKNOWN
         size = layer.output.shape[1:-1]
         leaves = params_of(variables, layer.name)
@@ -132,11 +132,11 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
 
 
 def _view_after(layer: Layer, view: View, leaves: dict[str, Any], image_shape: ImageShape) -> View:
-    """What the outputs of ``layer`` see, where its inputs have the ``view``.
+    """What the outputs of ``layer`` see, if its inputs see ``view``.
 
-    Unknown if the layer changes the size of the image in a way of its own.
+    Unknown if the layer changes the size of the image in another way than those handled here.
     """
-    if not view.stride:  # one position, which sees what it sees, or not known
+    if not view.stride:  # a single position, or unknown: unchanged
         return view
     if layer.kind == "conv":
         window = (leaves["kernel"].shape[0] - 1) * layer.dilation + 1
@@ -146,7 +146,7 @@ def _view_after(layer: Layer, view: View, leaves: dict[str, Any], image_shape: I
             padding = max(0, spanned - layer.input.shape[1]) // 2
         return view.through(window, step=layer.stride, padding=padding)
     if layer.kind == "pool":
-        return view.through(2, step=2, padding=0)  # of 3 pixels it leaves one out
+        return view.through(2, step=2, padding=0)  # an odd last pixel is dropped
     if layer.kind == "space_to_depth":
         side = layer.input.shape[1] // layer.output.shape[1]
         return view.through(side, step=side, padding=0)
@@ -158,7 +158,7 @@ def _view_after(layer: Layer, view: View, leaves: dict[str, Any], image_shape: I
 
 
 def _macs(layer: Layer, leaves: dict[str, Any]) -> int:
-    """Each weight of a kernel is used once at each position of the output."""
+    """Multiply-accumulates: each weight of a kernel is used once per output position."""
     if "kernel" not in leaves:
         return 0
     positions = math.prod(layer.output.shape[1:-1])

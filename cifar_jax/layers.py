@@ -1,4 +1,4 @@
-"""A network seen from inside: what each of its layers gives, ReLU, pooling and flatten too."""
+"""A network from inside: the output of each layer, including ReLU, pooling and flatten."""
 
 from __future__ import annotations
 
@@ -14,38 +14,34 @@ from cifar_jax.layout import Variables
 
 ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")
 
-# The layers of models.py and airbench.py, by the names of their classes and functions.
+# What the layers of models.py and airbench.py are called, if not by their class or function.
 _KINDS = {
     "_space_to_depth": "space_to_depth",
     "Conv": "conv",
     "Whitening": "conv",
     "BatchNorm": "batch_norm",
-    "relu": "relu",
-    "gelu": "gelu",
     "max_pool": "pool",
     "global_max_pool": "global_pool",
     "global_average_pool": "global_pool",
     "_checked_flatten": "flatten",
     "Dense": "dense",
     "Dropout": "dropout",
-    "add": "add",
-    "scale": "scale",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer at work.
+    """One layer, as it was applied.
 
     Attributes:
-        name: Flax's, as in ``variables["params"]``, after those of the modules around it, such as
-            ``Block_0/Conv_0``; of a plain function, its kind and number.
+        name: Flax's path in ``variables["params"]``, such as ``Block_0/Conv_0``; for a plain
+            function, its kind and number.
         kind: ``space_to_depth``, ``conv``, ``batch_norm``, ``relu``, ``gelu``, ``pool``,
             ``global_pool``, ``flatten``, ``dense``, ``dropout``, ``add`` (the end of a residual
-            block), ``scale``; of one that is none of these, its class's or function's name.
+            block), ``scale``; for any other layer, the name of its class or function.
         input, output: ``[B, H, W, C]`` or ``[B, F]``; under ``jax.eval_shape``, only their shapes.
         stride, dilation, padding: of a convolution, along the image's first axis; the padding is
-            that before the first row, None where the layer does not say it in numbers.
+            that before the first row, None if the layer does not give it as a number.
     """
 
     name: str
@@ -103,9 +99,9 @@ def params_of(variables: Variables, name: str) -> dict[str, Any]:
 
 
 def _first(option: Any) -> int | None:
-    """The first number in an option of ``nn.Conv``; None where it is not given in numbers.
+    """The first number in an option of ``nn.Conv``; None if it is not given in numbers.
 
-    It is one number, or has one or a pair for each axis.
+    Such an option is one number, or a number or a pair for each axis.
     """
     while isinstance(option, Sequence) and not isinstance(option, str):
         option = option[0]

@@ -37,13 +37,13 @@ _LEAVES = {
 
 @dataclasses.dataclass(frozen=True)
 class TorchLayout:
-    """Where PyTorch keeps what a Flax network has.
+    """How the layers of a Flax network are named and shaped in PyTorch.
 
     Attributes:
-        names: Flax's name of each layer with parameters -> PyTorch's, in the order of the network;
+        names: Flax's name of each layer with parameters -> PyTorch's, in the order of the network:
             ``{"Conv_0": "network.0", ...}``.
         flattened: the Dense layer that follows a flatten, and the ``(H, W, C)`` that is flattened.
-        scaled_norms: whether batch norms have a scale; where not, PyTorch keeps one of ones.
+        scaled_norms: whether batch norms have a scale; if not, PyTorch's is all ones.
     """
 
     names: dict[str, str]
@@ -72,7 +72,7 @@ def oihw_to_hwio(weight: Array) -> Array:
 
 
 def dense_to_torch(kernel: Array, flattened: ImageShape | None = None) -> Array:
-    """``[I, O]`` -> ``[O, I]``; inputs that are a flattened ``(H, W, C)`` go from hwc to chw."""
+    """``[I, O]`` -> ``[O, I]``; inputs ``flattened`` from ``(H, W, C)`` are reordered to chw."""
     if flattened:
         kernel = kernel.reshape(*flattened, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
     return np.ascontiguousarray(kernel.T)
@@ -88,7 +88,7 @@ def dense_from_torch(weight: Array, flattened: ImageShape | None = None) -> Arra
 
 
 def to_torch(variables: Variables, layout: TorchLayout) -> StateDict:
-    """Variables of a Flax network, as the ``state_dict`` of the same network in PyTorch."""
+    """The variables of a Flax network as the ``state_dict`` of the same network in PyTorch."""
     state_dict: StateDict = {}
     for layer, torch_name in layout.names.items():
         for leaf, (collection, torch_leaf) in _LEAVES.items():
@@ -102,18 +102,18 @@ def to_torch(variables: Variables, layout: TorchLayout) -> StateDict:
                     array = _kernel_to_torch(layer, array, layout)
                 state_dict[f"{torch_name}.{torch_leaf}"] = array
         if f"{torch_name}.running_mean" in state_dict:
-            # A count that PyTorch keeps, demands, and with a fixed momentum never uses.
+            # A count that PyTorch requires, but with a fixed momentum never uses.
             state_dict[f"{torch_name}.num_batches_tracked"] = np.zeros((), np.int64)
     return state_dict
 
 
 def from_torch(state_dict: StateDict, layout: TorchLayout) -> Variables:
-    """The inverse of :func:`to_torch`; also for gradients, which are laid out as parameters are.
+    """The inverse of :func:`to_torch`; also for gradients, which have the layout of parameters.
 
-    A scale of a batch norm that our network has none of is left out, whatever it is.
+    The scale of a batch norm that has none in our network is dropped, whatever its values.
 
     Raises:
-        KeyError: ``state_dict`` has none of the tensors of some layer.
+        KeyError: ``state_dict`` lacks all tensors of a layer.
     """
     variables: Variables = {"params": {}, "batch_stats": {}}
     for layer, torch_name in layout.names.items():
@@ -156,15 +156,15 @@ def _flattened_before(layer: str, layout: TorchLayout) -> ImageShape | None:
 def torch_running_variance(
     variance: Array, *, momentum: float, start: Array, n: int, steps: int
 ) -> Array:
-    """PyTorch's running variance where Flax has ``variance``, after the same training.
+    """PyTorch's running variance after the training that gives Flax's ``variance``.
 
-    Both average over the past with the same momentum; what Flax averages are the variances of
-    batches, and PyTorch the same times n / (n - 1).
+    Both average over the past with the same momentum; Flax averages the variances of batches, and
+    PyTorch those times n / (n - 1).
 
     Args:
-        momentum: as Flax counts it, of the old statistics.
+        momentum: as in Flax, the weight of the old statistics.
         start: the running variance before the first step, which has no such factor.
-        n: how many values a batch's variance is taken over, B * H * W; the same at every step.
+        n: the number of values that a batch's variance is over, B * H * W; the same at every step.
         steps: training steps since ``start``.
     """
     kept = start * momentum**steps
@@ -172,10 +172,11 @@ def torch_running_variance(
 
 
 def fold_bias_into_batch_norm(state_dict: StateDict, layout: TorchLayout) -> StateDict:
-    """Drop the bias of convolutions that a batch norm follows, as our networks do.
+    """Drop the bias of each convolution before a batch norm, which our networks do without.
 
-    PyTorch's tutorials leave it in. The batch norm subtracts it again: as part of the mean of a
-    batch in training, and in evaluation once it is part of the running mean.
+    PyTorch's tutorials often leave it in. The batch norm subtracts it again: in training as part of
+    the batch's mean, and in evaluation as part of the running mean, from which it is subtracted
+    here.
     """
     folded = dict(state_dict)
     pairs = itertools.pairwise(layout.names.items())

@@ -1,4 +1,4 @@
-"""The image files of a folder of class folders; a listing that took long is kept."""
+"""List the image files of a folder of class folders; a listing that took long is cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cifar_jax.images import unusable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
-# What takes less is listed each time: a kept listing does not know of files that were overwritten.
+# Faster listings are not cached: a cached listing does not notice files that were overwritten.
 _WORTH_KEEPING_SECONDS = 2.0
 
 
@@ -32,12 +32,11 @@ class Listing:
     """The images below a folder, class by class, sorted.
 
     Attributes:
-        class_names: the class folders, in label order; what does not print is escaped.
+        class_names: the class folders, in label order; unprintable characters are escaped.
         paths: bytes ``[N]``, as the file system spells them.
         labels: int32 ``[N]``.
-        sizes: a line a file, of its path within the folder and its bytes; tells data from other
-            data.
-        ignored: how many files have an ending that is not an image's, for each ending.
+        sizes: a line per file, with its relative path and its size in bytes; identifies the data.
+        ignored: the number of files that are not images, by ending.
     """
 
     class_names: tuple[str, ...]
@@ -51,19 +50,19 @@ class Listing:
         return self.paths[first]
 
     def evenly_spread(self, count: int) -> NDArray[np.bytes_]:
-        """At most ``count`` paths, at equal distances in their order."""
+        """At most ``count`` paths, evenly spaced in their order."""
         return self.paths[:: max(1, -(-len(self.paths) // count))]
 
 
 def list_images(root: Path, kept_in: Path) -> Listing:
     """The image files of each class folder below ``root``.
 
-    A listing that takes seconds is kept in ``kept_in``, and holds until a file is added to or
+    A listing that takes seconds is cached in ``kept_in``, and is valid until a file is added to or
     deleted from any of the folders.
 
     Raises:
-        CifarJaxError: data; fewer than two class folders, one without an image, or an image that
-            cannot be one, such as a pipe.
+        CifarJaxError: data; there are fewer than two class folders, one is without an image, or an
+            image is not a regular file.
     """
     root = root.absolute()
     name = hashlib.sha256(os.fsencode(root)).hexdigest()[:20]
@@ -76,14 +75,14 @@ def list_images(root: Path, kept_in: Path) -> Listing:
     with reading(root):
         listing = _walk(root, changed_at)
     if time.perf_counter() - started > _WORTH_KEEPING_SECONDS:
-        with contextlib.suppress(CifarJaxError):  # nothing depends on it
+        with contextlib.suppress(CifarJaxError):  # only a cache
             _write(path, listing, changed_at)
     return listing
 
 
 @contextlib.contextmanager
 def reading(root: Path) -> Iterator[None]:
-    """Turn what the file system refuses at or below ``root`` into a ``CifarJaxError`` (data)."""
+    """Turn an ``OSError`` at or below ``root`` into a ``CifarJaxError`` (data)."""
     try:
         yield
     except OSError as error:
@@ -93,21 +92,21 @@ def reading(root: Path) -> Iterator[None]:
             ExitCode.DATA,
             f"cannot read {shown(path)}: "
             + ("it is a link to nothing" if dangling else f"{error.strerror or error}"),
-            fix="make it readable, or take it away",
+            fix="make it readable, or remove it",
         ) from error
 
 
 def folders_and_files(
     folder: Path,
 ) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
-    """What counts in a folder, sorted by name: hidden entries and macOS's own do not."""
+    """The folders and files in ``folder``, sorted by name, without hidden ones and macOS's own."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     entries = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
     return [e for e in entries if e.is_dir()], [e for e in entries if not e.is_dir()]
 
 
 def too_few_classes(root: Path, count: int) -> CifarJaxError:
-    """The error (data) that ``root`` has only ``count`` class folders."""
+    """The error (data) for a ``root`` with only ``count`` class folders."""
     return CifarJaxError(
         ExitCode.DATA,
         f"{shown(root)} holds {count} class folder(s), where at least two are needed",
@@ -117,12 +116,12 @@ def too_few_classes(root: Path, count: int) -> CifarJaxError:
 
 
 def _walk(root: Path, changed_at: dict[bytes, int]) -> Listing:
-    """List ``root``, and note in ``changed_at`` when each folder on the way was last changed."""
+    """List ``root``, and record in ``changed_at`` when each folder was last changed."""
     changed_at[os.fsencode(root)] = root.stat().st_mtime_ns
     folders, _ = folders_and_files(root)
     if len(folders) < 2:
         raise too_few_classes(root, len(folders))
-    # A class at a time into arrays: Python's own objects take a kilobyte an image.
+    # Converted to arrays class by class: Python objects take a kilobyte per image.
     paths_of_classes: list[NDArray[np.bytes_]] = []
     sizes_of_classes: list[bytes] = []
     ignored: Counter[str] = Counter()
@@ -163,7 +162,7 @@ def _files_below(folder: Path, changed_at: dict[bytes, int]) -> Iterator[os.DirE
         visited = unvisited.pop()
         changed_at[os.fsencode(visited)] = visited.stat().st_mtime_ns
         inner_folders, files = folders_and_files(visited)
-        # Links to folders are not followed inside a class: they can lead round in a circle.
+        # Links to folders are not followed inside a class: they can be circular.
         unvisited += [Path(f.path) for f in reversed(inner_folders) if not f.is_symlink()]
         yield from files
 
@@ -172,11 +171,11 @@ _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
 def _size(file: os.DirEntry[str]) -> int:
-    """The bytes of a file, or of what a link leads to."""
+    """The size in bytes of a file, or of a link's target."""
     found = file.stat()
-    if not stat.S_ISREG(found.st_mode):  # to open it could take for ever
+    if not stat.S_ISREG(found.st_mode):  # opening it could block forever
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
-        raise unusable(os.fsencode(file.path), f"is {kind}, no file", fix="take it away")
+        raise unusable(os.fsencode(file.path), f"is {kind}, not a regular file", fix="remove it")
     return found.st_size
 
 
@@ -198,7 +197,7 @@ def _write(path: Path, listing: Listing, changed_at: dict[bytes, int]) -> None:
 
 
 def _read(path: Path) -> Listing | None:
-    """The kept listing, if there is one, undamaged, and no folder has changed since."""
+    """The cached listing, if it exists, is undamaged, and no folder has changed since."""
     try:
         content = path.read_bytes()
         digest, content = content[:32], content[32:]

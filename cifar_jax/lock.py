@@ -1,4 +1,4 @@
-"""One process at a time in a folder: of runs the second is refused, of others it waits."""
+"""One process at a time in a folder: a second run is refused, other work waits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 from cifar_jax.errors import CifarJaxError, ExitCode, shown
 
 _NAME = ".lock"
-_NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of some clusters' file systems
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # on some clusters' file systems
 _QUIET_SECONDS = 2.0
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Make ``workdir`` if need be, and keep other runs out of it.
+    """Create ``workdir`` if necessary, and keep other runs out of it.
 
-    The kernel lifts the lock when this process ends, however it ends. A folder that was made here,
-    and in which nothing was written, is taken away again.
+    The kernel releases the lock when this process ends, however it ends. A folder that was created
+    here, and in which nothing was written, is removed again.
 
     Raises:
-        CifarJaxError: environment; another process holds it, or it cannot be written. Usage; its
-            name is none that a checkpoint can have.
+        CifarJaxError: environment; another process holds the lock, or ``workdir`` cannot be
+            written. Usage; its path is not UTF-8, which Orbax requires.
     """
     path = workdir / _NAME
     try:
@@ -35,8 +35,7 @@ def locked(workdir: Path) -> Iterator[None]:
     except UnicodeEncodeError as error:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--workdir {shown(workdir)} is in a folder, or has a name, that is not UTF-8, and "
-            "Orbax saves to none such",
+            f"--workdir {shown(workdir)} is not a UTF-8 path, which Orbax requires",
             fix="give another --workdir",
         ) from error
     was_there = workdir.is_dir()
@@ -52,7 +51,7 @@ def locked(workdir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # where the folder is gone, or not empty
+        with contextlib.suppress(OSError):  # the folder is gone, or not empty
             path.unlink()
             if not was_there:
                 workdir.rmdir()
@@ -61,12 +60,12 @@ def locked(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, doing: str) -> Iterator[bool]:
-    """Make ``folder`` if need be, wait until no other process is in here, and have others wait.
+    """Create ``folder`` if necessary, and hold its lock inside; waits for other processes.
 
-    Yields whether that is so: some file systems have no locks.
+    Yields False if there is no lock, as on some file systems.
 
     Args:
-        doing: what this is for, to say to those who wait.
+        doing: what the lock is for, shown to processes that wait.
 
     Raises:
         OSError: ``folder`` cannot be written.
@@ -74,7 +73,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[bool]:
     notice = f"waiting for another process, which is {doing} in {folder} ..."
     timer = threading.Timer(_QUIET_SECONDS, print, [notice], {"flush": True})
     folder.mkdir(parents=True, exist_ok=True)
-    # A name of its own, as the folder may be a run's too. The kernel lifts a dead process's lock.
+    # A separate file, as the folder may be a run's too. The kernel releases a dead process's lock.
     with (folder / ".busy.lock").open("a") as lock:
         timer.start()
         try:
@@ -85,7 +84,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[bool]:
 
 
 def _lock(descriptor: int, how: int, folder: Path) -> bool:
-    """Lock as ``flock`` does; False, and a warning, if the file system of ``folder`` has none."""
+    """Lock by ``flock``; False, with a warning, if the file system of ``folder`` has no locks."""
     try:
         fcntl.flock(descriptor, how)
     except OSError as error:
@@ -97,7 +96,7 @@ def _lock(descriptor: int, how: int, folder: Path) -> bool:
 
 
 def _open_and_lock(path: Path) -> int:
-    """A descriptor of the lock file, which no other process has locked."""
+    """A descriptor of the lock file, locked by this process."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -118,7 +117,7 @@ def _open_and_lock(path: Path) -> int:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return descriptor
-        os.close(descriptor)  # the one who held it has just taken it away
+        os.close(descriptor)  # its holder has just deleted the file
 
 
 def _is_file_of(descriptor: int, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A training run from start to end: epochs of steps, validated and saved, until done or stopped."""
+"""The training loop: epochs of steps, validated and saved, until the run is done or stopped."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from cifar_jax.stop_signals import StopSignals
 from cifar_jax.train_step import Sums
 from cifar_jax.workdir import saved_steps
 
-# Steps that may be under way before the host waits for the oldest: enough to keep a device busy.
+# Steps in flight before the host blocks on the oldest: enough to keep a device busy.
 _STEPS_IN_FLIGHT = 2
 
 
 def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
-    """Carry a run from its start, or its newest checkpoint, to its report."""
+    """Train from the start, or from the newest checkpoint, to the end; test; return the report."""
     run, progress = start(config, workdir)
     try:
         _train(run, progress)
@@ -56,14 +56,14 @@ def train_and_test(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         return test_and_report(run, progress)
     except (Stopped, KeyboardInterrupt) as stop:
         signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
-        raise _stopped(run, signum, "all training is saved, the test is not done") from None
+        raise _stopped(run, signum, "training is saved, the test was not run") from None
 
 
 def _train(run: Run, progress: Progress) -> None:
-    """Carry ``progress`` to the end of the last epoch, saving on the way.
+    """Advance ``progress`` to the end of the last epoch, saving on the way.
 
     Raises:
-        Stopped: a signal came; the run is saved, a few steps after.
+        Stopped: a signal came; the run is saved a few steps later.
     """
     config = run.config
     _write_history(run, progress)
@@ -82,7 +82,7 @@ def _train(run: Run, progress: Progress) -> None:
             ended = progress.step == (len(progress.history) + 1) * run.steps_per_epoch
             if ended:
                 _validate(run, progress)
-            path = _save(run, progress)  # first: who reads what follows may be gone
+            path = _save(run, progress)  # first: printing fails if the reader of stdout is gone
             if ended:
                 print(table_row(progress.history[-1]), flush=True)
                 add_event(progress.history[-1])
@@ -94,29 +94,29 @@ def _train(run: Run, progress: Progress) -> None:
 def _stopped(run: Run, signum: int, what: str) -> Stopped:
     return Stopped(
         signum,
-        f"{what}. Go on with: python -m cifar_jax.train --resume --workdir {run.workdir}",
+        f"{what}. Continue with: python -m cifar_jax.train --resume --workdir {run.workdir}",
     )
 
 
 class _StepsInFlight:
-    """Steps that are dispatched, whose sums the host has not read yet.
+    """Dispatched steps whose sums the host has not read yet.
 
     Attributes:
-        signum: of the signal that a finished step tells of; 0 for none.
+        signum: a signal that a finished step has reported; 0 for none.
     """
 
     def __init__(self, run: Run, sums: RunningSums) -> None:
         self.signum = 0
         self._run, self._sums = run, sums
-        self._waiting: deque[tuple[int, Sums]] = deque()  # and how many steps are done with them
+        self._waiting: deque[tuple[int, Sums]] = deque()  # (steps done after them, sums)
 
     def add(self, step: int, sums: Sums) -> None:
-        """Put ``sums``, of steps up to ``step``, behind the others; wait for the oldest."""
+        """Append ``sums``, of steps up to ``step``; wait for the oldest if there are many."""
         self._waiting.append((step, sums))
         self.settle(_STEPS_IN_FLIGHT)
 
     def settle(self, at_most: int = 0) -> None:
-        """Wait until ``at_most`` are left; raises ``CifarJaxError`` for a loss that diverged."""
+        """Wait until ``at_most`` are left; raises ``CifarJaxError`` if the loss has diverged."""
         while len(self._waiting) > at_most:
             step, sums = self._waiting.popleft()
             self.signum = self.signum or int(np.max(np.asarray(sums["signal"])))
@@ -132,7 +132,7 @@ class _StepsInFlight:
 
 
 def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
-    """Train to the end of the epoch, or to a step soon after a signal; returns the signal."""
+    """Train to the end of the epoch, or until soon after a signal; returns the signal."""
     save_every = run.config.checkpoint_every or run.steps_per_epoch
     step = progress.step
     first_step = len(progress.history) * run.steps_per_epoch
@@ -160,14 +160,14 @@ def _train_epoch(run: Run, progress: Progress, stop: StopSignals) -> int | None:
                 in_flight.settle()
                 progress.seconds += time.perf_counter() - started
                 _save(run, progress)
-                started = time.perf_counter()  # without the save
+                started = time.perf_counter()  # do not count the save
         in_flight.settle()
     progress.seconds += time.perf_counter() - started
     return in_flight.signum or None
 
 
 def _validate(run: Run, progress: Progress) -> None:
-    """End an epoch: a row for the history, and fresh sums."""
+    """End an epoch: validate, append a row to the history, and reset the sums."""
     started = time.perf_counter()
     val = run.evaluate(progress.state.variables, run.dataset.val)
     progress.history.append(
@@ -200,7 +200,7 @@ def _diverged(run: Run, what: str) -> CifarJaxError:
 def _save(run: Run, progress: Progress) -> Path:
     state = jax.device_get(progress.state)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
-        # The loss does not show it yet: it was computed before the update.
+        # The loss does not show this yet: it was computed before the update.
         raise _diverged(run, f"a parameter is not finite after step {progress.step}")
     metadata = {
         **describe(run.config, run.dataset),
@@ -222,7 +222,7 @@ def _save(run: Run, progress: Progress) -> Path:
 
 
 def _write_history(run: Run, progress: Progress) -> None:
-    """Write ``metrics.jsonl`` whole from the history, so that no line is torn or comes twice."""
+    """Rewrite ``metrics.jsonl`` from the history, so that no line is torn or duplicated."""
     if is_first():
         lines = "".join(json.dumps(row) + "\n" for row in progress.history)
         write_atomically(run.workdir / "metrics.jsonl", lines)

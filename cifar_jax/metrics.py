@@ -1,4 +1,4 @@
-"""The history of a run: a row an epoch, the sums it is made of, and what follows from the rows."""
+"""The history of a run: a row per epoch, the sums behind it, and what follows from the rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cifar_jax.options import is_of_type
 class EpochRow(TypedDict):
     """A line of ``metrics.jsonl``. Losses are mean cross-entropies in nats, accuracies 0..1.
 
-    ``learning_rate`` is that of the epoch's last step; ``seconds`` include the validation,
-    ``images_per_second`` counts training alone.
+    ``learning_rate`` is that of the epoch's last step; ``seconds`` include the validation, while
+    ``images_per_second`` counts only training.
     """
 
     epoch: int
@@ -32,7 +32,7 @@ class EpochRow(TypedDict):
 
 @dataclasses.dataclass
 class RunningSums:
-    """Sums over the images seen so far; divided once, when they are read."""
+    """Sums over the images seen so far, divided only when they are read."""
 
     loss: float = 0.0
     correct: float = 0.0
@@ -53,11 +53,11 @@ class RunningSums:
 
 
 def read_history(path: Path) -> list[EpochRow]:
-    """The rows of the file ``metrics.jsonl`` at ``path``; none where there is no such file.
+    """The rows of ``metrics.jsonl`` at ``path``; none if there is no such file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: a line of it is not a row; says which.
+        OSError: the file cannot be read.
+        ValueError: a line is not a row; the message says which.
     """
     try:
         lines = path.read_text().splitlines()
@@ -80,12 +80,12 @@ def _parse_row(line: str, where: str) -> EpochRow:
 
 
 def best_row(history: list[EpochRow]) -> EpochRow:
-    """The epoch with the highest validation accuracy; the earliest of equals."""
+    """The epoch with the highest validation accuracy; of equals, the earliest."""
     return max(history, key=lambda row: row["val_accuracy"])
 
 
 def epochs_without_progress(history: list[EpochRow]) -> int:
-    """How many epochs ago the validation loss was at its lowest; of equals, the first."""
+    """The number of epochs since the lowest validation loss (of equals, the earliest)."""
     losses = [row["val_loss"] for row in history]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
@@ -105,7 +105,7 @@ TABLE_HEADER = "  ".join(name.rjust(width) for name, width in _COLUMNS)
 
 
 def table_row(row: EpochRow) -> str:
-    """A row under ``TABLE_HEADER``."""
+    """``row`` as a line under ``TABLE_HEADER``."""
     cells = (
         f"{row['epoch']}",
         f"{row['step']}",

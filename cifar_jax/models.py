@@ -28,7 +28,7 @@ def conv_block(
 ) -> list[LayerFunction]:
     """Conv 3x3 padding 1, batch norm if wanted, ReLU, MaxPool 2 if wanted."""
     return [
-        # A norm subtracts any bias; Adam would turn its gradient, all rounding, into steps.
+        # The norm cancels any bias; Adam would turn its gradient, pure rounding, into steps.
         Conv(features, use_bias=norm is None, dtype=dtype),
         *([norm()] if norm else []),
         nn.relu,
@@ -37,7 +37,7 @@ def conv_block(
 
 
 def space_to_depth(x: jax.Array, side: int) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[B, H/side, W/side, C*side*side]``, as ``torch.nn.PixelUnshuffle``.
+    """``[B, H, W, C]`` -> ``[B, H/side, W/side, C*side*side]``, like ``torch.nn.PixelUnshuffle``.
 
     Raises:
         CifarJaxError: data; ``side`` does not divide H and W.
@@ -63,14 +63,14 @@ class ConvNet(nn.Module):
     """The tutorial's network: convolutional blocks, flatten, Dense layers.
 
     Attributes:
-        widths: channels of each convolution; none leaves an MLP, or with no ``hidden`` either, a
+        widths: channels of each convolution; empty for an MLP or, if ``hidden`` is empty too, a
             linear model.
         hidden: units of each hidden Dense layer.
         convs_per_pool: convolutions before each pooling.
-        patch_size: side of the squares of pixels whose values become channels, before all else.
-        global_pool: average over all positions instead of flattening: takes any image size.
+        patch_size: side of the patches that become single pixels first (:func:`space_to_depth`).
+        global_pool: average over all positions instead of flattening, to take any image size.
         axis_name: the pmap axis over which batch norm takes its statistics.
-        dtype: of activations, where it is not that of the parameters; logits are of theirs.
+        dtype: of the activations, if not that of the parameters; logits always have the latter.
     """
 
     batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
@@ -107,15 +107,15 @@ class ConvNet(nn.Module):
         return space_to_depth(x, self.patch_size)
 
     def _checked_flatten(self, x: jax.Array) -> jax.Array:
-        """``flatten``, with an error that explains itself where the image size has changed."""
+        """:func:`flatten`, with a readable error if the image size has changed."""
         flat = flatten(x)
         if not self.is_initializing():
             trained_for = self.variables["params"]["Dense_0"]["kernel"].shape[0]
             if flat.shape[1] != trained_for:
                 raise CifarJaxError(
                     ExitCode.DATA,
-                    f"these images flatten to {flat.shape[1]} numbers, the network was made for "
-                    f"{trained_for}: a network that flattens takes one image size",
+                    f"these images flatten to {flat.shape[1]} numbers, but the network was made "
+                    f"for {trained_for}: a network that flattens takes one image size",
                     fix="resize the images to the size of training with --image-size, or train "
                     "--model cnn-gap, which takes any size",
                 )
@@ -133,7 +133,7 @@ class ConvNet(nn.Module):
         for i in range(len(self.hidden)):
             layers += [f"Dense_{i}", "ReLU", "Dropout"] if self.dropout else [f"Dense_{i}", "ReLU"]
         layers += [f"Dense_{len(self.hidden)}"]
-        # PyTorch numbers them all; those under Flax's names have parameters.
+        # PyTorch numbers all layers; those under Flax's names have parameters.
         names = {name: f"network.{i}" for i, name in enumerate(layers) if "_" in name}
         if self.global_pool:
             return TorchLayout(names, None)
@@ -167,7 +167,7 @@ class ResNet9(nn.Module):
             return conv_block(features, norm=norm, pool=pool, dtype=self.dtype)
 
         def scale(x: jax.Array) -> jax.Array:
-            # The small factor keeps the first logits, and so the first gradients, small.
+            # The small factor keeps the initial logits, and so the initial gradients, small.
             return 0.125 * x
 
         first, second, third, fourth = self.widths
@@ -186,7 +186,7 @@ class ResNet9(nn.Module):
         return nn.Sequential(layers)(x)
 
     def torch_layout(self, image_shape: ImageShape) -> TorchLayout:
-        """The names of these layers in the tutorial's successor: ``conv1.0`` and so on."""
+        """The names of these layers in PyTorch tutorials: ``conv1.0`` and so on."""
         del image_shape  # nothing is flattened but [B, 1, 1, C]
         blocks = ("conv1", "conv2", "res1.0", "res1.1", "conv3", "conv4", "res2.0", "res2.1")
         names: dict[str, str] = {}
@@ -224,13 +224,13 @@ MODELS: dict[ModelName, Callable[..., Model]] = {
 def create_model(
     config: TrainConfig, num_classes: int, axis_name: str | None = None, dtype: Any = None
 ) -> Model:
-    """The network that ``config`` names, with its options; ``dtype`` is that of activations.
+    """The network that ``config`` describes, with activations of type ``dtype``.
 
-    ``config.dtype`` is of training alone: scores and predictions are made in float32. A network
+    ``config.dtype`` is for training only: scores and predictions are computed in float32. A network
     gets the options that it has a field for.
 
     Raises:
-        CifarJaxError: usage; an option is given that it has no field for.
+        CifarJaxError: usage; ``config`` sets an option that the network has no field for.
     """
     make = MODELS[config.model]
     has = inspect.signature(make).parameters
@@ -244,7 +244,7 @@ def create_model(
             raise CifarJaxError(
                 ExitCode.USAGE,
                 f"{flag(name)} with --model {config.model}, which has no field {name}",
-                fix="leave it out, or give the network that field",
+                fix="leave it out, or add that field to the network",
             )
     options = {"axis_name": axis_name, **given}
     return make(num_classes=num_classes, **{n: v for n, v in options.items() if n in has})
@@ -254,12 +254,12 @@ def torch_layout(model: nn.Module, image_shape: ImageShape) -> TorchLayout:
     """The names of the layers of ``model`` in PyTorch.
 
     Raises:
-        CifarJaxError: usage; it is a reader's own, without such names.
+        CifarJaxError: usage; ``model`` defines no such names.
     """
     if not hasattr(model, "torch_layout"):
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"{type(model).__name__} has no torch_layout, its layers' names in PyTorch",
+            f"{type(model).__name__} has no torch_layout with its layers' names in PyTorch",
             fix="write one, as in models.py, or export --format stablehlo",
         )
     layout: TorchLayout = model.torch_layout(image_shape)

@@ -1,15 +1,15 @@
 """Muon for convolutions: a step of about the same size along each singular vector of the momentum.
 
 Jordan and others, 2024, https://kellerjordan.github.io/posts/muon/, in the form that holds the
-record for CIFAR-10 (https://github.com/KellerJordan/cifar10-airbench). With a kernel W as a matrix
-``[D, 9C]``, a row for each feature, and its gradient G:
+record for CIFAR-10 (https://github.com/KellerJordan/cifar10-airbench). For a kernel W as a matrix
+``[D, 9C]``, with a row per feature, and its gradient G:
 
     M <- momentum * M + G
     W <- sqrt(D) * W / |W| - rate * orthogonalize(G + momentum * M)
 
-where |W| is the root of the sum of squares. The step has a norm of about rate * sqrt(D), if D is at
-most 9C; so the rate is its size relative to W. The norm of W itself does not matter: the batch norm
-after the convolution divides by it.
+where |W| is the Frobenius norm. If D is at most 9C, the step has a norm of about rate * sqrt(D), so
+the rate is its size relative to W. The norm of W itself does not matter: the batch norm after the
+convolution divides by it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Three steps of a quintic whose slope at 0 is steep: it brings singular values near 1, not to it.
+# Three steps of a quintic with a steep slope at 0, which brings singular values near 1, not to 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _STEPS = 3
 
 
 class MuonState(NamedTuple):
-    """Muon's state: the number of steps done, and the momentum M of each kernel."""
+    """The number of steps done, and the momentum M of each kernel."""
 
     step: jax.Array
     momentum: Any
@@ -35,10 +35,10 @@ class MuonState(NamedTuple):
 def muon(
     schedule: optax.Schedule, momentum: float, dtype: Any = jnp.float32
 ) -> optax.GradientTransformation:
-    """Muon with Nesterov momentum, for kernels ``[3, 3, C, D]`` alone.
+    """Muon with Nesterov momentum, only for kernels ``[3, 3, C, D]``.
 
     Args:
-        dtype: of the products that make an update orthogonal; bfloat16 is precise enough.
+        dtype: of the matrix products in :func:`orthogonalize`; bfloat16 is precise enough.
     """
 
     def init(params: Any) -> MuonState:
@@ -62,16 +62,16 @@ def muon(
 
 
 def _to_matrix(kernel: jax.Array) -> jax.Array:
-    """``[3, 3, C, D]`` -> ``[D, 9C]``: a row for each feature."""
+    """``[3, 3, C, D]`` -> ``[D, 9C]``: a row per feature."""
     return kernel.reshape(-1, kernel.shape[-1]).T
 
 
 def orthogonalize(matrices: list[jax.Array], dtype: Any = jnp.float32) -> list[jax.Array]:
     """The matrices ``[M, N]`` with their singular vectors, and singular values of about 1.
 
-    By Newton and Schulz's iteration, without a decomposition. All together, each padded with zeros
-    to the largest, which changes nothing in the result: a few large products in place of many small
-    ones.
+    By a Newton-Schulz iteration, without a decomposition. All are processed together, padded with
+    zeros to the largest, which does not change the result: a few large products instead of many
+    small ones.
     """
     wide = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
     rows, columns = (max(m.shape[axis] for m in wide) for axis in (0, 1))

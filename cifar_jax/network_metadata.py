@@ -1,4 +1,4 @@
-"""What a network's tensors do not say, as the metadata beside them: in checkpoints and files."""
+"""What a network's tensors do not say: the metadata stored beside them in checkpoints and files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cifar_jax.images import MAX_PIXELS
 if TYPE_CHECKING:
     from cifar_jax.trained import TrainedNetwork
 
-# What values of other types, and numbers that cannot be, raise in the parser.
+# Raised by the parser for values of wrong types, or out of range.
 _WRONG_VALUES = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _OF_THIS_MACHINE = NOT_PART_OF_THE_RUN | {"initial_weights"}
 
 
 class Description(NamedTuple):
-    """All of a :class:`cifar_jax.trained.TrainedNetwork` but its weights and its data."""
+    """A :class:`cifar_jax.trained.TrainedNetwork` without its weights and data."""
 
     config: TrainConfig
     class_names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Description(NamedTuple):
 
 
 def describe(config: TrainConfig, network: Dataset | TrainedNetwork) -> dict[str, Any]:
-    """A network of ``config``, for the images and classes of ``network``, in JSON's terms."""
+    """A network of ``config`` for the images and classes of ``network``, as JSON values."""
     return {
         "config": to_json(config),
         "class_names": network.class_names,
@@ -44,7 +44,7 @@ def describe(config: TrainConfig, network: Dataset | TrainedNetwork) -> dict[str
 
 
 def metadata_of(network: TrainedNetwork) -> dict[str, str]:
-    """:func:`describe`, each value as JSON text; no paths of this machine."""
+    """:func:`describe` with each value as JSON text, without paths of this machine."""
     values = describe(network.config, network)
     config = {name: v for name, v in values["config"].items() if name not in _OF_THIS_MACHINE}
     return {name: json.dumps(value) for name, value in {**values, "config": config}.items()}
@@ -52,10 +52,10 @@ def metadata_of(network: TrainedNetwork) -> dict[str, str]:
 
 @contextlib.contextmanager
 def refusing(what: str, *, fix: str) -> Iterator[None]:
-    """Around what reads a description: it may be anyone's, and its errors become ``what``.
+    """Around code that parses an untrusted description: its errors are raised as ``what``.
 
     Raises:
-        CifarJaxError: checkpoint; with the reason.
+        CifarJaxError: checkpoint; ``what``, with the reason.
     """
     try:
         yield
@@ -70,7 +70,7 @@ def parse_description(values: Mapping[str, Any]) -> Description:
     """The inverse of :func:`describe`, checked; call it under :func:`refusing`.
 
     Args:
-        values: as from JSON; others beside those of a description are passed over.
+        values: JSON values; keys that are not part of a description are ignored.
     """
     config = from_json(values["config"], where="its config")
     lists = ("class_names", "image_shape", "mean", "std")
@@ -81,14 +81,14 @@ def parse_description(values: Mapping[str, Any]) -> Description:
     mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
     if channels not in (1, 3) or height < 1 or width < 1 or height * width > MAX_PIXELS:
         raise ValueError(
-            f"images of {height}x{width}x{channels}: of 1 or 3 channels and at most "
-            f"{MAX_PIXELS:,} pixels is what networks here take"
+            f"images of {height}x{width}x{channels}: networks here take 1 or 3 channels and at "
+            f"most {MAX_PIXELS:,} pixels"
         )
     if not len(mean) == len(std) == channels:
         raise ValueError(f"mean {mean} and std {std} are not of {channels} channel(s)")
     if min(std) <= 0 or not all(map(math.isfinite, mean + std)):
         raise ValueError("std must be above 0, mean and std finite")
     if not class_names or len(set(class_names)) < len(class_names):
-        raise ValueError("class names must be there, and distinct")
-    "".join(class_names).encode()  # they are text, and not half of a surrogate pair
+        raise ValueError("class names must be given, and distinct")
+    "".join(class_names).encode()  # raises unless they are valid text
     return Description(config, class_names, (height, width, channels), mean, std)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers, from optax. Steps are the clock."""
+"""Learning-rate schedules and optimizers, from optax. Schedules count steps, not epochs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.initializers import WHITENING
 from cifar_jax.muon import muon
 
-_MOST_STEPS = 10_000_000  # the rates of so many are computed in a second, and take 80 MB
+_MOST_STEPS = 10_000_000  # their rates take a second to compute, and 80 MB
 
 
 def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate at each step 0 .. total_steps - 1: PyTorch's, rounded once.
+    """The learning rate at each step 0 .. total_steps - 1: that of PyTorch, rounded once.
 
     OneCycle is that of ``torch.optim.lr_scheduler.OneCycleLR``, whose peak may lie between two
-    steps; optax would put it on the step before, and be 2 % of the peak away from it.
+    steps; optax would put it on the step before, and differ by up to 2 % of the peak.
 
     Raises:
-        CifarJaxError: usage; so many steps that their rates would fill the memory.
+        CifarJaxError: usage; there are so many steps that their rates would fill the memory.
     """
     peak = config.learning_rate
     if config.schedule == "constant":
@@ -62,9 +62,9 @@ def _cosine(start: float, end: float, progress: NDArray[Any]) -> NDArray[Any]:
 def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The optimizer of ``config``: clipping, then weight decay on kernels, then the update rule.
 
-    For ``sgd`` and ``adam`` the decay is L2 (added to the gradient, as PyTorch does); for
-    ``adamw`` it is decoupled (Loshchilov and Hutter, 2019, arXiv:1711.05101). ``muon`` is for the
-    kernels of convolutions; all else is Adam's, at a tenth of the learning rate.
+    For ``sgd`` and ``adam`` the decay is L2 (added to the gradient, as in PyTorch); for ``adamw``
+    it is decoupled (Loshchilov and Hutter, 2019, arXiv:1711.05101). ``muon`` trains the kernels of
+    convolutions, and Adam everything else, at a tenth of the learning rate.
     """
     parts = []
     if config.clip_norm:
@@ -87,13 +87,13 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
 
 
 def is_convolution(params: Any) -> Any:
-    """A tree of booleans: which leaves are kernels of convolutions, to be trained."""
+    """A tree of booleans: which leaves are trained kernels of convolutions."""
     kernels = is_kernel(params)
     return jax.tree.map(lambda leaf, kernel: kernel and leaf.ndim == 4, params, kernels)
 
 
 def is_kernel(params: Any) -> Any:
-    """A tree of booleans: which leaves are kernels, to be trained; not airbench's first."""
+    """A tree of booleans: which leaves are trained kernels; airbench's first is not."""
 
     def is_one(path: Any, leaf: Any) -> bool:
         return path[-1].key == "kernel" and path[0].key != WHITENING

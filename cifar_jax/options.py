@@ -1,7 +1,7 @@
-"""Options as the fields of a frozen dataclass: one definition of name, type, default, bounds, help.
+"""Options as fields of a frozen dataclass, which define name, type, default, bounds and help once.
 
-A class derives from :class:`Options` and declares its fields by :func:`option`. A value from Python
-or from a file is held to the same as one from the command line.
+A class derives from :class:`Options` and declares its fields by :func:`option`. Values from Python
+or a file are checked like those from the command line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 
 REQUIRED: Any = dataclasses.MISSING
 
-CHECKPOINT_HELP = "the network: a run's folder (its best step is taken), or one checkpoints/<step>"
+CHECKPOINT_HELP = "the network: a run's folder (its best step is used), or one checkpoints/<step>"
 
 
 def option(
@@ -35,12 +35,12 @@ def option(
     """A dataclass field that is also a command-line option.
 
     Args:
-        default: the value when the option is not given; ``None`` and 0 often mean "off";
-            ``REQUIRED`` demands it, and such fields come first.
+        default: the value when the option is not given; ``None`` and 0 often mean "off".
+            ``REQUIRED`` makes the option mandatory; such fields must come first.
         help: one sentence for ``--help``.
         group: the heading in ``--help``; None puts it among the options of every command.
         unit: what a number counts, e.g. ``"images"``.
-        at_least, above, at_most, below: the bounds that :class:`Options` holds numbers to.
+        at_least, above, at_most, below: bounds of a number, checked by :class:`Options`.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     return dataclasses.field(
@@ -55,7 +55,7 @@ def option(
 
 
 def option_of(config: type[Any], name: str, *, group: str) -> Any:
-    """The same option as ``config`` has under that name, in another ``group``."""
+    """The option that ``config`` has under that name, in another ``group``."""
     field = config.__dataclass_fields__[name]
     return dataclasses.field(default=field.default, metadata={**field.metadata, "group": group})
 
@@ -75,10 +75,10 @@ _BOUND_HOLDS: dict[str, Callable[[float, float], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options that are checked when they are made.
+    """Options that are checked when they are created.
 
     Raises:
-        CifarJaxError: usage; for the first field of another type, empty, or out of bounds.
+        CifarJaxError: usage; a field is of a wrong type, empty, or out of bounds.
     """
 
     def __post_init__(self) -> None:
@@ -107,28 +107,28 @@ def _check(options: Options) -> None:
 
 
 def check_not_empty(name: str, values: Sequence[Any]) -> None:
-    """Raise ``CifarJaxError`` (usage) if a text is empty, as of a shell's variable that is not set.
+    """Raise ``CifarJaxError`` (usage) if a string is empty, as from an unset shell variable.
 
-    As a path it would be the current directory, and elsewhere the default.
+    As a path it would mean the current directory, and elsewhere the default.
     """
     if "" in values:
         raise CifarJaxError(
-            ExitCode.USAGE, f"{name} '' is empty", fix="give a text, or leave it out"
+            ExitCode.USAGE, f"{name} '' is empty", fix="give a value, or leave it out"
         )
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:
-    """The bounds of an option as a person reads them: "at least 0 and below 1"."""
+    """The bounds of an option in words: "at least 0 and below 1"."""
     return " and ".join(f"{rule} {describe_number(limit)}" for rule, limit in bounds.items())
 
 
 def describe_number(value: Any) -> str:
-    """A float in short form; anything else by ``str``."""
+    """A float in short form; anything else as ``str``."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def is_of_type(value: Any, hint: Any) -> bool:
-    """Whether ``value`` may stand for an option annotated with ``hint``."""
+    """Whether ``value`` is valid for an option annotated with ``hint``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(is_of_type(value, argument) for argument in arguments)
@@ -136,13 +136,13 @@ def is_of_type(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in arguments
     if origin is tuple:
         return isinstance(value, tuple) and all(is_of_type(item, arguments[0]) for item in value)
-    if isinstance(value, bool):  # which is an int, too
+    if isinstance(value, bool):  # bool is a subclass of int
         return hint is bool
     return isinstance(value, int | float if hint is float else hint)
 
 
 def wrong_type(name: str, value: Any, hint: Any) -> CifarJaxError:
-    """The error (usage) that option ``name`` has a ``value`` which ``hint`` does not allow."""
+    """The error (usage) for an option ``name`` with a ``value`` that ``hint`` does not allow."""
     kind = _describe_type(hint)
     cure = f"give {kind}"
     if typing.get_origin(hint) is typing.Literal:
@@ -159,5 +159,5 @@ def _describe_type(hint: Any) -> str:
         return f"one of {', '.join(arguments)}" if len(arguments) > 1 else repr(arguments[0])
     if origin is tuple:
         return f"a tuple in which each is {_describe_type(arguments[0])}"
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     return names.get(hint, "None")

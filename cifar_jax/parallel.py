@@ -1,7 +1,7 @@
-"""One step on one or many devices: ``jax.pmap`` with a state that every device holds whole.
+"""One step on one or many devices: ``jax.pmap`` with a state that is replicated on every device.
 
-The devices may be of several processes. A process then gives its own devices' share of each batch,
-and all of them get the same results.
+The devices may belong to several processes. Each process then passes its own devices' share of a
+batch, and all of them get the same results.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from cifar_jax.train_step import Sums, TrainState
 
 AXIS_NAME = "batch"
 
-# Carries a training state on: (state, step it is at, step to stop before, signal) -> (state, sums
-# of each step, number of steps done). As many steps as one dispatch takes, and at least one.
+# Advances a training state: (state, current step, step to stop before, signal) -> (state, sums of
+# each step, number of steps done). Runs at least one step, and as many as fit into one dispatch.
 Advance = Callable[[TrainState, int, int, int], tuple[TrainState, Sums, int]]
-# The sums over a whole split.
+# The sums over a whole split: (variables, split) -> sums.
 Evaluate = Callable[[Variables, Split], RunningSums]
 
 # XLA's YNN fusions, on by default in jaxlib 0.10, make convolutions on a CPU up to twice as slow.
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
-# In bytes; XLA's, of the arguments of a program on a CPU.
+# In bytes: XLA's alignment of a program's arguments on a CPU.
 _ALIGNMENT = 64
 
 _DETERMINISTIC: dict[str, str | bool] = {
-    # It also turns off the search for the fastest kernel, which can end with another one each time.
+    # This also turns off the search for the fastest kernel, whose result can differ between runs.
     "xla_gpu_deterministic_ops": True,
-    # Nor is a kernel taken that the search of another run has found.
+    # Do not use what the search of another run has found, either.
     "xla_gpu_per_fusion_autotune_cache_dir": "",
 }
 
@@ -50,16 +50,18 @@ _DETERMINISTIC: dict[str, str | bool] = {
 def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     """The first ``count`` devices of each process, or all.
 
-    Called before anything else starts JAX's devices, it has the calling thread run programs on a
-    single CPU device, for :mod:`cifar_jax.allocator`.
+    Also disables asynchronous dispatch on a single CPU device, if called before anything else
+    starts JAX's devices, so that the calling thread runs the programs: see
+    :mod:`cifar_jax.allocator`.
 
     Raises:
-        CifarJaxError: environment; there are fewer, or none of the kind in ``JAX_PLATFORMS``.
+        CifarJaxError: environment; there are fewer devices, or none of the kind in
+            ``JAX_PLATFORMS``.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter, bare, of a jax without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a jax without CUDA
         reason = f": {first_line(error)}" if str(error) else ""
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
@@ -85,22 +87,22 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
 
 
 def local_devices(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Those of ``devices`` that are this process's."""
+    """Those of ``devices`` that belong to this process."""
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def local_rows(batch_size: int, devices: Sequence[jax.Device]) -> slice:
-    """Which images of a global batch are for this process's ``devices``; they stand together."""
+    """The images of a global batch that belong to this process's ``devices``; contiguous."""
     share = batch_size // len(devices)
     first = devices.index(local_devices(devices)[0])
     return slice(first * share, (first + len(local_devices(devices))) * share)
 
 
 def aligned(x: NDArray[Any]) -> NDArray[Any]:
-    """``x``, or a copy, at an address from which a program on a CPU can read it.
+    """``x``, copied if necessary to an address from which a program on a CPU can read it in place.
 
-    From another address a thread of JAX's copies it, and then runs the program as well, whatever
-    :func:`select_devices` asked for.
+    From any other address one of JAX's threads copies it, and then also runs the program, whatever
+    :func:`select_devices` has set.
     """
     if x.flags.c_contiguous and x.ctypes.data % _ALIGNMENT == 0:
         return x
@@ -119,7 +121,7 @@ def shard(batch: dict[str, NDArray[Any]], devices: Sequence[jax.Device]) -> dict
 def empty_batch(
     batch_size: int, image_shape: ImageShape, devices: Sequence[jax.Device]
 ) -> dict[str, NDArray[Any]]:
-    """What :func:`shard` makes of a batch of that global size, to compile for: all zeros."""
+    """A batch of zeros in the form that :func:`shard` returns, to compile for."""
     share = (len(local_devices(devices)), batch_size // len(devices))
     return {
         "image": np.zeros((*share, *image_shape), np.uint8),
@@ -139,16 +141,15 @@ def compile_step(
 ) -> Callable[..., Any]:
     """Compile ``step(state, batch, *shared)`` with ``jax.pmap``, ahead of time.
 
-    What it returns is not mapped, nor is the state: it has no device axis, before, after and in a
-    checkpoint alike. That trusts ``step`` to leave every device with the same, which its ``pmean``
-    and ``psum`` do.
+    The state and the results have no device axis: not before, not after, and not in a checkpoint.
+    ``step`` must therefore leave the same values on every device, by ``pmean`` and ``psum``.
 
     Args:
-        state, batch: of the shapes to compile for; each array of the batch has an axis of this
-            process's devices in front.
-        donate_state: whether the new state takes the memory of the one given.
-        deterministic: whether a GPU too computes the same bits in each run.
-        shared: arrays that every device has whole already, by :func:`replicate`.
+        state, batch: examples with the shapes to compile for; each array of the batch has a leading
+            axis of this process's devices.
+        donate_state: whether the new state reuses the memory of the old one.
+        deterministic: whether a GPU, too, computes the same bits in each run.
+        shared: arrays that are already replicated on every device, by :func:`replicate`.
 
     Returns:
         A function of a state and a batch.
@@ -162,8 +163,8 @@ def compile_step(
         devices=devices,
     )
     several_on_cpu = len(devices) > 1 and devices[0].platform == "cpu"
-    # Read back from the cache, such a program no longer keeps the sums over devices in one order:
-    # two at a time get mixed up. That ends the process, and could give wrong sums (jaxlib 0.10.2).
+    # Loaded from the cache, such a program loses the order of its all-reduces, and two of them can
+    # interleave, which aborts the process and could give wrong sums (jaxlib 0.10.2).
     with nothing_kept() if several_on_cpu else contextlib.nullcontext():
         compiled = compile_lowered(
             mapped.lower(state, batch, *shared), devices[0].platform, deterministic=deterministic
@@ -173,7 +174,7 @@ def compile_step(
     several_processes = not divided.is_fully_addressable
 
     def call(state: Any, batch: dict[str, NDArray[Any]]) -> Any:
-        # Where it can, JAX places the batch itself: half a millisecond faster than _place.
+        # JAX places the batch itself if it can: half a millisecond faster than _place.
         placed = _place(batch, divided) if several_processes else batch
         result = compiled(_place(state, whole), placed, *shared)
         # With several steps in flight, XLA's CPU devices starve each other of threads and hang.
@@ -183,7 +184,7 @@ def compile_step(
 
 
 def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str, str | bool]:
-    """What XLA is told for programs on ``platform``, besides ``XLA_FLAGS``."""
+    """XLA's options for programs on ``platform``, besides ``XLA_FLAGS``."""
     options = CPU_COMPILER_OPTIONS if platform == "cpu" else {}
     return {**options, **_DETERMINISTIC} if deterministic else dict(options)
 
@@ -191,7 +192,7 @@ def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str,
 def compile_lowered(
     lowered: jax.stages.Lowered, platform: str, *, deterministic: bool = False
 ) -> jax.stages.Compiled:
-    """Compile with the options that are best for ``platform``."""
+    """Compile with :func:`compiler_options`."""
     options = compiler_options(platform, deterministic=deterministic)
     with signals_held():
         try:
@@ -199,21 +200,21 @@ def compile_lowered(
         except jax.errors.JaxRuntimeError as error:
             if platform != "cpu" or "No such compile option" not in str(error):
                 raise
-            return lowered.compile()  # another jaxlib: without the option, only slower
+            return lowered.compile()  # another jaxlib, without the option: only slower
         finally:
             give_back_freed_memory()
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """The arrays of ``tree``, whole on each of ``devices``."""
+    """The arrays of ``tree``, replicated on ``devices``."""
     return _place(tree, _sharding(devices))
 
 
 def place_state(state: Any, devices: Sequence[jax.Device]) -> Any:
-    """``state`` whole on each of ``devices``, in memory that the first step can take over.
+    """``state`` replicated on ``devices``, in memory that the first step can reuse.
 
-    A CPU reads NumPy's arrays where they are, which nobody may take over: the first step would put
-    its results behind its own memory, which would then be too tight for the next steps.
+    A CPU reads NumPy arrays in place, and they cannot be donated: the first step would allocate its
+    results behind its own memory, which would then be too small for the next steps.
     """
     placed = replicate(state, devices)
     if devices[0].platform != "cpu":
@@ -223,13 +224,13 @@ def place_state(state: Any, devices: Sequence[jax.Device]) -> Any:
 
 
 def _sharding(devices: Sequence[jax.Device], *axes: str) -> jax.sharding.Sharding:
-    """Over ``devices``, divided along ``axes`` or whole on each."""
+    """A sharding over ``devices``: split along ``axes``, or replicated without any."""
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS_NAME,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
 def _place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The arrays of ``tree`` on the devices; what is there already, as it is."""
+    """The arrays of ``tree`` on the devices; those already there are left as they are."""
 
     def place(x: Any) -> jax.Array:
         if isinstance(x, jax.Array):
@@ -240,5 +241,5 @@ def _place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def sum_on_host(sums: dict[str, jax.Array]) -> dict[str, float]:
-    """Sums of one step, or ``[n]`` of n, as the host counts; waits for the steps that make them."""
+    """The sums of one step, or ``[n]`` of n steps, as floats; waits for these steps."""
     return {name: float(np.sum(np.asarray(x), dtype=np.float64)) for name, x in sums.items()}

@@ -1,7 +1,8 @@
 """One network in JAX and in PyTorch, side by side: how far apart are they?
 
-Differences are relative: the largest deviation anywhere in an array, over the largest magnitude in
-PyTorch's. Arrays of float64 compare the algorithms; of float32, also what rounding makes of them.
+Differences are relative: the largest deviation anywhere in an array, divided by the largest
+magnitude in PyTorch's. In float64 they compare the algorithms, in float32 also the effect of
+rounding.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Pair:
     """A Flax network and its PyTorch twin with the same weights.
 
     Args:
-        variables: of ``model``; their float type is the one that both compute in.
+        variables: of ``model``; both networks compute in their float type.
         image_shape: ``(H, W, C)``.
     """
 
@@ -51,9 +52,9 @@ class Pair:
         torch_reference.load(self.twin, layout.to_torch(variables, self.layout))
 
     def activations(self, images: Array, *, train: bool) -> dict[str, float]:
-        """The difference of each output for images ``[B, H, W, C]``.
+        """The difference of each layer's output for images ``[B, H, W, C]``.
 
-        Of the layers with parameters by Flax's name, and of the last one also as ``"logits"``.
+        Keys are Flax's names of the layers with parameters, and ``"logits"``.
         """
         apply = functools.partial(
             self.model.apply,
@@ -72,9 +73,9 @@ class Pair:
         return differences
 
     def gradients(self, images: Array, labels: NDArray[np.int32]) -> dict[str, float]:
-        """The differences of the mean loss, ``"loss"``, and of its gradient for each parameter.
+        """The differences of the mean loss, ``"loss"``, and of its gradient by each parameter.
 
-        In training mode; without dropout, whose masks no two frameworks share.
+        In training mode; without dropout, whose masks differ between frameworks.
         """
 
         def loss_fn(params: Any) -> jax.Array:
@@ -96,13 +97,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """The same training in both frameworks.
+    """How far the same training in both frameworks drifts apart.
 
     Attributes:
         ours, theirs: the loss of each step, JAX's and PyTorch's.
-        params: the distance between the two sets of parameters, relative to the distance that
-            PyTorch's have come from their start; after each of ``params_steps`` steps.
-        batch_stats: after the last step, the largest difference of a running mean or variance.
+        params: the distance between the two sets of parameters, relative to the distance of
+            PyTorch's from their start; after each of ``params_steps`` steps.
+        batch_stats: the largest difference of a running mean or variance after the last step.
     """
 
     ours: list[float]
@@ -113,9 +114,9 @@ class Drift:
 
     @property
     def loss(self) -> list[float]:
-        """The difference of the losses at each step, relative to the loss at the first.
+        """The difference of the losses at each step, relative to the loss at the first step.
 
-        Not to the loss at that step, which may be next to nothing by then.
+        Not to the loss at the same step, which may be almost 0 by then.
         """
         pairs = zip(self.ours, self.theirs, strict=True)
         return [abs(ours - theirs) / abs(self.theirs[0]) for ours, theirs in pairs]
@@ -133,15 +134,14 @@ def train_in_lockstep(
 
     Args:
         pair: its twin is trained in place.
-        config: of the optimizer and schedule; nothing is augmented, and no network with dropout
-            fits, as no two frameworks share its masks.
-        batches: images ``[B, H, W, C]`` of one size and labels ``[B]``; a step each.
-        total_steps: that the schedule is made for.
+        config: the optimizer and schedule; images are not augmented, and the network must not have
+            dropout, whose masks differ between frameworks.
+        batches: images ``[B, H, W, C]`` of one size and labels ``[B]``, for one step each.
+        total_steps: the length of the schedule.
         mean, std: for :func:`cifar_jax.train_step.normalize`.
 
     Yields:
-        After each step our state, which the next step takes the memory of, and loss, and PyTorch's
-        loss.
+        After each step: our state, whose memory the next step reuses, our loss, and PyTorch's loss.
     """
     tx = make_optimizer(config, make_schedule(config, total_steps))
     unbound_step = functools.partial(
@@ -186,14 +186,14 @@ def measure_drift(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Drift:
-    """How :func:`train_in_lockstep`, a step for each of ``batches``, takes the two apart."""
+    """The drift of :func:`train_in_lockstep`, with a step for each of ``batches``."""
 
     def their_params() -> Any:
         current = torch_reference.state_dict_of(pair.twin)
         return layout.from_torch(current, pair.layout)["params"]
 
     start = their_params()
-    # At the powers of two and at the end: with a large network this takes as long as a step.
+    # Only at powers of two and at the end: with a large network this takes as long as a step.
     params_steps = [*(2**k for k in range((len(batches) - 1).bit_length())), len(batches)]
     ours, theirs, params = [], [], []
     for state, our_loss, their_loss in train_in_lockstep(
@@ -235,7 +235,7 @@ def _statistics_difference(
 
 
 def _computed(theirs: Array, ours: Array) -> Array:
-    """Without the last row and column that a convolution of ours leaves out before a pool."""
+    """``theirs`` without the last row and column, if our convolution skips those before a pool."""
     if theirs.ndim < 4 or max(np.subtract(theirs.shape[2:], ours.shape[2:])) > 1:
         return theirs
     return theirs[:, :, : ours.shape[2], : ours.shape[3]]

@@ -17,17 +17,17 @@ from cifar_jax.metrics import EpochRow, best_row
 from cifar_jax.scores import Scores
 
 _TRAIN, _VAL = "#1f77b4", "#d62728"
-_LARGEST_SIDE = 20.0  # inches: with more, hundreds of classes would take gigabytes
-# Of a confusion matrix; more than so many nobody can read.
+_LARGEST_SIDE = 20.0  # inches: without a limit, hundreds of classes would take gigabytes
+# Classes of a confusion matrix whose numbers are still readable.
 _MOST_CLASSES_WITH_NUMBERS, _MOST_CLASSES_WITH_NAMES = 30, 100
-_LONGEST_NAME = 20  # letters; with a percentage behind it, as wide as a mistake
+_LONGEST_NAME = 20  # letters; with a percentage after it, as wide as the picture of a mistake
 
 
 def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
     """Loss and accuracy by epoch, for training and validation, as a PNG."""
     epochs = [row["epoch"] for row in history]
     best = best_row(history)
-    # Figure, not pyplot: it needs no display and leaves no global state.
+    # Figure, not pyplot: no display, no global state.
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
 
@@ -65,7 +65,7 @@ def save_curves(history: list[EpochRow], title: str, path: Path) -> None:
 
 
 def save_confusion(scores: Scores, class_names: Sequence[str], title: str, path: Path) -> None:
-    """The confusion matrix ``[K, K]``, coloured by the share of the true class, as a PNG."""
+    """The confusion matrix ``[K, K]``, coloured by the fraction of the true class, as a PNG."""
     size = min(max(5.0, 0.62 * len(class_names) + 2), _LARGEST_SIDE)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
@@ -86,7 +86,7 @@ def save_confusion(scores: Scores, class_names: Sequence[str], title: str, path:
 
 
 def save_calibration(scores: Scores, title: str, path: Path) -> None:
-    """Accuracy by confidence, and how many answers have each, as a PNG."""
+    """Accuracy by confidence, and the number of predictions at each, as a PNG."""
     figure = Figure(figsize=(5.5, 6), layout="constrained")
     axes, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     counts, confidence, accuracy = zip(*scores.calibration, strict=True)
@@ -113,9 +113,9 @@ def save_calibration(scores: Scores, title: str, path: Path) -> None:
 def save_mistakes(
     images: NDArray[np.uint8], mistakes: Sequence[dict[str, Any]], title: str, path: Path
 ) -> None:
-    """Images ``[N, H, W, C]`` with what they were taken for, as a PNG; without any, none."""
+    """Images ``[N, H, W, C]`` with their wrong predictions, as a PNG; no file without any."""
     if not len(images):
-        path.unlink(missing_ok=True)  # of an earlier network
+        path.unlink(missing_ok=True)  # an earlier network's
         return
     columns = 6
     rows = -(-len(images) // columns)
@@ -137,7 +137,7 @@ def save_mistakes(
 
 
 def _shortened(name: str) -> str:
-    """``name`` without its middle if it is too long for a picture."""
+    """``name``, with its middle left out if it is too long for the plot."""
     if len(name) <= _LONGEST_NAME:
         return name
     kept = _LONGEST_NAME - 1
@@ -146,6 +146,6 @@ def _shortened(name: str) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
-        # The name of a file or class has letters that the font lacks: it draws boxes for them.
+        # The font lacks some letters of a file's or class's name, and draws boxes for them.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         figure.savefig(path, dpi=120)

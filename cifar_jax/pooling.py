@@ -19,11 +19,11 @@ from cifar_jax.errors import CifarJaxError, ExitCode
 def max_pool(x: jax.Array) -> jax.Array:
     """The maximum of each 2x2 window, stride 2: ``[B, H, W, C]`` -> ``[B, H//2, W//2, C]``.
 
-    An odd last row or column is left out, as in ``torch.nn.MaxPool2d(2, 2)``; and as there, the
-    gradient of a window goes to the first of its largest values.
+    An odd last row or column is dropped, as in ``torch.nn.MaxPool2d(2, 2)``; and as there, the
+    gradient of a window goes to the first of equal maxima.
 
     Raises:
-        CifarJaxError: data; not even one window fits.
+        CifarJaxError: data; the images are smaller than a window.
     """
     return _max_pool_even(whole_windows(x))
 
@@ -38,8 +38,8 @@ def whole_windows(x: jax.Array) -> jax.Array:
     if min(height, width) < 2:
         raise CifarJaxError(
             ExitCode.DATA,
-            f"the images are too small for the network: {height}x{width} pixels are left where a "
-            "2x2 pool comes",
+            f"the images are too small for the network: {height}x{width} pixels are left before a "
+            "2x2 pool",
             fix="give larger images, or a network with fewer pools, such as --widths 16,32",
         )
     return x[:, : height // 2 * 2, : width // 2 * 2, :]
@@ -64,14 +64,14 @@ def first_winner(corners: list[jax.Array], pooled: jax.Array) -> jax.Array:
     """The index, 0 to 3, of the first corner that equals ``pooled``: int8, of the same shape."""
     first, second, third, _ = (corner == pooled for corner in corners)
     winner = jnp.where(first, 0, jnp.where(second, 1, jnp.where(third, 2, 3)))
-    return winner.astype(jnp.int8)  # one byte is all that the backward pass needs
+    return winner.astype(jnp.int8)  # all that the backward pass needs is one byte
 
 
 def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     def together(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return lax.optimization_barrier(_pool_and_winner(x))
 
-    # A GPU's program would read x once for the maximum and once more for the winner.
+    # On a GPU, XLA would otherwise read x twice: for the maximum, and for its index.
     return lax.platform_dependent(x, cpu=_pool_and_winner, default=together)
 
 

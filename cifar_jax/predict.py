@@ -1,4 +1,4 @@
-"""What is on an image, says a trained network: ``python -m cifar_jax.predict``."""
+"""Classify images with a trained network: ``python -m cifar_jax.predict``."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from cifar_jax.errors import CifarJaxError, ExitCode, shown
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder
 
-if TYPE_CHECKING:  # slow to import: a wrong option is answered before
+if TYPE_CHECKING:  # slow to import: wrong options are reported before
     from cifar_jax.inference import Logits
     from cifar_jax.trained import TrainedNetwork
 
 DESCRIPTION = """\
-Say what is on images: the probability of each class, by a trained network.
+Classify images with a trained network: the probability of each class.
 
 IMAGE is a file of any format and mode that Pillow reads, a folder (all images below it), or - for
-an image on standard input. Each is turned as its EXIF says, brought to the network's size, and
-otherwise read as in training: without transparency, 8 bits a channel. A file that is not an
-image is named, and the others are answered; the exit code is then 3.
+an image on standard input. Each is rotated as its EXIF says, resized to the network's size, and
+otherwise read as in training: without transparency, 8 bits per channel. A file that is not an image
+is reported, and the others are classified; the exit code is then 3.
 
 examples:
   python -m cifar_jax.predict --checkpoint runs/20261122-101500-cnn frog.jpg holiday/
   python -m cifar_jax.predict --checkpoint runs/20261122-101500-cnn --json - < frog.jpg
 """
 
-BATCH_SIZE = 32  # images that are decoded before the first is answered
+BATCH_SIZE = 32  # images decoded before the first answer
 _STDIN = "-"
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictOptions(Options):
-    """Which network, and how to show its answers."""
+    """Which network to use, and how to show its predictions."""
 
     checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
     top: int = option(3, "show this many classes", at_least=1)
@@ -50,15 +50,15 @@ class PredictOptions(Options):
     )
     fit: FitName = option(
         "stretch",
-        "how an image of other proportions is brought to the network's: stretched, as in training, "
-        "or its middle cut out",
+        "how to fit an image of other proportions: stretch it, as in training, or cut out its "
+        "middle",
     )
 
 
 def predict(
     network: TrainedNetwork, logits: Logits, files: Sequence[str], fit: FitName = "stretch"
 ) -> Iterator[dict[str, Any]]:
-    """For each image in ``files``, in order, what ``--json`` prints.
+    """What ``--json`` prints for each image in ``files``, in order.
 
     Args:
         logits: of ``network``, from :func:`cifar_jax.inference.make_logits`.
@@ -97,10 +97,10 @@ def predict(
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """The files that ``names`` stand for: of a folder, all images below it, sorted.
+    """The files that ``names`` stand for: for a folder, all images below it, sorted.
 
     Raises:
-        CifarJaxError: data; a folder holds no image.
+        CifarJaxError: data; a folder contains no image.
     """
     from cifar_jax.images import image_suffixes
 
@@ -108,7 +108,7 @@ def find_images(names: Sequence[str]) -> list[str]:
     files: list[str] = []
     for name in names:
         path = Path(name)
-        if name == _STDIN or not os.path.isdir(name):  # Path's raises where it may not look
+        if name == _STDIN or not os.path.isdir(name):  # Path.is_dir raises without permission
             files.append(name)
             continue
         below = [
@@ -116,7 +116,7 @@ def find_images(names: Sequence[str]) -> list[str]:
             for found in sorted(path.rglob("*"))
             if found.suffix.lower() in suffixes
             and not any(part.startswith(".") for part in found.relative_to(path).parts)
-            and (found.is_file() or not found.exists())  # a link to nothing is to be named
+            and (found.is_file() or not found.exists())  # a broken link is to be reported
         ]
         if not below:
             raise CifarJaxError(
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_given(argv)
     names = given.pop("images")
     options = PredictOptions(**given)
-    step_folder(Path(options.checkpoint))  # soon: trained.load would say so after the imports
+    step_folder(Path(options.checkpoint))  # fail early, before the slow imports of trained.load
     import numpy as np
 
     from cifar_jax import trained
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CifarJaxError(
             ExitCode.DATA,
             f"{n_refused} of {len(files)} image(s) could not be read",
-            fix="mend or remove the files named above",
+            fix="repair or remove the files named above",
         )
 
 

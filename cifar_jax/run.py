@@ -1,4 +1,4 @@
-"""What a training run is made of, and how far it has come."""
+"""The state of a training run: its fixed parts, and its progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cifar_jax.workdir import checkpoints_of
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is made of, and does not change as it goes."""
+    """The parts of a run that stay fixed."""
 
     config: TrainConfig
     workdir: Path
@@ -46,13 +46,13 @@ class Run:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come: what a checkpoint holds, and all that a resumed run needs.
+    """The progress of a run: the content of a checkpoint, and all that resuming needs.
 
     Attributes:
         state: the training state after ``state.step`` steps.
-        history: a row for each epoch done.
-        sums: training sums of the epoch under way.
-        seconds: what the epoch under way has taken.
+        history: a row for each finished epoch.
+        sums: training sums of the current epoch.
+        seconds: time spent on the current epoch.
     """
 
     state: TrainState
@@ -73,7 +73,7 @@ def write_config(config: TrainConfig, workdir: Path) -> None:
 def versions() -> dict[str, str]:
     packages = (
         *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
-        *("tensorflow-cpu", "tensorflow"),  # the one or the other
+        *("tensorflow-cpu", "tensorflow"),  # one or the other is installed
     )
     found = {"cifar_jax": __version__, "python": platform.python_version()}
     for package in packages:

@@ -1,4 +1,4 @@
-"""What logits are worth against labels: accuracy with its interval, per class, calibration."""
+"""Scores of logits against labels: accuracy with its interval, per class, calibration."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Scores:
     """The scores of a network on labelled images.
 
     Attributes:
-        n, correct: images, and those whose most probable class is the true one.
-        accuracy_interval: of 95 %, by Wilson; what a new sample of as many images could give.
+        n, correct: the number of images, and of those whose most probable class is the true one.
+        accuracy_interval: the 95 % interval, :func:`wilson_interval`.
         loss: mean cross-entropy, nats.
         confusion: images of each true class (rows) by predicted class (columns), ``[K, K]``.
         calibration_error: how far confidence is from accuracy, 0..1, see :func:`calibration_error`.
         calibration: for each bin of confidence, ``(count, mean confidence, accuracy)``.
-        predicted, confidence: of each image, the most probable class and its probability, ``[N]``.
+        predicted, confidence: each image's most probable class, and its probability, ``[N]``.
     """
 
     n: int
@@ -43,36 +43,36 @@ class Scores:
 
     @property
     def precision(self) -> list[float | None]:
-        """For each class, the share of the images called so that are; None where none are."""
+        """For each class, the fraction of its predictions that are right; None without any."""
         return _shares(self.confusion.diagonal(), self.confusion.sum(axis=0))
 
     @property
     def recall(self) -> list[float | None]:
-        """For each class, the share of its images that are called so; None where it has none."""
+        """For each class, the fraction of its images that are recognised; None without any."""
         return _shares(self.confusion.diagonal(), self.confusion.sum(axis=1))
 
     @property
     def shares(self) -> NDArray[np.float64]:
-        """``confusion`` as shares of each true class, ``[K, K]``; 0 where it has no images."""
+        """``confusion`` as fractions of each true class, ``[K, K]``; 0 if it has no images."""
         return self.confusion / np.maximum(self.confusion.sum(axis=1, keepdims=True), 1)
 
     def taken_for(self, k: int) -> tuple[int, int] | None:
-        """The other class that images of class ``k`` are most often taken for, and how many are.
+        """The class that images of class ``k`` are most often mistaken for, and how many are.
 
-        Of equals the first; None where all are called ``k``.
+        Of equals, the first; None without mistakes.
         """
         others = self.confusion[k].copy()
         others[k] = 0
         return (int(others.argmax()), int(others.max())) if others.any() else None
 
     def mistakes(self, labels: NDArray[np.int32], most: int) -> NDArray[np.int64]:
-        """Indices of the wrong answers, the most confident first."""
+        """Indices of wrong predictions, the most confident first."""
         wrong = np.flatnonzero(self.predicted != labels)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:most]
 
 
 def score(logits: NDArray[np.floating], labels: NDArray[np.int32]) -> Scores:
-    """The scores of logits ``[N, K]`` for images of ``labels`` ``[N]``; N at least 1."""
+    """The scores of logits ``[N, K]`` against ``labels`` ``[N]``; N is at least 1."""
     n, num_classes = logits.shape
     log_probabilities = log_softmax(logits)
     predicted = logits.argmax(axis=-1)
@@ -96,7 +96,7 @@ def score(logits: NDArray[np.floating], labels: NDArray[np.int32]) -> Scores:
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share ``correct / n``.
+    """The 95 % confidence interval of a proportion ``correct / n``.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     1927. With p = correct / n and z = 1.96: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).

@@ -1,7 +1,7 @@
 """``shapes``: ten classes of 32x32 RGB images drawn with NumPy, for training without a network.
 
-Position, size, tilt, colours and clutter vary from image to image, so that no pixel tells the class
-by itself: a linear model learns little, an MLP more, and a CNN nearly everything.
+Position, size, tilt, colours and clutter vary from image to image, so that no single pixel gives
+the class away: a linear model learns little, an MLP more, and a CNN nearly everything.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ N_TRAIN, N_TEST = 12_000, 2_000
 Floats = NDArray[np.floating]
 
 
-# Each figure is an implicit function of coordinates x (right) and y (down), both [N, H, W] and
-# scaled so that the figure fills about [-1, 1]: negative inside, and near the edge about the
-# distance to it.
+# Each figure is an implicit function of the coordinates x (right) and y (down), both [N, H, W] and
+# scaled so that the figure fills about [-1, 1]: negative inside, and approximately the signed
+# distance near the edge.
 def _box(x: Floats, y: Floats, half_width: float, half_height: float) -> Floats:
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
@@ -81,14 +81,14 @@ CLASS_NAMES = tuple(_FIGURES)
 
 
 def draw(n: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Draw ``n`` images, the classes in turn.
+    """Draw ``n`` images, cycling through the classes.
 
     Returns:
         Images uint8 ``[N, H, W, C]`` and labels int32 ``[N]``, a function of ``(n, seed)`` alone.
     """
     rng = np.random.default_rng(seed)
     labels = np.arange(n, dtype=np.int32) % len(CLASS_NAMES)
-    # In pieces that fit a processor's cache: three times as fast as in one.
+    # In chunks that fit a processor's cache: three times as fast as all at once.
     pieces = np.split(labels, range(100, n, 100))
     return np.concatenate([_draw_figures(rng, piece) for piece in pieces]), labels
 
@@ -99,7 +99,7 @@ def _draw_figures(rng: np.random.Generator, labels: NDArray[np.int32]) -> NDArra
     def uniform(low: float, high: float, *shape: int) -> Floats:
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
 
-    # A point of the image in the figure's own coordinates: moved, tilted, scaled.
+    # The image's points in the figure's own coordinates: moved, tilted, scaled.
     axis = np.arange(SIZE, dtype=np.float32)
     radius = uniform(5, 11, 1, 1)
     x = axis[None, None, :] - uniform(10, SIZE - 11, 1, 1)
@@ -130,7 +130,7 @@ def _background(rng: np.random.Generator, n: int) -> Floats:
     image = corner + (right - corner) * ramp[None, :] + (down - corner) * ramp[:, None]
     grid = np.arange(SIZE)
     for _ in range(4):
-        # A faint rectangle somewhere: a bar or a spot, over the edge or not.
+        # A faint rectangle somewhere: a bar or a spot, perhaps partly outside.
         first = rng.integers(-6, SIZE, (2, n, 1))
         last = first + rng.integers(2, 12, (2, n, 1))
         rows, columns = (grid >= first) & (grid < last)  # each [N, SIZE]
@@ -140,7 +140,7 @@ def _background(rng: np.random.Generator, n: int) -> Floats:
 
 
 def _figure_colour(rng: np.random.Generator, background: Floats) -> Floats:
-    """A colour for each image that its background does not swallow, ``[N, C]`` in 0..1."""
+    """A colour for each image that contrasts with its background, ``[N, C]`` in 0..1."""
     mean = background.mean(axis=(2, 3))
     colour = rng.uniform(0, 1, mean.shape).astype(np.float32)
     towards = np.where(mean > 0.5, -1, 1)

@@ -34,15 +34,15 @@ from cifar_jax.lock import alone_in
 NAMES = ("auto", "cifar10", "shapes")  # what --data may be besides a path
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-# How long to wait for that host before the network counts as absent; tfds would retry for minutes.
+# How long to wait for that host before giving up on the network; tfds would retry for minutes.
 _DOWNLOAD_TIMEOUT_SECONDS = 4
-# Mean and std of a split too large for memory are those of so many of its images, or fewer if they
-# are large.
+# The mean and std of a split too large for memory are estimated from this many of its images, or
+# fewer if they are large.
 _STATISTICS_SAMPLE = 10_000
 _STATISTICS_BYTES = 256 * 2**20
-# Of each split so many files are looked at before a data set counts as greyscale.
+# A data set counts as greyscale if this many files of each split are.
 _SHAPE_SAMPLE = 500
-# The folders of splits, and what else their names may be meant by.
+# The folders of splits, and other names that may be meant for them.
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -52,7 +52,7 @@ _SPLIT_FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """What a source itself holds; a split that it does not have is None."""
+    """The content of a source; splits that it does not have are None."""
 
     name: str
     digest: str
@@ -68,8 +68,8 @@ class Source:
     """A source in three splits, before files are decoded; most attributes are ``Dataset``'s.
 
     Attributes:
-        drawn: the splits that were drawn here, at random: of other images, or of the same in
-            another order, the draw is another.
+        drawn: the splits that were drawn at random; changing or reordering the images changes the
+            draw.
     """
 
     name: str
@@ -83,11 +83,11 @@ class Source:
 
 
 def check_source(source: str, image_size: int | None = None) -> None:
-    """What can be said of ``source`` at once; :func:`load_dataset` says the rest.
+    """The quick checks of ``source``; :func:`load_dataset` does the others.
 
     Raises:
-        CifarJaxError: data; it is no name, folder of folders, or archive. Usage; ``image_size`` is
-            given, and it is a name, whose images are not files.
+        CifarJaxError: data; it is not a name, folder of folders, or archive. Usage; ``image_size``
+            is given for a name, whose images are not files.
     """
     if source in NAMES:
         if image_size is not None:
@@ -110,7 +110,7 @@ def check_source(source: str, image_size: int | None = None) -> None:
 
 
 def is_here(source: str, data_dir: str | None) -> bool:
-    """Whether ``source`` can be read without a download; ``auto`` only if CIFAR-10 is prepared."""
+    """Whether ``source`` needs no download; ``auto`` does unless CIFAR-10 is prepared."""
     if source in ("auto", "cifar10"):
         return _is_prepared(_data_dir(data_dir))
     return source == "shapes" or os.path.exists(os.path.expanduser(source))
@@ -173,11 +173,11 @@ def load_dataset(
     The test split of a folder stays undecoded: its files are read when it is scored.
 
     Args:
-        decode: from files to pixels; None is TensorFlow's.
+        decode: decodes a split of files; None for TensorFlow's decoder.
 
     Raises:
         CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
-            Usage; ``image_size`` is given, and its images are not files.
+            Usage; ``image_size`` is given for images that are not files.
     """
     splits = load_splits(
         source,
@@ -224,7 +224,7 @@ def _check_trainable(source: str, splits: Source, image_size: int | None) -> Non
     if not len(splits.train):
         raise CifarJaxError(
             ExitCode.DATA,
-            f"--data {source} leaves no image to train on beside {len(splits.val)} for validation",
+            f"--data {source} leaves no image to train on besides {len(splits.val)} for validation",
             fix="give more images, or a smaller --val-fraction",
         )
 
@@ -233,7 +233,7 @@ def _not_resized(source: str, image_size: int, size: tuple[int, int]) -> CifarJa
     return CifarJaxError(
         ExitCode.USAGE,
         f"--image-size {image_size} with --data {source}, whose images are {size[0]}x{size[1]}",
-        fix="leave it out: only files of images are resized",
+        fix="leave it out: only image files are resized",
     )
 
 
@@ -277,9 +277,9 @@ def _shapes() -> _Contents:
 
 def _shapes_notice(data_dir: Path, obstacle: str) -> str:
     return (
-        f"CIFAR-10 is missing: it is not prepared in {data_dir}, and it cannot be\n"
+        f"CIFAR-10 is not available: it is not prepared in {data_dir}, and cannot be\n"
         f"downloaded: {obstacle}.\n"
-        "In its place is 'shapes', ten classes of drawn figures.\n"
+        "Using 'shapes' instead, ten classes of drawn figures.\n"
         "ACCURACY ON THEM SAYS NOTHING ABOUT CIFAR-10.\n"
         "For CIFAR-10, with a network:   --data cifar10\n"
         "or with an archive or folder:   --data cifar-10-binary.tar.gz"
@@ -287,7 +287,7 @@ def _shapes_notice(data_dir: Path, obstacle: str) -> str:
 
 
 def _is_prepared(data_dir: Path) -> bool:
-    # Looked up by hand: asking tfds costs the seconds of TensorFlow's import.
+    # Looked up directly: asking tfds would cost the seconds of TensorFlow's import.
     return any(data_dir.glob("cifar10/[0-9]*/dataset_info.json"))
 
 
@@ -303,7 +303,7 @@ def _download_obstacle() -> str | None:
         except (OSError, ValueError, http.client.HTTPException) as error:
             obstacle[0] = str(getattr(error, "reason", error)) or type(error).__name__
 
-    # In a thread: looking the host's name up has a time limit of its own, which can be long.
+    # In a thread: resolving the host's name has a timeout of its own, which can be long.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_DOWNLOAD_TIMEOUT_SECONDS)
@@ -342,7 +342,7 @@ def _archive(path: Path, data_dir: Path, image_size: int | None) -> _Contents:
     except CifarJaxError as error:
         if error.exit_code != ExitCode.DATA:
             raise
-        raise CifarJaxError(  # a person mends the archive, not what was extracted
+        raise CifarJaxError(  # the user has to fix the archive, not what was extracted
             ExitCode.DATA, f"{path}, extracted: {error.what}", fix=f"in the archive, {error.fix}"
         ) from error
 
@@ -353,8 +353,8 @@ def _archive(path: Path, data_dir: Path, image_size: int | None) -> _Contents:
 def _folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> _Contents:
     """A folder in the layout of torchvision's ImageFolder, with splits or flat.
 
-    ``test/`` is the test set, or ``val/`` where there is no ``test/``; with both, ``val/`` is the
-    validation split. All of a flat folder is ``train``.
+    ``test/`` is the test set, or ``val/`` if there is no ``test/``; with both, ``val/`` is the
+    validation split. All images of a flat folder are ``train``.
     """
     with reading(root):
         root = _unwrap(root)
@@ -389,29 +389,29 @@ def _folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> _C
 
 
 def _split_folders(root: Path) -> list[str]:
-    """Which of ``train``, ``val`` and ``test`` are there; none in a folder of class folders.
+    """Those of ``train``, ``val`` and ``test`` that exist; none in a folder of class folders.
 
     Raises:
-        CifarJaxError: data; there are folders that must be meant as splits, by other names.
+        CifarJaxError: data; there are folders that must be splits, but have other names.
     """
     names = [folder.name for folder in folders_and_files(root)[0]]
     present = [split for split in _SPLIT_FOLDERS if split in names]
     if len(present) == 1 < len(names) and not folders_and_files(root / present[0])[0]:
-        return []  # a class, of pictures of trains, say
+        return []  # a class, such as pictures of trains
     meant = {
         name: split
         for split, spellings in _SPLIT_FOLDERS.items()
         for name in names
         if name not in _SPLIT_FOLDERS and name.casefold() in spellings
     }
-    # One of them alone may be a class, and so may 'valid' beside others.
+    # A single one may be a class, and so may 'valid' beside others.
     splits = {*present, *meant.values()}
     if meant and "train" in splits and len(splits) > 1:
         renamed = ", ".join(f"{shown(name)}/ to {split}/" for name, split in meant.items())
         raise CifarJaxError(
             ExitCode.DATA,
-            f"{shown(root)} has {' and '.join(f'{shown(name)}/' for name in meant)}, and splits "
-            "are looked for in train/, val/ and test/",
+            f"{shown(root)} has {' and '.join(f'{shown(name)}/' for name in meant)}, but splits "
+            "must be called train/, val/ and test/",
             fix=f"rename {renamed}",
         )
     if present and (others := [name for name in names if name not in present]):
@@ -423,12 +423,12 @@ def _split_folders(root: Path) -> list[str]:
 
 
 def _unwrap(root: Path) -> Path:
-    """Through folders that hold one folder, as archives often do, beside a README at most."""
+    """Descend through folders with a single folder, as in many archives, and at most a README."""
     while True:
         folders, _ = folders_and_files(root)
         if len(folders) != 1 or folders[0].name in _SPLIT_FOLDERS:
             return root
-        if folders[0].is_symlink():  # can lead round in a circle
+        if folders[0].is_symlink():  # can be circular
             return root
         inner_folders, _ = folders_and_files(Path(folders[0].path))
         if not inner_folders:  # it is a class
@@ -443,7 +443,7 @@ def _check_same_classes(
         missing = sorted(set(class_names) - set(other_names))
         extra = sorted(set(other_names) - set(class_names))
         alike = set(map(_as_read, missing)) & set(map(_as_read, extra))
-        show = ascii if alike else repr  # else they would be shown as the same
+        show = ascii if alike else repr  # repr would show them as the same
         raise CifarJaxError(
             ExitCode.DATA,
             f"{shown(other_root)} has other classes than {shown(root)}: "
@@ -453,7 +453,7 @@ def _check_same_classes(
 
 
 def _print_remarks(root: Path, class_names: tuple[str, ...], ignored: Counter[str]) -> None:
-    """Print what is not an error, but may be a mistake."""
+    """Print warnings on what is not an error, but may be a mistake."""
     if ignored:
         counts = [f"{n:,} {ending or 'without ending'}" for ending, n in ignored.most_common(5)]
         if len(ignored) > len(counts):
@@ -473,5 +473,5 @@ def _print_remarks(root: Path, class_names: tuple[str, ...], ignored: Counter[st
 
 
 def _as_read(name: str) -> str:
-    """The same for names that differ in case alone, or in how Unicode composes their letters."""
+    """A key that is equal for names that differ only in case or in Unicode composition."""
     return unicodedata.normalize("NFKC", name.casefold())

@@ -1,4 +1,4 @@
-"""The start of a training run: its data, network and steps, and how far it has come before."""
+"""The start of a training run: its data, network, compiled steps, and saved progress."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from cifar_jax.workdir import checkpoints_of
 
 
 def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
-    """A run with its steps compiled, and its progress: none, or that of its newest checkpoint.
+    """A run with compiled steps, and its progress: empty, or restored from its newest checkpoint.
 
-    With several processes each does the same, on its share of the data, and the first one writes.
+    With several processes, each does the same on its share of the data, and the first one writes.
     """
     devices = select_devices(config.devices)
     check_batch_divides(config, len(devices))
@@ -65,7 +65,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
         axis_name=AXIS_NAME if config.sync_batch_norm else None,
         dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
     )
-    # On the host, where a checkpoint is restored to.
+    # On the host, where checkpoints are restored.
     with signals_held():
         state = jax.device_get(create_train_state(model, tx, dataset.image_shape, config.seed))
     print(
@@ -106,7 +106,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
 
 
 def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
-    """The data, decoded as ``config.input`` wants it."""
+    """The data, decoded as ``config.input`` requires."""
     cache_mb = config.cache_mb
     if config.input == "device":
         from cifar_jax.device_input import check_fits, room_mb
@@ -128,7 +128,7 @@ def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
 
 
 def _decoder(config: TrainConfig) -> Callable[[Split], Split]:
-    """From files to pixels, as ``config.input`` has them."""
+    """The decoder of a split, as ``config.input`` requires."""
     if config.input == "device":
         from cifar_jax.device_input import decode
     else:
@@ -137,9 +137,9 @@ def _decoder(config: TrainConfig) -> Callable[[Split], Split]:
 
 
 def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step``, which also tells every process of a signal that came to any of them.
+    """``step``, which also informs every process of a signal received by any of them.
 
-    In the batch each device has a ``signal``, 0 for none; the sums hold the largest.
+    The batch holds a ``signal`` for each device, 0 for none; the sums hold the largest.
     """
 
     def step_with_signal(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -154,9 +154,9 @@ def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:
 def _start_or_resume(
     config: TrainConfig, checkpoints: Path, state: TrainState, dataset: Dataset
 ) -> tuple[Progress, Dataset]:
-    """The progress of the newest checkpoint that can be read, or the start.
+    """The progress of the newest readable checkpoint, or the start of a new run.
 
-    And ``dataset`` with the normalisation of the run: the data's own, but for given weights.
+    Also returns ``dataset`` with the run's mean and std: the data's own, or those of given weights.
     """
     if not is_first():
         wait_for_all("restored")  # the first one sets damaged checkpoints aside
@@ -186,13 +186,13 @@ def _start_or_resume(
             f"--resume: {saved.path} was trained on {trained_on['name']} with digest "
             f"{trained_on['digest'][:12]}, --data now gives {dataset.name} with "
             f"{dataset.digest[:12]}",
-            fix="give the --data that the run began with, or start a new run in another --workdir",
+            fix="give the --data of the run's start, or start a new run in another --workdir",
         )
     begun = -(-int(saved.state.step) // (len(dataset.train) // config.batch_size))
     if config.epochs < begun:
         raise CifarJaxError(
             ExitCode.USAGE,
-            f"--resume with --epochs {config.epochs}, of a run that has begun epoch {begun}",
+            f"--resume with --epochs {config.epochs} for a run that is already in epoch {begun}",
             fix=f"give --epochs {begun} or more, or start a new run in another --workdir",
         )
     print(f"resumed at step {saved.state.step}, from {saved.path}")
@@ -207,7 +207,7 @@ def _start_or_resume(
 
 
 def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Progress, Dataset]:
-    """Step 0: of ``state``, or of the weights that ``config`` names, with their normalisation."""
+    """Step 0 with ``state``, or with the weights that ``config`` names and their normalisation."""
     if config.initial_weights is None:
         if config.model == "airbench":
             with signals_held():
@@ -229,13 +229,13 @@ def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Pr
             f"{given.n_params:,} parameters; the run's network has other layers",
             fix=f"give --model {given.config.model} with its options, and images of its size",
         )
-    print(f"with the weights of {config.initial_weights}, and its mean and std of each channel")
-    progress = Progress(state.replace(**given.variables))  # the optimizers begin with zeros
+    print(f"starting from the weights, mean and std of {config.initial_weights}")
+    progress = Progress(state.replace(**given.variables))  # the optimizer starts from zeros
     return progress, dataclasses.replace(dataset, mean=given.mean, std=given.std)
 
 
 def _whitened(state: TrainState, dataset: Dataset, config: TrainConfig) -> TrainState:
-    """``state`` of airbench, whose first convolution whitens the training images."""
+    """``state`` of airbench, with a first convolution that whitens the training images."""
     train = dataset.train
     some = train.take(np.arange(0, len(train), whitening_stride(len(train))))
     if isinstance(some.images, ImageFiles):
@@ -250,18 +250,18 @@ def _whitened(state: TrainState, dataset: Dataset, config: TrainConfig) -> Train
 
 
 def _tidy(checkpoints: Path) -> None:
-    """Remove what a kill left half done, and say what else is there."""
+    """Remove what a kill left half done, and report what else is there."""
     for path in checkpoint.remove_unfinished(checkpoints):
-        print(f"removed {path}: a save, or a deletion, that was cut short")
+        print(f"removed {path}, left by an interrupted save or deletion")
     if strangers := checkpoint.strangers(checkpoints):
         names = ", ".join(path.name for path in strangers[:5])
         print(f"warning: ignored in {checkpoints}: {names}, which are not checkpoints")
 
 
 def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progress) -> None:
-    """See that all processes are about to do the same, and have the first begin the workdir."""
+    """Check that all processes are about to do the same; the first one then starts the workdir."""
     settings = to_json(config)
-    where = ("data", "data_dir")  # may be another place on another machine
+    where = ("data", "data_dir")  # paths may differ between machines
     if jax.process_count() > 1:
         weights = checkpoint.tree_sha256((progress.state, dataset.mean, dataset.std))
         check_agreement(
@@ -276,7 +276,7 @@ def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progr
             }
         )
     if is_first():
-        (workdir / "report.json").unlink(missing_ok=True)  # of fewer epochs, if there is one
+        (workdir / "report.json").unlink(missing_ok=True)  # from a run of fewer epochs
         write_config(config, workdir)
     wait_for_all("begun")
     if not (workdir / "config.json").exists():

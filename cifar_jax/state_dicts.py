@@ -1,4 +1,4 @@
-"""A state_dict of PyTorch in a file: read, written, and recognised as a network of the zoo."""
+"""PyTorch state_dicts in files: read, written, and recognised as a network of the zoo."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ Shape = tuple[int, ...]
 SAFETENSORS_ENDING = ".safetensors"
 ENDINGS = (".pth", ".pt", SAFETENSORS_ENDING)
 
-_USUAL_SIDE = 32  # of CIFAR-10's images, where a network takes any
-_USUAL_DROPOUT = 0.5  # PyTorch's default: the layer's place is in the names, its rate is not
+_USUAL_SIDE = 32  # of CIFAR-10's images, if a network takes any
+_USUAL_DROPOUT = 0.5  # PyTorch's default: names reveal where dropout is, but not its rate
 
-# Differences named of each kind; a network that is quite another one has dozens.
+# Differences of each kind that an error lists; an entirely different network has dozens.
 _NAMED = 5
 
-# What a file of a network stays below, and one that is made to keep us busy does not.
+# Limits that files of networks stay below, unlike files that are made to keep us busy.
 _MOST_TENSORS = 300
 _LONGEST_NAME = 200
 _LARGEST_HEADER = 2**20  # bytes, of a .safetensors: names, shapes and metadata
@@ -70,14 +70,15 @@ class Network(NamedTuple):
 def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     """The tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file as float32, and its metadata.
 
-    Names come as this program spells them: without the ``module.`` of DataParallel, the
-    ``_orig_mod.`` of torch.compile or anything else that all begin with, and for an
-    ``nn.Sequential`` with the tutorial's ``network.`` before its numbers. Batch norm's
-    ``num_batches_tracked``, which has no use here, is left out.
+    Names are normalised: a prefix that all of them share is removed, such as the ``module.`` of
+    DataParallel or the ``_orig_mod.`` of torch.compile, and the numbers of an ``nn.Sequential`` get
+    the tutorial's ``network.`` in front. Batch norm's ``num_batches_tracked`` is unused here, and
+    left out.
 
     Raises:
-        CifarJaxError: checkpoint; absent, damaged, or not of numbers. Usage; another ending.
-            Environment; no torch, or one with known holes, for a ``.pth``.
+        CifarJaxError: checkpoint; the file is missing or damaged, or does not hold numbers. Usage;
+            it has another ending. Environment; a ``.pth`` needs torch, which is missing or has
+            known vulnerabilities.
     """
     ending = path.suffix.lower()
     if ending not in ENDINGS:
@@ -88,8 +89,8 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
         )
     metadata: dict[str, str] = {}
     try:
-        if not path.is_file():  # reading a pipe would wait for its other end
-            raise OSError("it is absent, or not a plain file")
+        if not path.is_file():  # reading a pipe could block
+            raise OSError("it is missing, or not a regular file")
         if ending == SAFETENSORS_ENDING:
             tensors, metadata = _read_safetensors(path)
         else:
@@ -110,15 +111,15 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
         if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
             raise _refuse(
                 f"{name} in {path} is {array.dtype}{list(array.shape)}, which weights cannot be",
-                "leave it out of the file, or convert the network before it is quantized",
+                "leave it out of the file, or convert the network before quantizing it",
             )
-        with np.errstate(over="ignore"):  # float64 can be infinite as float32
+        with np.errstate(over="ignore"):  # float64 can overflow float32
             tensors[name] = array.astype(np.float32, order="C")
     return _own_names(tensors), metadata
 
 
 def check_numbers(state_dict: StateDict, source: Path) -> None:
-    """Raise ``CifarJaxError`` (checkpoint) if a number of ``source`` is none, or a variance < 0."""
+    """Raise ``CifarJaxError`` (checkpoint) if a value is not finite, or a variance is negative."""
     for name, array in state_dict.items():
         if bad := array.size - int(np.isfinite(array).sum()):
             raise _refuse(
@@ -128,19 +129,19 @@ def check_numbers(state_dict: StateDict, source: Path) -> None:
             )
         if name.endswith("running_var") and array.min() < 0:
             raise _refuse(
-                f"{name} in {source} has {array.min():g}, which no variance can be",
+                f"{name} in {source} has {array.min():g}, which cannot be a variance",
                 "use a file as PyTorch saved it",
             )
 
 
 def write_state_dict(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> None:
-    """Write a ``.pth``, ``.pt`` or ``.safetensors`` file; ``metadata`` goes into the last alone.
+    """Write a ``.pth``, ``.pt`` or ``.safetensors`` file; only the last can hold ``metadata``.
 
     Raises:
-        CifarJaxError: environment; no torch for a ``.pth``.
+        CifarJaxError: environment; a ``.pth`` needs torch, which is missing.
         OSError: the file cannot be written.
     """
-    # safetensors 0.8 writes an array's memory as it lies, whatever its strides.
+    # safetensors 0.8 writes an array's memory as it is, ignoring its strides.
     contiguous = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
     if path.suffix.lower() == SAFETENSORS_ENDING:
         path.write_bytes(safetensors.numpy.save(contiguous, {"format": "pt", **metadata}))
@@ -151,15 +152,15 @@ def write_state_dict(path: Path, state_dict: StateDict, metadata: dict[str, str]
 def identify(
     state_dict: StateDict, *, model: ModelName | None = None, image_size: int | None = None
 ) -> Network:
-    """The network that ``state_dict`` comes closest to by the names of its layers.
+    """The network whose layer names are closest to those of ``state_dict``.
 
-    Where no names fit, it is one whose tensors have the same shapes, if there is one.
+    If no names match, it is one whose tensors have the same shapes, if there is one.
 
-    Widths and hidden units are read off the tensors; of the config, only what differs from the
-    model's own is set. Whether the tensors really are that network's, :func:`variables_of` tells.
+    Widths and hidden units are read off the tensors; the config sets only what differs from the
+    model's defaults. :func:`variables_of` checks whether the tensors really are that network's.
 
     Args:
-        model: the only one to consider; None for all.
+        model: the only model to consider; None for all.
         image_size: the side of the images, for networks that take any.
 
     Raises:
@@ -171,7 +172,7 @@ def identify(
         network
         for name in names
         for network in _candidates(name, state_dict, image_size)
-        if model or hasattr(network.model, "torch_layout")  # a reader's own may have none
+        if model or hasattr(network.model, "torch_layout")  # a user's own may have none
     ]
 
     def distance(network: Network) -> int:
@@ -194,12 +195,13 @@ def identify(
 
 
 def variables_of(state_dict: StateDict, network: Network, source: Path) -> Variables:
-    """The variables in Flax's layout, of tensors that are exactly those of the network.
+    """The tensors, which must be exactly those of ``network``, as variables in Flax's layout.
 
-    A bias of a convolution before a batch norm, which our networks do without, is folded into it.
+    The bias of a convolution before a batch norm, which our networks do without, is folded into the
+    norm.
 
     Args:
-        source: the file, for the error.
+        source: the file, for errors.
 
     Raises:
         CifarJaxError: checkpoint; tensors are missing, extra or of another shape.
@@ -209,7 +211,7 @@ def variables_of(state_dict: StateDict, network: Network, source: Path) -> Varia
         if len(config.widths) + len(config.hidden) > len(state_dict):
             raise ValueError("it has more layers than the file has tensors")
         layout, expected = network.layout, _expected_shapes(network)
-    except (CifarJaxError, OverflowError, ValueError) as error:  # numbers in metadata can be any
+    except (CifarJaxError, OverflowError, ValueError) as error:  # metadata can hold any numbers
         raise _refuse(
             f"{source} claims to hold {_describe(config)}, which is impossible: {error}",
             "use another copy, or save its tensors alone",
@@ -221,15 +223,15 @@ def variables_of(state_dict: StateDict, network: Network, source: Path) -> Varia
     if found != expected and Counter(found.values()) == Counter(expected.values()):
         renamed = ", ".join(f"{a} is {b}" for a, b in _renamed(found, expected))
         raise _refuse(
-            f"the tensors in {source} have the shapes of {_describe(config)}, and other names: by "
-            f"their order {renamed}",
-            "if that is so, rename them in the state_dict and save it again",
+            f"the tensors in {source} have the shapes of {_describe(config)}, but other names; in "
+            f"order, {renamed}",
+            "if that is right, rename them in the state_dict and save it again",
         )
     if found != expected:
         raise _refuse(
             f"the tensors in {source} are not those of {_describe(config)}: "
             f"{_differences(found, expected)}",
-            "name the network with --model if it is another one; one that is not of the zoo "
+            "name the network with --model if it is another one; networks that are not in the zoo "
             "cannot be converted",
         )
     if not layout.scaled_norms:
@@ -238,10 +240,10 @@ def variables_of(state_dict: StateDict, network: Network, source: Path) -> Varia
 
 
 def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> TrainedNetwork:
-    """The network in the file ``path``, which says itself what it is; the file may be anyone's.
+    """The network in the file ``path``, as its own ``metadata`` describes it; both are untrusted.
 
     Args:
-        metadata: of :func:`cifar_jax.network_metadata.metadata_of`, and whatever else there is.
+        metadata: from :func:`cifar_jax.network_metadata.metadata_of`; other keys are ignored.
 
     Raises:
         CifarJaxError: checkpoint; the metadata describes no network, or one of other tensors.
@@ -264,7 +266,7 @@ def _check_unscaled(
         name = f"{torch_name}.weight"
         if layer.startswith("BatchNorm") and (state_dict[name] != 1).any():
             raise _refuse(
-                f"{name} in {source} is not all ones, and {config.model}'s norms have no scale",
+                f"{name} in {source} is not all ones, but {config.model}'s norms have no scale",
                 "train with that weight fixed, as the network's author does",
             )
 
@@ -272,16 +274,16 @@ def _check_unscaled(
 def _candidates(
     name: ModelName, state_dict: StateDict, image_size: int | None
 ) -> Iterator[Network]:
-    """The networks called ``name`` with the widths of ``state_dict`` and each choice of options."""
+    """The networks called ``name``, with the widths of ``state_dict`` and any options."""
     for kernels, weights in _readings(state_dict):
         yield from _of_widths(name, kernels, weights, image_size)
 
 
 def _readings(state_dict: StateDict) -> Iterator[tuple[list[Shape], list[Shape]]]:
-    """The shapes of the convolutions' kernels, and of the Dense layers' weights.
+    """Guesses of (shapes of convolution kernels, shapes of Dense weights).
 
-    Where one is missing, the bias tells that there is a layer, and how wide; if its place does not
-    tell of which kind it is, both are tried.
+    If a weight is missing, the layer's bias still gives its width; if its position does not reveal
+    the kind of layer, both are tried.
     """
     shapes: list[Shape] = []
     for name in sorted(state_dict, key=_network_order):
@@ -315,7 +317,7 @@ def _of_widths(
 ) -> Iterator[Network]:
     num_classes = weights[-1][0] if weights else 10
     own = create_model(TrainConfig(model=name), num_classes)
-    if not isinstance(own, Model):  # a reader's, with its own options
+    if not isinstance(own, Model):  # a user's own, with its own options
         side, channels = image_size or _USUAL_SIDE, kernels[0][1] if kernels else 3
         yield Network(TrainConfig(model=name), (side, side, channels), num_classes)
         return
@@ -331,7 +333,7 @@ def _of_widths(
         kernel = kernels[-1] if kernels else None
     elif name != "linear":
         hidden = tuple(shape[0] for shape in weights[:-1])
-    # Colours times the area of a patch; no square is three times another, so one side fits.
+    # Colours times the area of a patch; no square is three times another, so only one side fits.
     inputs = kernel[1] if kernel else 3
     sides = [s for c in (3, 1) if (s := math.isqrt(inputs // c)) ** 2 * c == inputs]
     choices = itertools.product(sorted({1, *sides}), (False, True), (0.0, _USUAL_DROPOUT))
@@ -355,7 +357,7 @@ def _of_widths(
 def _image_shape(
     config: TrainConfig, kernel: Shape | None, weight: Shape | None, image_size: int | None
 ) -> ImageShape:
-    """The images that fit the first convolution's kernel and the first Dense layer's weight."""
+    """The image shapes that fit the first convolution's kernel and the first Dense weight."""
     inputs = weight[1] if weight else 0
     model = create_model(config, 1)
     if not model.widths:
@@ -374,12 +376,12 @@ def _image_shape(
 
 
 def takes_one_size(config: TrainConfig) -> bool:
-    """Whether the network flattens, so that its tensors tell the size of the images."""
+    """Whether the network flattens, so that its tensors determine the size of the images."""
     return config.model in ("linear", "mlp", "cnn", "cnn-wide")
 
 
 def _divisor(config: TrainConfig) -> int:
-    """What the side of the image is divided by, on the way in too."""
+    """The factor by which the network reduces the side of the image, patches included."""
     if config.model == "resnet9":
         return 2**3
     model = create_model(config, 1)
@@ -391,20 +393,20 @@ def _divisor(config: TrainConfig) -> int:
 
 
 def _expected_shapes(network: Network) -> dict[str, Shape]:
-    """The shape of each tensor in PyTorch, by name, in the order of the network."""
+    """The shape of each PyTorch tensor by name, in the order of the network."""
     images = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
     shapes = jax.eval_shape(network.model.init, jax.random.key(0), images)
-    # Arrays of numbers without bytes: shapes that contradict each other can multiply to terabytes.
+    # Arrays that take no memory: contradictory shapes can multiply to terabytes.
     variables = jax.tree.map(lambda leaf: np.empty(leaf.shape, "V0"), dict(shapes))
     tensors = to_torch(variables, network.layout)
     return {n: a.shape for n, a in tensors.items() if not n.endswith("num_batches_tracked")}
 
 
 def _has_shapes(network: Network, shapes: Counter[Shape]) -> bool:
-    """Whether that network's tensors have these shapes, whatever their names."""
+    """Whether the network's tensors have these shapes, whatever their names."""
     try:
         return Counter(_expected_shapes(network).values()) == shapes
-    except CifarJaxError:  # such images are too small for it
+    except CifarJaxError:  # the images are too small for it
         return False
 
 
@@ -419,7 +421,7 @@ def _describe(config: TrainConfig) -> str:
 
 
 def _renamed(found: dict[str, Shape], expected: dict[str, Shape]) -> list[tuple[str, str]]:
-    """For each name in the file that is not ours, the next of ours with that shape."""
+    """Pairs of a name in the file that is not ours, and our next name with that shape."""
     left = [name for name in expected if name not in found]
     pairs = []
     for name, shape in found.items():
@@ -450,17 +452,17 @@ def _differences(found: dict[str, Shape], expected: dict[str, Shape]) -> str:
 
 
 def _network_order(name: str) -> list[str]:
-    """A key that sorts ``network.2`` before ``network.10``; files keep no order of layers."""
+    """A key that sorts ``network.2`` before ``network.10``: files do not keep their order."""
     return [part.zfill(9) if part.isdecimal() else part for part in name.split(".")]
 
 
 def _own_names(tensors: StateDict) -> StateDict:
-    """Without what all names begin with; then ``network.`` before the numbers of a sequence."""
+    """Remove the prefix that all names share; put ``network.`` before the numbers of a sequence."""
     while True:
         heads = {name.split(".")[0] for name in tensors}
         rests = {name.partition(".")[2]: array for name, array in tensors.items()}
         if len(heads) > 1 or not all("." in rest for rest in rests):
-            break  # what is left are the layers; a linear model has one
+            break  # only the layers are left; a linear model has one
         tensors = rests
     return {
         f"network.{n}" if n[:1].isdecimal() and f"network.{n}" not in tensors else n: array
@@ -479,7 +481,7 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
             json.loads(header, object_pairs_hook=_check_unique)  # safetensors takes the last
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    # Of types that NumPy lacks it says so in one of two of these.
+    # Raised, among others, for types that NumPy lacks.
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise _refuse(
             f"{path} is damaged, or not a {SAFETENSORS_ENDING} of numbers: {error!s:.200}",
@@ -512,7 +514,7 @@ def _write_pth(path: Path, state_dict: StateDict) -> None:
 def _no_torch(error: ImportError) -> CifarJaxError:
     return CifarJaxError(
         ExitCode.ENVIRONMENT,
-        f"a .pth takes PyTorch to read or write: {error}",
+        f"reading or writing a .pth needs PyTorch: {error}",
         fix="pip install torch==2.13.0, or use .safetensors",
     )
 

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, by counting and by what XLA says it will allocate."""
+"""The memory of a training step: counted, and as XLA says it will allocate."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class StepMemory:
     """Bytes on one device while it trains.
 
     Attributes:
-        batch_size: images a step.
+        batch_size: images per step.
         params, batch_stats, opt_state: held from step to step.
-        xla_arguments: what a step is given: the above, and the batch.
-        xla_temporaries: what it needs beside: activations, gradients, workspace; XLA shares the
-            memory of values that are never needed at the same time.
-        xla_total: the most there is at once, with outputs that do not reuse an argument's memory.
+        xla_arguments: the inputs of a step: the above, and the batch.
+        xla_temporaries: activations, gradients and workspace; values that are never needed at the
+            same time share memory.
+        xla_total: the peak, with outputs that do not reuse an argument's memory.
     """
 
     batch_size: int
@@ -45,7 +45,7 @@ def step_memory(
 ) -> StepMemory:
     """Compile the training step of ``config`` for ``batch_size``, and ask XLA; nothing is run."""
     channels = image_shape[2]
-    mean, std = (0.5,) * channels, (0.25,) * channels  # any: they take no memory
+    mean, std = (0.5,) * channels, (0.25,) * channels  # arbitrary: they do not affect memory
     tx = make_optimizer(config, make_schedule(config, total_steps=1000))
 
     state = jax.eval_shape(lambda: initial_train_state(model, tx, image_shape, seed=0))
@@ -56,7 +56,7 @@ def step_memory(
     step = make_train_step(config, model, tx, mean, std)
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     analysis = compile_lowered(lowered, jax.default_backend()).memory_analysis()
-    assert analysis is not None, "this backend does not tell what it allocates"
+    assert analysis is not None, "this backend does not report its allocations"
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return StepMemory(
@@ -79,11 +79,11 @@ def largest_batch(
 ) -> StepMemory | None:
     """The largest power of two whose step takes at most ``limit`` bytes by XLA's own count.
 
-    The batch tried first is a guess from ``known``; then it is doubled or halved until one fits and
-    twice as many do not.
+    The first batch tried is a guess from ``known``, which is then doubled or halved until it fits
+    and twice as many images do not.
 
     Returns:
-        None where not even one image fits.
+        None if not even one image fits.
     """
 
     @functools.cache
@@ -94,7 +94,7 @@ def largest_batch(
     def fits(exponent: int) -> bool:
         try:
             return memory(exponent).xla_total <= limit
-        except jax.errors.JaxRuntimeError as error:  # a GPU's compiler tries kernels out
+        except jax.errors.JaxRuntimeError as error:  # on a GPU, compiling runs kernels
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return False

@@ -1,4 +1,4 @@
-"""Stopping a run by SIGINT (Ctrl-C) or SIGTERM at a moment when it can be saved."""
+"""Stop a run on SIGINT (Ctrl-C) or SIGTERM at a point where it can be saved."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM is only noted, in ``received``.
+    """While active, the first SIGINT or SIGTERM is only recorded, in ``received``.
 
-    A second one acts as if this were not here: it ends the program at once. A signal that the
-    program was started to ignore, as by ``nohup`` or a shell's ``&``, stays ignored.
+    A second one ends the program at once, as without this class. A signal that was ignored when the
+    program started, as by ``nohup`` or a shell's ``&``, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # else Python allows no handler
+        if threading.current_thread() is threading.main_thread():  # others cannot
             for signum in _SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._note)
@@ -42,10 +42,10 @@ class StopSignals:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Let a SIGINT or SIGTERM wait until the end of what is under way; a second one does not.
+    """Delay a SIGINT or SIGTERM until the end of the block; a second one is not delayed.
 
-    JAX needs it where Python is called from C++: amid its import the exception of a signal aborts
-    the process, and what one cuts off in its compiler crashes at exit.
+    Needed where JAX's C++ calls Python: a signal's exception during its import aborts the process,
+    and one that interrupts its compiler crashes it at exit.
     """
     stop = StopSignals()
     try:

@@ -1,4 +1,4 @@
-"""A network layer by layer, and what training it takes: ``python -m cifar_jax.summary``."""
+"""A network layer by layer, and the memory of training it: ``python -m cifar_jax.summary``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cifar_jax.config import ModelName, OptimizerName, TrainConfig
 from cifar_jax.options import Options, option, option_of
 
 DESCRIPTION = """\
-Show a network layer by layer: output shapes, parameters and how their number comes about, the
-multiply-accumulates of one image, what each output sees of the image, and the memory of the
-outputs; then what a training step takes. Needs no data.
+Show a network layer by layer: output shapes, parameters and how they add up, multiply-accumulates
+per image, receptive fields, and the memory of the outputs; then the memory of a training step.
+Needs no data.
 
 examples:
   python -m cifar_jax.summary --model cnn
@@ -27,7 +27,7 @@ _NETWORK, _TRAINING, _OUTPUT = "network", "training", "output"
 
 @dataclasses.dataclass(frozen=True)
 class SummaryOptions(Options):
-    """Which network, and how it is trained."""
+    """Which network to show, and how it is trained."""
 
     model: ModelName = option_of(TrainConfig, "model", group=_NETWORK)
     image_size: int = option(
@@ -42,13 +42,11 @@ class SummaryOptions(Options):
     patch_size: int = option_of(TrainConfig, "patch_size", group=_NETWORK)
     batch_norm: bool = option_of(TrainConfig, "batch_norm", group=_NETWORK)
     dropout: float = option_of(TrainConfig, "dropout", group=_NETWORK)
-    batch_size: int = option(
-        128, "of a step", group=_TRAINING, unit="images", at_least=1, at_most=2**24
-    )
+    batch_size: int = option(128, "images per step", group=_TRAINING, at_least=1, at_most=2**24)
     optimizer: OptimizerName = option("adam", "the optimizer", group=_TRAINING)
     memory: float = option(
         0.0,
-        "find the largest batch, a power of two, whose step fits; 0 = do not",
+        "find the largest batch, a power of two, whose step fits into this; 0 = off",
         group=_TRAINING,
         unit="GB of 1e9 bytes",
         at_least=0,
@@ -88,7 +86,7 @@ def summarize(options: SummaryOptions) -> dict[str, Any]:
     from cifar_jax.parallel import select_devices
     from cifar_jax.step_memory import largest_batch, step_memory
 
-    select_devices("all")  # says so if there are none
+    select_devices("all")  # raises if there are none
     image_shape = (options.image_size, options.image_size, options.channels)
     model = create_model(options.config, options.classes)
     rows = layer_table(model, image_shape, options.batch_size)
@@ -140,17 +138,17 @@ def describe(summary: dict[str, Any]) -> str:
     shape = "x".join(map(str, summary["image_shape"]))
     held = training["params"] + training["batch_stats"] + training["opt_state"]
     lines = [
-        f"{summary['model']} for images of {shape}; outputs and memory are of a batch of {n}",
+        f"{summary['model']} for images of {shape}; outputs and memory are for a batch of {n}",
         "",
         *_aligned(table),
         "",
-        "sees: side of the square of the image that an output depends on; MACs are of one image",
+        "sees: side of the square of the image that an output depends on; MACs are for one image",
         "",
         f"to train with {n} images a step",
         f"  {_size(training['params']):>9s}  parameters",
         f"  {_size(training['opt_state']):>9s}  state of the optimizer, {summary['optimizer']}",
-        f"  {_size(activations):>9s}  outputs of all layers, were each kept for the backward pass",
-        f"  {_size(training['xla_total']):>9s}  is what XLA will allocate on this "
+        f"  {_size(activations):>9s}  outputs of all layers, if each is kept for the backward pass",
+        f"  {_size(training['xla_total']):>9s}  in total, as XLA will allocate it on this "
         f"{training['backend']}: {_size(training['xla_arguments'])} for the state and the images, "
         f"{_size(training['xla_temporaries'])} for the rest",
     ]

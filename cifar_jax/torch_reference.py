@@ -1,6 +1,6 @@
 """The same networks and the same training in PyTorch; the only module that imports torch.
 
-Everything goes in and comes out as NumPy arrays in PyTorch's layout (NCHW, OIHW), and runs on the
+All inputs and outputs are NumPy arrays in PyTorch's layout (NCHW, OIHW), and everything runs on the
 CPU, so that torch never shares a GPU with JAX.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Threads of torch that wait would otherwise spin on the cores that JAX's need: ten times slower.
+# Otherwise torch's waiting threads would spin on the cores that JAX's need: ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -60,7 +60,7 @@ def conv_block(in_channels: int, features: int, *, norm: bool, pool: bool) -> li
 
 
 class ResidualNetwork(nn.Module):
-    """``ResNet9``, under the names that PyTorch tutorials give its parts."""
+    """``ResNet9``, with the names that PyTorch tutorials give its parts."""
 
     def __init__(self, channels: int, widths: tuple[int, ...], num_classes: int, dropout: float):
         super().__init__()
@@ -94,7 +94,8 @@ class UnscaledBatchNorm(nn.BatchNorm2d):
     """Batch norm whose scale stays 1."""
 
     def __init__(self, features: int) -> None:
-        super().__init__(features, eps=1e-12, momentum=1 - Airbench.batch_norm_momentum)
+        momentum = 1 - Airbench.batch_norm_momentum
+        super().__init__(features, eps=Airbench.batch_norm_epsilon, momentum=momentum)
         self.weight.requires_grad_(False)
 
 
@@ -121,7 +122,7 @@ class AirbenchGroup(nn.Module):
 
 
 class AirbenchNetwork(nn.Module):
-    """``Airbench``, under its author's names."""
+    """``Airbench``, with its author's names."""
 
     def __init__(
         self, channels: int, widths: tuple[int, ...], num_classes: int, deep: bool
@@ -147,7 +148,7 @@ def make_twin(model: Model, image_shape: ImageShape) -> nn.Module:
         image_shape: ``(H, W, C)``.
 
     Raises:
-        CifarJaxError: usage; it is a reader's own, without a twin.
+        CifarJaxError: usage; ``model`` is not one of the zoo, and has no twin.
     """
     height, width, channels = image_shape
     if isinstance(model, Airbench):
@@ -158,7 +159,7 @@ def make_twin(model: Model, image_shape: ImageShape) -> nn.Module:
         raise CifarJaxError(
             ExitCode.USAGE,
             f"{type(model).__name__} has no twin in PyTorch",
-            fix="write one in torch_reference.py, or export --format stablehlo or safetensors",
+            fix="add one to torch_reference.py, or export --format stablehlo or safetensors",
         )
     layers: list[nn.Module] = []
     if model.patch_size > 1:
@@ -186,7 +187,7 @@ def make_twin(model: Model, image_shape: ImageShape) -> nn.Module:
 
 
 def initial_state_dict(model: Model, image_shape: ImageShape, seed: int) -> StateDict:
-    """The weights that PyTorch itself would begin with."""
+    """PyTorch's own initial weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return state_dict_of(make_twin(model, image_shape))
@@ -211,8 +212,8 @@ def logits(twin: nn.Module, images: NDArray[Any]) -> NDArray[Any]:
 
 
 def activations(twin: nn.Module, images: NDArray[Any], *, train: bool) -> dict[str, NDArray[Any]]:
-    """``"logits"`` of images ``[B, C, H, W]``, and each layer with parameters' output by name."""
-    twin = copy.deepcopy(twin)  # training mode moves the running statistics
+    """``"logits"`` of images ``[B, C, H, W]``, and the output of each layer with parameters."""
+    twin = copy.deepcopy(twin)  # training mode updates the running statistics
     found: dict[str, NDArray[Any]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -237,7 +238,7 @@ def loss_and_gradients(
     loss = F.cross_entropy(twin(torch.tensor(images)), torch.tensor(labels).long())
     loss.backward()
     gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad  # of what is not trained
+        name: torch.zeros_like(p) if p.grad is None else p.grad  # None: not trained
         for name, p in twin.named_parameters()
     }
     return loss.item(), {name: gradient.numpy() for name, gradient in gradients.items()}
@@ -246,7 +247,7 @@ def loss_and_gradients(
 def make_optimizer(
     twin: nn.Module, config: TrainConfig, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """What ``cifar_jax.optim`` makes of ``config``, in PyTorch's words.
+    """The optimizer of :mod:`cifar_jax.optim` for ``config``, in PyTorch.
 
     Raises:
         ValueError: the optimizer is Muon, which has no twin here.
@@ -271,7 +272,7 @@ def make_optimizer(
         raise ValueError(f"no twin in PyTorch of the optimizer {config.optimizer}")
     schedule: torch.optim.lr_scheduler.LRScheduler
     if config.schedule == "onecycle":
-        # PyTorch would move the momentum (Adam's first beta) against the learning rate as well.
+        # By default PyTorch also cycles the momentum (Adam's first beta), opposite to the rate.
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, peak, total_steps=total_steps, cycle_momentum=False
         )
@@ -286,7 +287,7 @@ def make_optimizer(
 
 
 def learning_rates(config: TrainConfig, total_steps: int) -> list[float]:
-    """The learning rate at each step, by PyTorch's schedulers."""
+    """The learning rate at each step, from PyTorch's schedulers."""
     optimizer, schedule = make_optimizer(nn.Linear(1, 1), config, total_steps)
     rates = []
     for _ in range(total_steps):
@@ -302,7 +303,7 @@ def train(
     batches: Iterable[tuple[NDArray[Any], NDArray[np.int32]]],
     total_steps: int,
 ) -> Iterator[float]:
-    """Train ``twin`` a step a batch of images ``[B, C, H, W]`` and labels ``[B]``.
+    """Train ``twin``, one step per batch of images ``[B, C, H, W]`` and labels ``[B]``.
 
     Yields the mean cross-entropy of each step, without label smoothing.
     """
@@ -323,48 +324,49 @@ def train(
 # CVE-2025-32434 (up to 2.5.1) and CVE-2026-24747 (before 2.10) run code despite weights_only=True.
 _SAFE_TO_READ = (2, 10)
 
-# Of a zip, and of a pickle; torch's oldest files are tar archives, which it reads no longer.
+# Of a zip, and of a pickle; torch no longer reads its oldest files, which are tar archives.
 _STARTS = (b"PK", b"\x80")
 
-# Where training scripts keep the state_dict beside the optimizer's and the epoch.
+# Keys under which training scripts store the state_dict, beside the optimizer's and the epoch.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
 
 def read_pth(path: Path) -> StateDict:
-    """The tensors of a state_dict that ``torch.save`` wrote, by name; nothing in it is run.
+    """The tensors of a state_dict that ``torch.save`` wrote, by name; no code in it is run.
 
-    Half precision comes as float32, as NumPy does not have all of torch's types.
+    Half precision is converted to float32, as NumPy lacks some of torch's types.
 
     Raises:
-        CifarJaxError: checkpoint; damaged, or no state_dict. Environment; a torch with known holes.
+        CifarJaxError: checkpoint; the file is damaged, or holds no state_dict. Environment; this
+            torch has known vulnerabilities.
         OSError: the file cannot be read.
     """
     if torch.__version__ < _SAFE_TO_READ:
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
-            f"torch {torch.__version__} can be made to run code by a .pth (CVE-2026-24747)",
+            f"a .pth can make torch {torch.__version__} run code (CVE-2026-24747)",
             fix="pip install torch==2.13.0",
         )
     content = path.read_bytes()
     try:
-        # Else torch takes a text for a pickle's instructions, and says that they are not allowed.
+        # Otherwise torch parses text as pickle instructions, and says that they are not allowed.
         if not content.startswith(_STARTS) and content[257:262] != b"ustar":
             raise ValueError(f"it begins with {content[:8]!r}")
         if content.startswith(b"PK"):
             with zipfile.ZipFile(io.BytesIO(content)) as records:
                 unpacked = sum(record.file_size for record in records.infolist())
-            if unpacked > len(content):  # torch.save compresses nothing, and torch.load inflates
+            if unpacked > len(content):  # torch.save does not compress, but torch.load inflates
                 raise ValueError(f"its {len(content):,} bytes unpack to {unpacked:,}")
-        with warnings.catch_warnings(action="ignore"):  # on formats that it then refuses
+        with warnings.catch_warnings(action="ignore"):  # about formats that it then refuses
             payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+) was not", str(error))
         more = f"{found[1]}, which loading would run" if found else "more than tensors"
         raise _no_state_dict(path, f"holds {more}") from error
-    except Exception as error:  # a damaged pickle ends in whatever its instructions run into
+    except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _no_state_dict(
-            path, f"is damaged, or not of torch.save: {reason}", fix="use another copy"
+            path, f"is damaged, or not from torch.save: {reason}", fix="use another copy"
         ) from error
     if isinstance(payload, dict):
         payload = next((payload[key] for key in _STATE_DICT_KEYS if key in payload), payload)
@@ -375,10 +377,10 @@ def read_pth(path: Path) -> StateDict:
             raise _no_state_dict(path, f"has {name!r:.200}, a {type(tensor).__name__}, in its dict")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise _no_state_dict(
-                path, f"has {name:.200}, which is sparse, quantized or on no device"
+                path, f"has {name:.200}, which is sparse, quantized or a meta tensor"
             )
     size = sum(tensor.nbytes for tensor in payload.values())
-    if size > len(content):  # views of one number, say, which a copy would write out
+    if size > len(content):  # such as views of a single number, which a copy would expand
         raise _no_state_dict(path, f"has tensors of {size:,} bytes in {len(content):,}")
     try:
         return {
@@ -397,7 +399,7 @@ def write_pth(path: Path, state_dict: StateDict) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    buffer = io.BytesIO()  # torch.save to a full disk raises what other bugs raise too
+    buffer = io.BytesIO()  # on a full disk torch.save raises RuntimeError, as for bugs
     tensors = {name: torch.tensor(np.array(a, order="C")) for name, a in state_dict.items()}
     torch.save(tensors, buffer)
     path.write_bytes(buffer.getvalue())
@@ -411,20 +413,20 @@ def write_onnx(
     std: tuple[float, ...],
     metadata: dict[str, str],
 ) -> None:
-    """Write a classifier for any number of images: ``images``, uint8 ``[N, H, W, C]``, go in, and
-    ``probabilities``, float32 ``[N, K]``, come out.
+    """Write an ONNX classifier: ``images``, uint8 ``[N, H, W, C]`` for any N, to ``probabilities``,
+    float32 ``[N, K]``.
 
     Args:
         image_shape: ``(H, W, C)``.
-        mean, std: of each channel, in units of 0..1; normalising by them is part of it.
+        mean, std: of each channel, in units of 0..1; the file includes normalising by them.
         metadata: for the file's ``metadata_props``.
 
     Raises:
         OSError: the file cannot be written.
     """
     example = torch.zeros((2, *image_shape), dtype=torch.uint8)
-    # Of its own insides the exporter warns that they are deprecated, and that there is no
-    # torchvision, whose operators no network here has.
+    # The exporter warns of deprecations within itself, and that torchvision is missing, whose
+    # operators no network here uses.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         program = torch.onnx.export(
@@ -438,7 +440,7 @@ def write_onnx(
         )
     assert program is not None
     model = program.model_proto
-    # Where in our sources each node comes from: paths of this machine, and half the file.
+    # Each node's origin in our source code: paths of this machine, and half the file.
     for part in (
         *model.graph.node,
         *model.graph.input,
@@ -462,7 +464,7 @@ class _Classifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = (images.float() / 255 - self.mean) / self.std
-        # Contiguous: of a view, pooling is exported as arithmetic on strides.
+        # Contiguous: for a view, pooling is exported as arithmetic on strides.
         return torch.softmax(self.twin(x.permute(0, 3, 1, 2).contiguous()), dim=1)
 
 
@@ -471,6 +473,6 @@ def _no_state_dict(path: Path, reason: str, fix: str | None = None) -> CifarJaxE
         ExitCode.CHECKPOINT,
         f"{path} {reason}",
         fix=fix
-        or "in PyTorch, load it where you trust it and save the weights alone: "
+        or "in PyTorch, load it if you trust it and save only the weights: "
         "torch.save(model.state_dict(), path)",
     )

@@ -30,9 +30,9 @@ from cifar_jax.workdir import checkpoints_of, saved_steps, step_folder
 DESCRIPTION = """\
 Train a network on CIFAR-10, or on a folder of images of your own, and score it on the test set.
 
-With no option it trains the tutorial's convolutional network for 10 epochs: on CIFAR-10 where that
-is prepared or can be downloaded, else on 'shapes', figures drawn here. Of an interrupted run
-nothing is lost: --resume --workdir DIR goes on to the same result, bit for bit on a CPU.
+Without options it trains the tutorial's convolutional network for 10 epochs: on CIFAR-10 if that is
+prepared or can be downloaded, else on 'shapes', generated figures. An interrupted run loses
+nothing: --resume --workdir DIR continues to the same result, bit for bit on a CPU.
 
 examples:
   python -m cifar_jax.train --data cifar10
@@ -48,16 +48,16 @@ _PUT_CONFIG_BACK = (
 
 
 def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
-    """Train, keep the run in ``workdir``, and score its best epoch on the test set, once.
+    """Train, save the run to ``workdir``, and score its best epoch on the test set, once.
 
-    With ``config.resume`` the run in ``workdir`` goes on from its newest checkpoint.
+    With ``config.resume`` the run in ``workdir`` continues from its newest checkpoint.
 
     Returns:
         The contents of ``workdir/report.json``.
 
     Raises:
-        CifarJaxError: what can be put right: options, data, checkpoints, a diverging loss.
-        Stopped: SIGINT or SIGTERM in training or in the test; the run is saved and can be resumed.
+        CifarJaxError: something that the user can fix: options, data, checkpoints, divergence.
+        Stopped: SIGINT or SIGTERM during training or the test; the run is saved and can be resumed.
     """
     check_preset(config)
     workdir = Path(workdir)
@@ -71,17 +71,16 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
             fix="pip install tensorboardX, or leave --tensorboard out: metrics.jsonl has the same",
         )
     if config.initial_weights is not None and not saved_steps(checkpoints_of(workdir)):
-        step_folder(Path(config.initial_weights))  # soon: it is read after the imports
+        step_folder(Path(config.initial_weights))  # fail early: it is read after the slow imports
     with contextlib.ExitStack() as run:
         if config.coordinator is None:
             run.enter_context(locked(workdir))
-        # Imports as late as can be: a wrong option is answered before NumPy, JAX and TensorFlow
-        # start.
+        # Late imports, so that wrong options are reported before NumPy, JAX and TensorFlow start.
         from cifar_jax.sources import check_source
 
         check_source(config.data, config.image_size)
         _prepare_runtime(config)
-        with signals_held():  # an exception amid JAX's import can abort the process
+        with signals_held():  # an exception during JAX's import can abort the process
             from cifar_jax.distributed import is_first, joined
             from cifar_jax.loop import train_and_test
 
@@ -95,15 +94,15 @@ def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
     """The report of the run in ``workdir`` if it is complete; None if there is more to do.
 
     Raises:
-        CifarJaxError: ``workdir`` cannot be used: it has another run, or parts of one.
+        CifarJaxError: ``workdir`` cannot be used: it contains another run, or parts of one.
     """
     saved = _saved_config(workdir)
     if saved is not None:
         if not config.resume:
             raise CifarJaxError(
                 ExitCode.USAGE,
-                f"--workdir {workdir} holds another run",
-                fix="add --resume to go on with it, or give another --workdir",
+                f"--workdir {workdir} contains another run",
+                fix="add --resume to continue it, or give another --workdir",
             )
         check_resumable(config, saved)
         report = _saved_report(workdir)
@@ -113,27 +112,27 @@ def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
     elif saved_steps(checkpoints_of(workdir)):
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
-            f"--workdir {workdir} has checkpoints of a run, but not its config.json",
+            f"--workdir {workdir} has the checkpoints of a run, but not its config.json",
             fix=_PUT_CONFIG_BACK,
         )
     elif strangers := [path for path in _overwritten(workdir) if path.exists()]:
         raise CifarJaxError(
             ExitCode.USAGE,
             f"--workdir {workdir} has no run, but has {strangers[0]}, which a run would overwrite",
-            fix="give another --workdir, such as a folder that is not there yet",
+            fix="give another --workdir, such as a new folder",
         )
     return None
 
 
 def _prepare_runtime(config: TrainConfig) -> None:
-    """What must be set before JAX and TensorFlow start."""
+    """Configure memory, and print what is starting, before JAX and TensorFlow are imported."""
     keep_freed_memory()
     started = "JAX" if config.input == "device" else "JAX and TensorFlow"
     print(f"cifar_jax {__version__}: starting {started} ...", flush=True)
 
 
 def _overwritten(workdir: Path) -> list[Path]:
-    """What a run deletes or overwrites; where it is a run's own, its config.json is there first."""
+    """Files that a run would delete or overwrite; a run's own folder has a config.json too."""
     names = ("report.json", "metrics.jsonl", "plots/curves.png", "tensorboard")
     return [workdir / name for name in names]
 
@@ -154,7 +153,7 @@ def _saved_config(workdir: Path) -> TrainConfig | None:
 
 
 def _saved_report(workdir: Path) -> dict[str, Any] | None:
-    """The run's report; None if it is missing or cannot be read, and so is to be made."""
+    """The run's report; None if it is missing or cannot be read, and so must be made again."""
     try:
         report = json.loads((workdir / "report.json").read_text())
     except (OSError, RecursionError, ValueError):
@@ -177,21 +176,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CifarJaxError(
             ExitCode.USAGE,
             "--resume without --workdir",
-            fix="say which run: --workdir runs/DATE-TIME-MODEL",
+            fix="give the run's folder: --workdir runs/DATE-TIME-MODEL",
         )
     if given.get("coordinator") and workdir is None:
         raise CifarJaxError(
             ExitCode.USAGE,
             "--coordinator without --workdir",
-            fix="give all processes the same one, in a place that all of them can read and write",
+            fix="give all processes the same one, which all of them can read and write",
         )
-    # What is not said again on --resume stays as it was.
+    # With --resume, options that are not given again keep their values.
     base = _saved_config(Path(workdir)) if given.get("resume") else None
     if base is None and given.get("resume") and given.keys() <= OF_THIS_START:
         raise CifarJaxError(
             ExitCode.USAGE,
             f"--resume: there is no run in --workdir {workdir}",
-            fix="give the folder of a run; or, to begin one there, its options too",
+            fix="give the folder of a run; or, to start one there, its options too",
         )
     preset = PRESETS[given.get("preset", "default")]
     config = dataclasses.replace(base or preset, **given)
@@ -199,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _new_workdir(config: TrainConfig) -> Path:
-    """A folder that is not there yet, named by the time and the model."""
+    """A folder that does not exist yet, named after the time and the model."""
     name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.model}"
     workdir, n = Path("runs") / name, 1
     while workdir.exists():

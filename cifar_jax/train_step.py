@@ -23,7 +23,7 @@ Sums = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a step changes; with the config and the data it determines the rest of a run."""
+    """Everything that a step changes. With config and data it determines the rest of the run."""
 
     step: jax.Array  # int32, optimizer steps done
     params: Any
@@ -42,7 +42,7 @@ class TrainState(struct.PyTreeNode):
 def initial_train_state(
     model: nn.Module, tx: optax.GradientTransformation, image_shape: ImageShape, seed: int
 ) -> TrainState:
-    """The state before the first step; pure, so that ``jax.eval_shape`` can give its shapes."""
+    """The state before the first step. Pure, so that it also works under ``jax.eval_shape``."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))
     params = variables["params"]
     return TrainState(
@@ -57,7 +57,7 @@ def create_train_state(
     model: nn.Module, tx: optax.GradientTransformation, image_shape: ImageShape, seed: int
 ) -> TrainState:
     """:func:`initial_train_state`, computed."""
-    # The draws take a CPU 30 ms, and their optimized compilation seconds.
+    # Drawing takes a CPU 30 ms, and compiling it with optimizations takes seconds.
     lowered = jax.jit(lambda: initial_train_state(model, tx, image_shape, seed)).lower()
     if jax.default_backend() != "cpu":
         return lowered.compile()()
@@ -65,7 +65,7 @@ def create_train_state(
 
 
 def normalize(image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Pixels 0..255 ``[B, H, W, C]`` -> float32 with about mean 0 and std 1 in each channel."""
+    """Pixels 0..255 ``[B, H, W, C]`` -> float32 with mean near 0 and std near 1 in each channel."""
     return (image.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
 
 
@@ -91,12 +91,12 @@ def train_step(
     Args:
         batch: ``image`` uint8 ``[B, H, W, C]`` and ``label`` int32 ``[B]``.
         mean, std: of each channel, in units of 0..1.
-        accumulate: micro-batches whose gradients are averaged; it divides B.
+        accumulate: the number of micro-batches whose gradients are averaged; divides B.
         axis_name: the pmap axis over which gradients and batch statistics are averaged and sums
             taken; None on a single device.
 
     Returns:
-        The next state, and over the whole batch the sums ``loss`` (plain cross-entropy, without
+        The next state, and the sums over the whole batch of ``loss`` (cross-entropy without label
         smoothing), ``correct`` and ``count``.
     """
     device = lax.axis_index(axis_name) if axis_name else 0
@@ -142,8 +142,8 @@ def train_step(
         grads = jax.tree.map(lambda g: g / accumulate, grads)
         sums = jax.tree.map(lambda s: s.sum(axis=0), stacked_sums)
     if axis_name:
-        # Statistics taken on each device alone differ; their running averages are linear in them,
-        # so averaging at every step is averaging once, before they are used.
+        # Without sync, statistics differ between devices. Running averages are linear in them, so
+        # averaging at every step equals averaging once, before they are used.
         grads, batch_stats = lax.pmean((grads, batch_stats), axis_name)
         sums = lax.psum(sums, axis_name)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -164,7 +164,7 @@ def make_train_step(
     std: tuple[float, ...],
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """:func:`train_step` with all but the state and the batch bound, as ``config`` has it."""
+    """:func:`train_step` with everything but state and batch bound, as ``config`` says."""
     return functools.partial(
         train_step,
         model=model,
@@ -182,9 +182,9 @@ def make_train_step(
 def augment_batch(
     key: jax.Array, images: jax.Array, augment: Augmentation, device: jax.Array | int
 ) -> jax.Array:
-    """One device's share of a batch, uint8 ``[B, H, W, C]``, as the network sees it.
+    """One device's share of a batch, uint8 ``[B, H, W, C]``, augmented as the network sees it.
 
-    The key of an image is its place in the whole batch, on whichever device it is.
+    An image's key depends on its position in the whole batch, not on its device.
     """
     positions = device * len(images) + jnp.arange(len(images))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
@@ -198,9 +198,10 @@ def exact_logits(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> jax.Array:
-    """A trained network's answers: images uint8 ``[B, H, W, C]`` -> logits float32 ``[B, K]``.
+    """The logits of a trained network: images uint8 ``[B, H, W, C]`` -> float32 ``[B, K]``.
 
-    For scores and predictions. Unless told otherwise, a GPU rounds factors to TF32, three digits.
+    For scores and predictions, in full precision: by default, GPUs multiply in TF32 (about three
+    digits).
     """
     with jax.default_matmul_precision("highest"):
         return model.apply(variables, normalize(images, mean, std), train=False)
@@ -227,10 +228,10 @@ def eval_step(
 
 
 def classification_sums(logits: jax.Array, label: jax.Array, mask: jax.Array | None = None) -> Sums:
-    """Sums of cross-entropy, of right answers and of images, over ``[B, K]`` logits.
+    """Sums of cross-entropy, of correct predictions and of images, over logits ``[B, K]``.
 
-    To be divided once, after all batches: a mean of batch means would weigh a short last batch's
-    images more.
+    To be divided once, after all batches: a mean of batch means would give the images of a short
+    last batch more weight.
     """
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     correct = (logits.argmax(axis=-1) == label).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""A trained network, as a checkpoint holds it: all that predicting takes, and no training state."""
+"""Trained networks in checkpoints: everything that inference needs, without the training state."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ UNKNOWN_DATA = "unknown"  # as the digest of what a converted network was traine
 
 @dataclasses.dataclass(frozen=True)
 class TrainedNetwork:
-    """A network, its weights, and what its images and answers mean.
+    """A network, its weights, and the meaning of its inputs and outputs.
 
     Attributes:
         class_names: the name of each label, in label order.
-        image_shape: ``(H, W, C)`` of the images of training.
+        image_shape: ``(H, W, C)`` of the training images.
         mean, std: of each channel, in units of 0..1; images are normalised by them.
         variables: ``params`` and ``batch_stats`` with NumPy leaves.
-        data_digest: of what it was trained on, as in ``Dataset``.
+        data_digest: identifies the training data, as in ``Dataset``.
     """
 
     config: TrainConfig
@@ -67,25 +67,25 @@ def load(path: str | Path) -> TrainedNetwork:
 
     Raises:
         CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read. Environment;
-            JAX has no device of the kind asked for.
+            JAX has no device of the requested kind.
     """
     step = step_folder(Path(path))
-    select_devices("all")  # says so if there are none
+    select_devices("all")  # raises if there are none
     metadata = checkpoint.restore_metadata(step)
     with refusing(
-        f"the checkpoint {step} holds no network of this program",
+        f"the checkpoint {step} contains no network of this package",
         fix="use the version of cifar_jax that wrote it",
     ):
         description = parse_description(metadata)
         digest = str(metadata["data"]["digest"])
-        # The shapes to read are those of the network, whatever amount of memory a file may claim.
+        # Only arrays with the network's shapes are read, whatever size the files may claim.
         like = _shapes(description)
     state = checkpoint.restore(step, like).state
     return TrainedNetwork(*description, dict(state.variables), digest)
 
 
 def _shapes(description: Description) -> TrainState:
-    """The training state of such a network, of shapes instead of arrays."""
+    """The training state of such a network, with shapes instead of arrays."""
     config = description.config
     model = create_model(config, len(description.class_names))
     tx = make_optimizer(config, make_schedule(config, 1))
@@ -99,11 +99,11 @@ def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:
     """Write ``network`` as a workdir that :func:`load` reads: ``config.json``, ``checkpoints/0``.
 
     Args:
-        source: where the network comes from; it stands for the name of the data, which is unknown.
+        source: where the network comes from, recorded in place of the unknown data's name.
 
     Raises:
         CifarJaxError: environment; the checkpoint cannot be written.
-        OSError: nor can the workdir.
+        OSError: ``workdir`` cannot be written.
     """
     params = network.variables["params"]
     state = TrainState(

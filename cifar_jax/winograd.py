@@ -1,13 +1,13 @@
-"""3x3 convolutions with half the multiplications, for a CPU, which is bound by them.
+"""3x3 convolutions with half the multiplications, for CPUs, which are bound by them.
 
-Winograd's F(4, 3) along the rows of an image: four outputs of a filter of three taps from six
-products in place of twelve. Each product is a sum of pixels times a sum of taps, and each output a
+Winograd's F(4, 3) along the rows of an image: four outputs of a filter with three taps from six
+products instead of twelve. Each product is a sum of pixels times a sum of taps, and each output a
 sum of products (Winograd, 1980, Arithmetic Complexity of Computations; in the form of Lavin
-and Gray, 2015, arXiv:1509.09308, section 4.1). Along the columns the convolution stays what it is,
-so the sums cost one pass over memory; the two-dimensional form saves more products and loses as
-much to its passes. Rounding grows from 1e-7 of the largest result to some 2e-6.
+and Gray, 2015, arXiv:1509.09308, section 4.1). Along the columns the convolution is unchanged, so
+that the sums cost one pass over memory; the two-dimensional form saves more products but loses as
+much to its passes. The rounding error grows from 1e-7 of the largest result to about 2e-6.
 
-Each function takes a few images at a time, whose sums fit in the cache.
+Each function processes a few images at a time, whose sums fit in the cache.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _Carry = tuple[list[jax.Array], None]
 Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
 
 _TILE = 4  # pixels of a row that are computed together
-# With fewer channels the sums cost what the products save. Where a row's last tile is computed in
-# part in vain, more are needed.
+# With fewer channels the sums cost what the products save. If part of a row's last tile is wasted,
+# more are needed.
 _MIN_CHANNELS, _MIN_CHANNELS_IN_VAIN = 32, 64
 _IMAGES_AT_ONCE = 64
 
@@ -30,7 +30,7 @@ _IMAGES_AT_ONCE = 64
 def pays(x: jax.Array, kernel: jax.Array) -> bool:
     """Whether this form applies and is faster: float32, enough channels, rows of 3 pixels or more.
 
-    Not where the number of images is open, as in an exported program: a few are taken at a time.
+    It needs a fixed number of images, unlike an exported program, as it processes a few at a time.
     """
     batch, _, width, _ = x.shape
     whole = width % _TILE == 0
@@ -68,7 +68,7 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, padding: Padding) -> jax.
 
     Args:
         x: the input of the convolution, ``[B, H, W, C]``.
-        gradient: that with respect to its output, ``[B, H', W', D]``.
+        gradient: the gradient with respect to its output, ``[B, H', W', D]``.
         padding: as in :func:`convolve`.
     """
     rows, _ = padding
@@ -91,10 +91,10 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, padding: Padding) -> jax.
 
 
 def laid_out(x: jax.Array) -> jax.Array:
-    """``x``, in memory in the order of its axes.
+    """``x``, stored in the order of its axes.
 
-    Left to itself, XLA leaves a transposed array as it is in memory, and transposes what is made of
-    it instead: here six sums, element by element, at up to three times the cost of all the rest.
+    Otherwise XLA keeps a transposed array's old layout, and transposes each array derived from it
+    instead: here six sums, element by element, at up to three times the cost of all the rest.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
@@ -118,11 +118,11 @@ def _whole_tiles(width: int) -> int:
     return -(-width // _TILE) * _TILE
 
 
-# These are lists of arrays, not one array each: XLA takes several times as long to slice that.
+# These are lists of arrays, not single arrays, which XLA takes several times as long to slice.
 
 
 def _factors(kernel: jax.Array) -> list[jax.Array]:
-    """What a filter's three taps are in the six products, each ``[3, C, D]``: G g in the paper.
+    """The six factors of a filter's three taps, each ``[3, C, D]``: G g in the paper.
 
     Args:
         kernel: ``[3, 3, C, D]``.
@@ -159,7 +159,7 @@ def _input_sums(x: jax.Array, outputs: int) -> list[jax.Array]:
 
     Args:
         x: the input of the convolution, ``[B, H, W, C]``.
-        outputs: the columns of its output; W' is as many, filled up to whole tiles.
+        outputs: the number of columns of its output; W' is that, rounded up to whole tiles.
     """
     width = _whole_tiles(outputs)
     padded = jnp.pad(x, ((0, 0), (0, 0), (1, width + _TILE + 1 - x.shape[2]), (0, 0)))
@@ -190,10 +190,10 @@ def _output_sums(m: list[jax.Array]) -> jax.Array:
 def _gradient_sums(g: jax.Array) -> list[jax.Array]:
     """The six sums of each tile's four gradients, each ``[H, W'/4, B, D]``: A g.
 
-    That is how a gradient goes back through :func:`_output_sums`.
+    This is the gradient of :func:`_output_sums`.
 
     Args:
-        g: the gradient with respect to the output, ``[H, W, B, D]``; W' is W, filled up likewise.
+        g: the gradient with respect to the output, ``[H, W, B, D]``; W' is W, rounded up likewise.
     """
     g = jnp.pad(g, ((0, 0), (0, _whole_tiles(g.shape[1]) - g.shape[1]), (0, 0), (0, 0)))
     g0, g1, g2, g3 = (g[:, i::_TILE] for i in range(_TILE))

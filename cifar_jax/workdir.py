@@ -1,4 +1,4 @@
-"""Where a run keeps its checkpoints, and which is meant. Quick: no NumPy, no JAX."""
+"""The checkpoints of a run: where they are, and which one to use. Quick: no NumPy, no JAX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MANIFEST = "manifest.json"  # written last: a step's folder without one is not a
 
 
 def checkpoints_of(workdir: Path) -> Path:
-    """The folder of a run's checkpoints, one folder ``<step>`` each."""
+    """The folder of a run's checkpoints, with a folder ``<step>`` for each."""
     return workdir / "checkpoints"
 
 
@@ -23,15 +23,15 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def is_step(path: Path) -> bool:
-    """Whether ``path`` is one step's folder, and no workdir."""
+    """Whether ``path`` is the folder of one step, not a workdir."""
     return (path / MANIFEST).is_file()
 
 
 def workdir_of(path: Path) -> Path:
-    """The workdir of a run: ``path`` itself, or what one step's folder belongs to.
+    """The workdir of a run: ``path`` itself, or the workdir that contains one step's folder.
 
     Raises:
-        CifarJaxError: usage; the step's folder lies elsewhere, as a copy of it may.
+        CifarJaxError: usage; the step's folder is not in a workdir, as a copy may not be.
     """
     if not is_step(path):
         return path
@@ -40,16 +40,16 @@ def workdir_of(path: Path) -> Path:
             return step.parents[1]
     raise CifarJaxError(
         ExitCode.USAGE,
-        f"{path} is a step's folder in no run's checkpoints/, so there is no workdir to write to",
-        fix="say where to write: --output",
+        f"{path} is not in the checkpoints/ of a run, so there is no workdir to write to",
+        fix="say where to write with --output",
     )
 
 
 def step_folder(path: Path) -> Path:
-    """The folder of the step that ``path`` means: one step's own, or the best of a run's workdir.
+    """The step's folder that ``path`` means: that of one step, or of the best step in a workdir.
 
-    The best step has the highest validation accuracy. Where that is not known, or not saved any
-    more, it is the newest.
+    The best step has the highest validation accuracy. If that is not known, or no longer saved, it
+    is the newest step.
 
     Raises:
         CifarJaxError: checkpoint; there is none at ``path``, or the history cannot be read.
@@ -71,7 +71,7 @@ def step_folder(path: Path) -> Path:
     except (OSError, ValueError) as error:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,
-            f"cannot read {metrics}, which tells the best step: {error}",
+            f"cannot read {metrics}, which records the best step: {error}",
             fix=f"say which step: {checkpoints_of(path)}/<step>",
         ) from error
     best = best_row(history)["step"] if history else None

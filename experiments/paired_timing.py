@@ -163,6 +163,6 @@ class _Worker:
             raise CifarJaxError(
                 ExitCode.ENVIRONMENT,
                 f"the program of {self._spec} ended with {self._process.wait()}: {said[-1]}",
-                fix="install what it lacks, or make room: -9 is mostly a lack of memory",
+                fix="install what it lacks, or free memory: -9 mostly means a lack of it",
             )
         return line

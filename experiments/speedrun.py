@@ -324,7 +324,6 @@ def _load(source: str, arguments: argparse.Namespace) -> tuple[Split, Split, str
     found = load_splits(source, data_dir=arguments.data_dir)
     if found.notice:
         print(found.notice)
-    assert found.val is not None
     train, val, test = (_decoded(split) for split in (found.train, found.val, found.test))
     if arguments.smoke:
         rng = np.random.default_rng(0)

@@ -509,7 +509,7 @@ def test_a_full_disk_says_what_is_needed_and_what_is_free(tmp_path: Path) -> Non
     assert process.returncode == ExitCode.ENVIRONMENT
     assert re.fullmatch(
         rf"cifar_jax: error: cannot write to --data-dir {into}: File too large; {path} needs "
-        r"3\.0 MB, and [\d,]+\.\d MB are free\. Fix: make room there, or .*\n",
+        r"3\.0 MB, and [\d,]+\.\d MB are free\. Fix: free up space there, or .*\n",
         said,
     )
     assert [file.name for file in into.iterdir()] == [".busy.lock"]
@@ -762,6 +762,30 @@ def test_a_download_that_fails_is_told_in_one_line_and_can_be_tried_again(
     dataset = load_dataset("cifar10", data_dir=str(tmp_path / "data"))
     assert len(dataset.train) + len(dataset.val) == 15
     assert dataset.class_names == tuple(CIFAR10_NAMES)
+
+
+@pytest.mark.parametrize("writer", ["the download", "TensorFlow"])
+@pytest.mark.fault("D14")
+def test_a_disk_that_is_full_while_cifar10_is_prepared(
+    writer: str, tmp_path: Path, tfds_from: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cifar_jax.input_pipeline import read_cifar10, tf
+
+    def full(*_: Any) -> None:  # as a real one raises
+        raise tf.errors.ResourceExhaustedError(None, None, "x.tfrecord; No space left on device")
+
+    tfds_from("good")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if writer == "TensorFlow":
+        monkeypatch.setattr(tf.io.TFRecordWriter, "write", full)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+        with pytest.raises(CifarJaxError, match="Fix: free up space there") as caught:
+            read_cifar10(tmp_path / "data", download=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,9 @@ def test_a_bad_option_is_named_with_its_cure(argv: list[str], what: str, fix: st
         (TrainConfig, "epochs", True, "--epochs True is not a whole number", "whole number"),
         (TrainConfig, "learning_rate", None, "--learning-rate None", "give a number"),
         (TrainConfig, "flip", 1, "--flip 1 is not True or False", "True or False"),
-        (TrainConfig, "data", Path("x"), "is not a text", "give a text"),
-        (TrainConfig, "data_dir", "", "--data-dir '' is empty", "give a text"),
-        (ConvertOptions, "classes", ("ant", ""), "--classes '' is empty", "give a text"),
+        (TrainConfig, "data", Path("x"), "is not text", "give a value"),
+        (TrainConfig, "data_dir", "", "--data-dir '' is empty", "give a value"),
+        (ConvertOptions, "classes", ("ant", ""), "--classes '' is empty", "give a value"),
         (TrainConfig, "devices", "2", "--devices '2' is not 'all' or a whole number", "'all'"),
         (TrainConfig, "widths", [4], "is not a tuple in which each is a whole", "a tuple"),
         (TrainConfig, "widths", (4.0,), "is not a tuple in which each is a whole", "a tuple"),
@@ -129,7 +129,7 @@ def test_a_bad_option_is_named_with_its_cure(argv: list[str], what: str, fix: st
         (PredictOptions, "fit", "pad", "--fit 'pad' is not one of", "choose one"),
         (ExportOptions, "format", "tflite", "--format 'tflite'", "choose one"),
         (ServeOptions, "port", "x", "--port 'x' is not a whole number", "number"),
-        (ReportOptions, "output", 3, "--output 3 is not a text or None", "text"),
+        (ReportOptions, "output", 3, "--output 3 is not text or None", "text"),
         (ConvertOptions, "classes", "ant", "--classes 'ant' is not a tuple", "tuple"),
         (SummaryOptions, "optimizer", "newton", "--optimizer 'newton'", "choose one"),
         (CheckOptions, "image_size", "x", "--image-size 'x'", "whole number"),
@@ -178,6 +178,11 @@ def test_options_override_the_preset_that_they_name() -> None:
     assert parse("--data=~/photos").data == str(Path.home() / "photos")
 
 
+def test_the_names_of_a_list_are_stripped_and_not_paths() -> None:
+    parser = make_parser(ConvertOptions, prog="convert", description="")
+    assert parser.parse_given(["--classes", "ant, bee,~"]) == {"classes": ("ant", "bee", "~")}
+
+
 def test_every_preset_has_the_name_it_is_listed_under() -> None:
     assert {name: preset.preset for name, preset in PRESETS.items()} == {n: n for n in PRESETS}
     assert tuple(PRESETS) == typing.get_args(config_module.PresetName)
@@ -212,7 +217,7 @@ def test_a_bound_is_itself_allowed() -> None:
 
 def test_a_preset_that_is_only_named_is_refused(tmp_path: Path) -> None:
     """Its options are another config: ``config.json`` would tell of a run that was not."""
-    with pytest.raises(CifarJaxError, match=r"says preset 'fast'.*Fix: .*PRESETS\['fast'\]"):
+    with pytest.raises(CifarJaxError, match=r"names preset 'fast'.*Fix: .*PRESETS\['fast'\]"):
         train.train_and_evaluate(TrainConfig(preset="fast", data="shapes"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     for preset in PRESETS.values():
@@ -394,7 +399,7 @@ def test_the_package_lists_its_commands() -> None:
     [
         ("1 / 0", ExitCode.BUG, "a bug of this program: ZeroDivisionError: division by zero"),
         ("open('/no/such')", ExitCode.ENVIRONMENT, "No such file or directory: '/no/such'"),
-        ("bytearray(2**62)", ExitCode.ENVIRONMENT, "the memory is not enough"),
+        ("bytearray(2**62)", ExitCode.ENVIRONMENT, "out of memory"),
     ],
 )
 def test_errors_that_no_one_foresaw_are_one_line_too(error: str, code: ExitCode, said: str) -> None:

@@ -613,8 +613,8 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
         ("net.onnx", ExitCode.USAGE, "does not end in .pth, .pt, .safetensors"),
         ("folder.pth", ExitCode.CHECKPOINT, "is neither a run's workdir nor a checkpoint"),
         ("absent.pth", ExitCode.CHECKPOINT, "does not exist"),
-        ("pipe.pth", ExitCode.CHECKPOINT, "not a plain file"),
-        ("pipe.safetensors", ExitCode.CHECKPOINT, "not a plain file"),
+        ("pipe.pth", ExitCode.CHECKPOINT, "not a regular file"),
+        ("pipe.safetensors", ExitCode.CHECKPOINT, "not a regular file"),
     ):
         error = refusal(tmp_path / name, tmp_path / "run")
         assert error.exit_code == code

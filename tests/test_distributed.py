@@ -240,7 +240,7 @@ def test_all_processes_score_the_same_network(
     options = ("--data", str(image_folder), "--learning-rate", "1")
     first, second = finish(start_two(workdir, *options, launch=launch))
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert "The last epoch is scored in its place." in first[1]
+    assert "The last epoch is scored instead." in first[1]
     report = json.loads((workdir / "report.json").read_text())
     last = evaluate(EvaluateOptions(str(workdir / "checkpoints" / str(report["steps"]))))
     assert report["test_correct"] == last["correct"]

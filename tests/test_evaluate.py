@@ -117,7 +117,7 @@ def test_a_step_elsewhere_writes_to_no_folder_that_is_not_its_runs(
     run = shutil.copytree(trained_run, tmp_path / "run")
     step = max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     copy = shutil.copytree(step, tmp_path / "away" / "step")
-    with pytest.raises(CifarJaxError, match=r"in no run's checkpoints.*--output"):
+    with pytest.raises(CifarJaxError, match=r"not in the checkpoints.*--output"):
         evaluate(EvaluateOptions(str(copy)))
     shutil.move(run / "checkpoints", tmp_path / "disk")
     (run / "checkpoints").symlink_to(tmp_path / "disk")

@@ -295,7 +295,7 @@ def test_a_network_of_nan_is_not_exported(tmp_path: Path) -> None:
     trained.save(network, tmp_path / "run", source="a test")
     error = refusal(tmp_path / "run", "safetensors", tmp_path / "net.safetensors")
     assert error.exit_code == ExitCode.NUMERICS
-    assert "answers are not finite numbers" in str(error)
+    assert "logits are not finite" in str(error)
 
 
 def test_a_file_that_gives_nan_is_no_agreement(
@@ -343,7 +343,7 @@ def test_without_its_data_a_network_is_checked_on_drawn_images(
     for source, message in (
         ("auto", ""),
         (str(tmp_path / "absent"), ""),
-        (str(empty), f"checking on drawn images instead: {empty} holds 0 class folder(s)"),
+        (str(empty), f"checking on images of 'shapes' instead: {empty} holds 0 class folder(s)"),
     ):
         config = dataclasses.replace(network.config, data=source, data_dir=str(tmp_path / "none"))
         workdir = tmp_path / f"run-{len(source)}"

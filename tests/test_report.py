@@ -369,7 +369,7 @@ def test_a_run_before_its_first_epoch(trained_run: Path, tmp_path: Path) -> None
     page = make_page(tmp_path, output=tmp_path / "page.html")
     assert "0 of 3 epochs" in page.text
     assert "The curves: no epoch is done yet." in page.text
-    assert "All that the network shows" in page.text
+    assert "Everything about the network" in page.text
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -685,8 +685,8 @@ def test_a_workdir_without_a_sound_run(
         ([], "WORKDIR"),
         (["{run}", "{run}", "--data", "shapes"], "--data with 2 runs"),
         (["{run}", "{run}", "--data-dir", "x"], "--data-dir with 2 runs"),
-        (["{run}", "--output", "{run}"], "is no file"),
-        (["{run}", "--output", "{pipe}"], "is no file"),
+        (["{run}", "--output", "{run}"], "is not a regular file"),
+        (["{run}", "--output", "{pipe}"], "is not a regular file"),
         (["{run}", "--outptu", "x"], "did you mean --output"),
     ],
 )

@@ -349,7 +349,7 @@ def test_auto_offline_is_shapes_under_a_notice(
     assert dataset.name == "shapes"
     assert dataset.notice is not None
     for said in (
-        "CIFAR-10 is missing",
+        "CIFAR-10 is not available",
         str(tmp_path),
         "no route to host",
         "SAYS NOTHING ABOUT CIFAR-10",

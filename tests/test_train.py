@@ -221,7 +221,7 @@ def test_another_run_is_not_overwritten(
 ) -> None:
     _, workdir = reference
     before = {f: f.stat().st_mtime_ns for f in workdir.rglob("*")}
-    with pytest.raises(CifarJaxError, match=r"holds another run. Fix: add --resume") as caught:
+    with pytest.raises(CifarJaxError, match=r"contains another run. Fix: add --resume") as caught:
         train_and_evaluate(config, workdir)
     assert caught.value.exit_code == ExitCode.USAGE
     with pytest.raises(CifarJaxError, match=r"--learning-rate 0.1 \(was 0.003\)"):
@@ -359,15 +359,20 @@ def test_a_diverging_run_says_where_and_what_to_do(
 
 
 @pytest.mark.fault("A13")
-def test_a_validation_loss_that_is_not_finite_ends_a_run(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["validation loss is inf after step 5", "test loss is inf with"])
+def test_a_score_that_is_not_finite_ends_a_run(
+    what: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endless = RunningSums(loss=math.inf, correct=1, count=9)
-    monkeypatch.setattr(host_input, "make_evaluate", lambda *_, **__: lambda *_: endless)
-    config = dataclasses.replace(config, model="linear", widths=(), hidden=(), dropout=0.0)
-    with pytest.raises(CifarJaxError, match="the validation loss is inf after step 5") as caught:
+    losses = [math.inf] if "validation" in what else [1.0, math.inf]
+    sums = (RunningSums(loss=loss, correct=1, count=9) for loss in losses)
+    monkeypatch.setattr(host_input, "make_evaluate", lambda *_, **__: lambda *_: next(sums))
+    config = dataclasses.replace(
+        config, model="linear", widths=(), hidden=(), dropout=0.0, epochs=1
+    )
+    with pytest.raises(CifarJaxError, match=f"the {what}") as caught:
         train_and_evaluate(config, tmp_path)
     assert caught.value.exit_code == ExitCode.NUMERICS
+    assert not (tmp_path / "report.json").exists()
 
 
 @pytest.mark.fault("A13")
@@ -525,7 +530,7 @@ def test_if_the_best_checkpoint_is_lost_the_last_is_scored(
     assert report["best_step"] == 15
     out = capsys.readouterr().out
     assert "checkpoints/5 cannot be used" in out
-    assert "The last epoch is scored in its place" in out
+    assert "The last epoch is scored instead" in out
 
 
 @pytest.mark.fault("A2", "A20")
@@ -543,7 +548,7 @@ def test_what_does_not_belong_among_the_checkpoints_is_named(
     assert report["params_sha256"] == reference[0]["params_sha256"]
     out = capsys.readouterr().out
     assert f"warning: ignored in {checkpoints}: 99, which are not checkpoints" in out
-    assert f"removed {checkpoints / '.unfinished-16'}: a save" in out
+    assert f"removed {checkpoints / '.unfinished-16'}, left by an interrupted save" in out
     assert (checkpoints / "99").exists()
     assert not (checkpoints / ".unfinished-16").exists()
 
@@ -555,7 +560,7 @@ def test_checkpoints_without_their_config_are_not_trained_over(
     shutil.copytree(reference[1], tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
     for resume in (False, True):
-        with pytest.raises(CifarJaxError, match=r"has checkpoints of a run, but not") as caught:
+        with pytest.raises(CifarJaxError, match=r"has the checkpoints of a run, but not") as caught:
             train_and_evaluate(dataclasses.replace(config, resume=resume), tmp_path / "run")
         assert caught.value.exit_code == ExitCode.CHECKPOINT
     (tmp_path / "run" / "config.json").write_text("")
@@ -726,7 +731,7 @@ def launch(
         ("cifar_jax.device_input.make_advance", signal.SIGTERM, "nothing more was saved"),
         ("cifar_jax.loop._validate", signal.SIGTERM, "step 5 is saved"),
         ("cifar_jax.checkpoint.save", signal.SIGINT, "step 5 is saved"),
-        ("cifar_jax.loop.test_and_report", signal.SIGTERM, "all training is saved"),
+        ("cifar_jax.loop.test_and_report", signal.SIGTERM, "training is saved"),
         ("cifar_jax.loop.test_and_report", signal.SIGINT, "--resume --workdir"),
     ],
 )
@@ -807,7 +812,7 @@ def test_what_does_not_fit_into_memory_is_said(image_folder: Path, tmp_path: Pat
     where = "cifar_jax.device_input.make_advance"
     done = launch(image_folder, tmp_path / "run", where, accident)
     assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
-    assert "the memory is not enough: RESOURCE_EXHAUSTED: Out of memory" in done.stderr
+    assert "out of memory: RESOURCE_EXHAUSTED: Out of memory" in done.stderr
     assert "--batch-size" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -816,15 +821,15 @@ def test_what_does_not_fit_into_memory_is_said(image_folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("message", "said", "cure"),
     [
-        ("RESOURCE_EXHAUSTED: 9 GB", "the memory is not enough", "a smaller --batch-size"),
+        ("RESOURCE_EXHAUSTED: 9 GB", "out of memory", "a smaller --batch-size"),
         ("RESOURCE_EXHAUSTED: 9 GB\nCUDA_ERROR_OUT_OF_MEMORY: out of memory",
-         "the memory is not enough", "end another program"),
+         "out of memory", "close another program"),
         ("FAILED_PRECONDITION: DNN library initialization failed. Look above",
-         "the GPU cannot be used", "another process may hold the GPU: end it"),
+         "the GPU cannot be used", "another process may hold the GPU: stop it"),
         ("INTERNAL: operation gpublasCreate(&handle) failed: not initialized",
          "the GPU cannot be used", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
         ("INTERNAL: failed\nCUDA_ERROR_OUT_OF_MEMORY: out of memory",
-         "the GPU cannot be used", "another process may hold the GPU: end it"),
+         "the GPU cannot be used", "another process may hold the GPU: stop it"),
     ],
 )  # fmt: skip
 def test_a_gpu_that_is_taken_is_no_bug(message: str, said: str, cure: str) -> None:

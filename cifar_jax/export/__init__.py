@@ -1,1 +1,1 @@
-"""``python -m cifar_jax.export``: the command that checks each file, and the formats."""
+"""``python -m cifar_jax.export``: the command, which verifies each file, and the formats."""

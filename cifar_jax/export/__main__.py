@@ -15,7 +15,7 @@ from cifar_jax.files import check_is_new, new_path
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder, workdir_of
 
-if TYPE_CHECKING:  # slow to import: a wrong option is answered before
+if TYPE_CHECKING:  # slow to import: wrong options are reported before
     import numpy as np
     from numpy.typing import NDArray
 
@@ -23,17 +23,18 @@ if TYPE_CHECKING:  # slow to import: a wrong option is answered before
     from cifar_jax.trained import TrainedNetwork
 
 DESCRIPTION = """\
-Write a trained network as one file for other programs, and prove the file: it is loaded back and
-must give the checkpoint's probabilities to 1e-5, at batch sizes 1, 7 and 128, or none is left.
+Write a trained network as one file for other programs, and verify it: the file is loaded back and
+must give the checkpoint's probabilities to 1e-5, at batch sizes 1, 7 and 128; otherwise it is
+deleted.
 
   stablehlo    the whole classifier for JAX without this package, on CPU and NVIDIA GPU: images
                uint8 [N, H, W, C] in, probabilities float32 [N, K] out, any N. JAX promises to load
                it up to 6 months later, and 3 weeks earlier, than the version that wrote it.
   onnx         the same classifier for ONNX Runtime and others; its metadata has the class names.
-               Takes `pip install torch==2.13.0 onnx onnxruntime onnxscript`.
-  safetensors  the bare weights, as PyTorch's state_dict, with mean, std and class names beside
-               them: what cifar_jax.convert writes, and reads.
-  pth          the bare weights as a state_dict. Takes `pip install torch==2.13.0`.
+               Needs `pip install torch==2.13.0 onnx onnxruntime onnxscript`.
+  safetensors  the bare weights, as PyTorch's state_dict, with mean, std and class names as
+               metadata: the format that cifar_jax.convert writes and reads.
+  pth          the bare weights as a state_dict. Needs `pip install torch==2.13.0`.
 
 examples:
   python -m cifar_jax.export --checkpoint runs/20261122-101500-cnn --format onnx
@@ -53,12 +54,12 @@ class ExportOptions(Options):
     format: ExportFormat = option(REQUIRED, "the kind of file")
     output: str | None = option(
         None,
-        "the new file [default the workdir's name, here, with the format's ending]",
+        "the new file [default the workdir's name with the format's ending, in this folder]",
     )
     data: str | None = option(
         None,
-        "whose test images to check on, as in cifar_jax.train [default the data of training where "
-        "it is on this machine, else images that are drawn]",
+        "data whose test images to check on, as in cifar_jax.train [default the training data if "
+        "it is on this machine, else 'shapes']",
     )
     data_dir: str | None = option(
         None, "where it is prepared or extracted [default that of training]"
@@ -78,24 +79,24 @@ def export_network(
     Prints each stage, and how to load the file.
 
     Args:
-        data, data_dir: whose test images to compare on, as in :class:`ExportOptions`.
+        data, data_dir: data whose test images to compare on, as in :class:`ExportOptions`.
 
     Returns:
-        The largest difference between a probability of the file's and one of the checkpoint's.
+        The largest difference between the probabilities of the file and of the checkpoint.
 
     Raises:
         CifarJaxError: usage; ``output`` exists, or has another ending. Checkpoint; there is none.
             Environment; packages are missing, or ``output`` cannot be written. Data; ``data``
-            cannot be read. Numerics; the file's answers differ from the checkpoint's.
+            cannot be read. Numerics; the file's probabilities differ from the checkpoint's.
     """
     if output.suffix != f".{format}":
         raise CifarJaxError(
             ExitCode.USAGE,
             f"--output {output} does not end in .{format}",
-            fix=f"let it end in .{format}",
+            fix=f"use the ending .{format}",
         )
     check_is_new(output, "--output")
-    step = step_folder(checkpoint)  # soon: trained.load would say so after the imports
+    step = step_folder(checkpoint)  # fail early, before the slow imports of trained.load
     _check_installed(format)
     from cifar_jax import trained
     from cifar_jax.export.formats import FORMATS, classify_here, how_to_use
@@ -144,7 +145,7 @@ def _check_installed(format: ExportFormat) -> None:
         others = " onnx onnxruntime onnxscript" if format == "onnx" else ""
         raise CifarJaxError(
             ExitCode.ENVIRONMENT,
-            f"--format {format} takes packages that are not all installed: {error}",
+            f"--format {format} needs packages that are not all installed: {error}",
             fix=f"pip install torch==2.13.0{others}",
         ) from error
 
@@ -152,7 +153,7 @@ def _check_installed(format: ExportFormat) -> None:
 def _images_to_check_on(
     network: TrainedNetwork, data: str | None, data_dir: str | None
 ) -> tuple[NDArray[np.uint8], str]:
-    """At most 1,000 test images, of each class its share, and what to call them."""
+    """At most 1,000 test images, stratified by class, and what to call them."""
     import numpy as np
 
     from cifar_jax import shapes
@@ -172,7 +173,7 @@ def _images_to_check_on(
         except CifarJaxError as error:
             if data:
                 raise
-            print(f"checking on drawn images instead: {error}")
+            print(f"checking on images of 'shapes' instead: {error}")
     drawn, _ = shapes.draw(_MAX_IMAGES, seed=1)  # the first of the test images of 'shapes'
     nearest = (
         np.arange(wanted) * found // wanted
@@ -184,7 +185,7 @@ def _images_to_check_on(
 def _largest_difference(
     classify: Classify, images: NDArray[np.uint8], expected: NDArray[Any]
 ) -> float:
-    """Between ``classify`` and ``expected`` ``[N, K]``, over all images at each batch size."""
+    """The largest difference from ``expected`` ``[N, K]``, over all images at each batch size."""
     import numpy as np
     from tqdm import tqdm
 
@@ -200,7 +201,7 @@ def _largest_difference(
 
 
 def _default_output(checkpoint: Path, format: ExportFormat) -> Path:
-    """In the current folder, under the name of the run."""
+    """A file in the current folder, named after the run."""
     return Path(f"{workdir_of(checkpoint).resolve().name}.{format}")
 
 

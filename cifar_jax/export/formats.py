@@ -1,4 +1,4 @@
-"""The formats that a trained network is exported in: each written, and read as its users read it.
+"""The export formats: how each is written, and read back as its users read it.
 
 torch and onnxruntime are imported where they are used.
 """
@@ -26,7 +26,7 @@ Classify = Callable[[NDArray[np.uint8]], NDArray[Any]]  # images -> probabilitie
 
 
 def classify_here(network: TrainedNetwork) -> Classify:
-    """``network`` as this program runs it."""
+    """``network`` as this package runs it."""
     logits = make_logits(network)
 
     return lambda images: softmax(logits(images))
@@ -97,7 +97,7 @@ def _twin(network: TrainedNetwork, state_dict: StateDict) -> Any:
     return twin
 
 
-# How each is written, and loaded back by whoever uses it.
+# How each format is written, and how its users load it.
 FORMATS: dict[ExportFormat, tuple[Callable[..., None], Callable[..., Classify]]] = {
     "stablehlo": (_write_stablehlo, _read_stablehlo),
     "onnx": (_write_onnx, _read_onnx),
@@ -107,9 +107,9 @@ FORMATS: dict[ExportFormat, tuple[Callable[..., None], Callable[..., Classify]]]
 
 
 def how_to_use(network: TrainedNetwork, format: ExportFormat, output: Path) -> str:
-    """Some lines of Python for whoever gets the file ``output``."""
+    """A few lines of Python that load and call the file ``output``."""
     height, width, channels = network.image_shape
-    file = repr(str(output))  # any name, as Python writes it
+    file = repr(str(output))  # quoted: any name is valid Python
     images = f"images: uint8 [N, {height}, {width}, {channels}]"
     normalised = f"float32 [N, {channels}, {height}, {width}], in 0..1, then normalised"
     of_state_dict = (

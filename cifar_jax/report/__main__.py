@@ -1,4 +1,4 @@
-"""A page that shows a run, or compares several: ``python -m cifar_jax.report WORKDIR``."""
+"""One HTML page for a run, or a comparison of several: ``python -m cifar_jax.report WORKDIR``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cifar_jax.options import Options, flag, option
 from cifar_jax.report.run import read_run
 
 DESCRIPTION = """\
-Write what a run of cifar_jax.train came to as one HTML file, which needs no network and no other
-file: its curves, its scores, its mistakes, and what the network looks like from inside.
+Show a run of cifar_jax.train as a single HTML file, which needs no network connection and no other
+file: its curves, scores and mistakes, and what the network looks like from inside.
 
-Several runs give one page that compares them. A run that is not finished is scored on its
-validation images: the test images are for the end.
+Several runs give one page that compares them. An unfinished run is scored on its validation images:
+the test images are for the end.
 
 examples:
   python -m cifar_jax.report runs/20261122-101500-cnn
@@ -28,7 +28,7 @@ examples:
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions(Options):
-    """Where the page goes, and where the images are that it shows."""
+    """Where to write the page, and where to find the images that it shows."""
 
     output: str | None = option(
         None,
@@ -42,13 +42,13 @@ class ReportOptions(Options):
 
 
 def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
-    """Write the page of one run, or the comparison of several, and say where it is.
+    """Write the page of one run, or the comparison of several, and print where it is.
 
     Returns:
         The file.
 
     Raises:
-        CifarJaxError: usage; options that do not go together. Checkpoint; a workdir holds no run,
+        CifarJaxError: usage; the options do not go together. Checkpoint; a workdir contains no run,
             or a damaged one. Data; ``options.data`` cannot be read. Environment; the file cannot be
             written.
     """
@@ -62,15 +62,15 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
             )
     default = workdirs[0] / "report.html" if single else Path("comparison.html")
     output = Path(options.output) if options.output else default
-    if output.exists() and not output.is_file():  # root's would take the place of /dev/null
+    if output.exists() and not output.is_file():  # as root, it would replace /dev/null
         raise CifarJaxError(
-            ExitCode.USAGE, f"--output {output} is no file", fix="give the name of a file"
+            ExitCode.USAGE, f"--output {output} is not a regular file", fix="give a file name"
         )
     runs = [read_run(workdir) for workdir in workdirs]
     with writing(str(output), "another --output"):
         try_to_write(output.parent)
 
-    # As late as can be: what is wrong with the command is said before JAX starts.
+    # Late imports, so that wrong options are reported before JAX starts.
     print(f"reading {', '.join(map(str, workdirs))} ...", flush=True)
     from cifar_jax.report import html, page
 

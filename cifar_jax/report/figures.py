@@ -1,4 +1,4 @@
-"""The drawings of a report: curves as SVG that takes the page's colours, pixels as PNG."""
+"""The figures of a report: curves as SVG in the page's colours, pixels as PNG."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from PIL import Image
 from cifar_jax.images import png_uri
 from cifar_jax.metrics import EpochRow
 
-# Drawn in these colours, and written as what the style sheet calls them in light and in dark.
+# Placeholders: Matplotlib draws in these colours, which are then replaced by the names that the
+# style sheet defines for light and dark pages.
 _TEXT, _LINE, _ACCENT, _OTHER = "#010001", "#010002", "#010003", "#010004"
 _SERIES = [f"#0200{number:02x}" for number in range(8)]
 _CSS = {
@@ -86,7 +87,7 @@ def compared_curves(histories: Sequence[list[EpochRow]], what: str) -> Markup:
 
 
 def line_key(number: int) -> Markup:
-    """A piece of the line of run ``number``, for a legend."""
+    """A sample of the line of run ``number``, for a legend."""
     colour, dashes = _style(number)
     return Markup(
         '<svg class="key" viewBox="0 0 28 8" aria-hidden="true"><line x1="1" x2="27" y1="4" y2="4" '
@@ -95,7 +96,7 @@ def line_key(number: int) -> Markup:
 
 
 def _style(number: int) -> tuple[str, tuple[float, ...]]:
-    """The colour and dashes of line ``number``: 32 differ, neighbours also without colour."""
+    """The colour and dashes of line ``number``: 32 are distinct, neighbours even without colour."""
     dashes = _DASHES[(number + number // len(_SERIES)) % len(_DASHES)]
     return _SERIES[number % len(_SERIES)], dashes
 
@@ -109,7 +110,7 @@ def _curves(
     *,
     zero: bool = False,
 ) -> Markup:
-    """One line, or training dashed and validation solid; the best epoch dotted."""
+    """One line, or training dashed and validation solid; the best epoch is dotted."""
     figure, axes = _axes(y_label)
     epochs = [row["epoch"] for row in history]
     if zero:
@@ -150,8 +151,9 @@ def _axes(y_label: str) -> tuple[Figure, Axes]:
 def _svg(figure: Figure, title: str) -> Markup:
     """``figure`` as an element of an HTML page, with ``title`` as its text for screen readers.
 
-    What Matplotlib writes that has no place within a page is removed: namespaces, metadata, a style
-    for all elements, and ids, which would come twice; those in use get ``title`` in front.
+    What Matplotlib writes but does not belong inside a page is removed: namespaces, metadata, a
+    style for all elements, and ids, which would be duplicated; those in use get ``title`` as a
+    prefix.
     """
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
@@ -190,7 +192,7 @@ def _local(name: str) -> str:
 
 
 def image_png(pixels: NDArray[np.uint8]) -> str:
-    """Pixels ``[H, W]`` or ``[H, W, C]`` as the URI of a PNG, made smaller if they are many."""
+    """Pixels ``[H, W]`` or ``[H, W, C]`` as the URI of a PNG, reduced if they are large."""
     if max(pixels.shape[:2]) > _LARGEST_PNG:
         image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[2:] == (1,) else pixels)
         image.thumbnail((_LARGEST_PNG, _LARGEST_PNG), Image.Resampling.BOX)
@@ -199,17 +201,17 @@ def image_png(pixels: NDArray[np.uint8]) -> str:
 
 
 def filter_png(kernel: NDArray[np.float32]) -> str:
-    """A kernel ``[h, w, C]``: mid grey is 0, and its largest weight, of either sign, an end."""
+    """A kernel ``[h, w, C]``: 0 is mid grey, and the largest magnitude is black or white."""
     scale = max(float(np.abs(kernel).max()), 1e-12)
     return image_png((127.5 * (1 + kernel / scale)).round().astype(np.uint8))
 
 
 def map_png(values: NDArray[np.float32], largest: float) -> str:
-    """A feature map ``[H, W]``: black is 0 and less, white is ``largest``."""
+    """A feature map ``[H, W]``: 0 or less is black, ``largest`` is white."""
     return image_png((255 * values / max(largest, 1e-12)).clip(0, 255).round().astype(np.uint8))
 
 
 def confusion_png(shares: NDArray[np.float64]) -> str:
-    """The shares of each true class (rows), 0..1: white is none, black all."""
-    # As large as it is: made smaller, the diagonal of many classes would fade.
+    """The confusion matrix as fractions 0..1 of each true class (rows): 0 is white, 1 is black."""
+    # In full size: reduced, the diagonal of many classes would fade.
     return png_uri((255 * (1 - shares)).round().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""From what a report shows to its HTML. Every name comes from outside: the templates escape it."""
+"""Render a report as HTML. All names are untrusted: the templates escape them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def duration(seconds: float | None) -> str:
 
 
 def _glance(summary: Summary) -> list[tuple[str, str, Any, str]]:
-    """Key, label, exact value and shown text of each figure; what is not known is left out."""
+    """Key, label, exact value and displayed text of each figure; unknown ones are left out."""
     config, report = summary.run.config, summary.run.report or {}
     epochs = f"{summary.epochs} of {config.epochs}"
     speed = None if summary.images_per_second is None else count(summary.images_per_second)
@@ -137,7 +137,7 @@ def _glance(summary: Summary) -> list[tuple[str, str, Any, str]]:
 
 
 def _class_rows(names: tuple[str, ...], scores: Scores) -> list[dict[str, Any]]:
-    """A row a class: what it is scored, and the class it is most often taken for."""
+    """A row per class: its scores, and the class it is most often mistaken for."""
     rows = []
     for k, name in enumerate(names):
         other = scores.taken_for(k)
@@ -154,11 +154,11 @@ def _class_rows(names: tuple[str, ...], scores: Scores) -> list[dict[str, Any]]:
 
 
 def _confusion(scores: Scores) -> dict[str, Any]:
-    """Rows of (count, depth of the colour 0..1), or a picture where there are many classes."""
+    """Rows of (count, depth of the colour 0..1), or a picture if there are many classes."""
     confusion = scores.confusion
     if len(confusion) > _MOST_CLASSES_IN_A_TABLE:
         return {"rows": None, "picture": figures.confusion_png(scores.shares)}
-    # The root, so that a share of a few per cent is seen at all.
+    # The square root, so that a few per cent are visible.
     depths = np.sqrt(scores.shares)
     return {
         "rows": [
@@ -174,7 +174,7 @@ def _options(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _value(value: Any) -> str:
-    """An option's value as the command line has it."""
+    """An option's value as on the command line."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list | tuple):

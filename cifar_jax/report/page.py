@@ -1,4 +1,4 @@
-"""What a report shows, as plain data: gathered from a run, its network and its images."""
+"""The content of a report, as plain data: gathered from a run, its network and its images."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _FILTERS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A run in numbers; None is what is not known (yet).
+    """A run in numbers; what is not known (yet) is None.
 
     Attributes:
-        data, digest: the data's name, and what tells it from other data.
+        data, digest: the data's name, and the digest that identifies it.
         test_interval: the 95 % interval of the test accuracy.
         seconds: of training and validation, all epochs.
     """
@@ -62,7 +62,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An image, what it is, and what the network takes it for."""
+    """An image, its class, and the network's prediction."""
 
     file: str
     pixels: NDArray[np.uint8]
@@ -77,11 +77,11 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The network's answers for one split.
+    """The network's predictions for one split.
 
     Attributes:
-        samples: some images of every class, or of as many classes as there are samples.
-        mistakes: the most confident ones.
+        samples: images of every class, or of as many classes as there are samples.
+        mistakes: the most confident wrong predictions.
     """
 
     split: Literal["val", "test"]
@@ -93,11 +93,11 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMaps:
-    """What some channels of a layer give for some images: ``maps`` is ``[images, H, W, shown]``.
+    """Some channels of a layer's output for some images: ``maps`` is ``[images, H, W, shown]``.
 
     Attributes:
-        layer: the convolution that they are of, after its activation.
-        channels: the numbers of those shown, out of ``n_channels``.
+        layer: the convolution; its maps are taken after the activation.
+        channels: the indices of the channels shown, out of ``n_channels``.
     """
 
     layer: str
@@ -111,9 +111,9 @@ class ReceptiveField:
     """The square of the image that one unit of a layer depends on.
 
     Attributes:
-        size: its side, pixels.
+        size: its side in pixels.
         stride: pixels between the squares of neighbouring units.
-        start: the middle of the square of the first unit, pixels from the image's edge.
+        start: the middle of the first unit's square, in pixels from the image's edge.
         units: rows and columns of units in the layer.
     """
 
@@ -126,18 +126,18 @@ class ReceptiveField:
 
     @property
     def middle(self) -> tuple[float, float]:
-        """(row, column) of the middle of the square of the layer's middle unit."""
+        """(row, column) of the centre of the square of the layer's middle unit."""
         row, column = (self.start + n // 2 * self.stride for n in self.units)
         return row, column
 
 
 @dataclasses.dataclass
 class RunPage:
-    """All that the page of one run shows; filled bit by bit, as far as possible.
+    """Everything on the page of one run; filled as far as the run allows.
 
     Attributes:
-        missing: what is not on the page and why, a sentence each.
-        warnings: what a reader must know before believing it, a sentence each.
+        missing: what is not on the page and why, in a sentence each.
+        warnings: what a reader must know before believing the page, in a sentence each.
         filters: kernels of the first convolution, ``[shown, h, w, C]``, of ``n_filters``.
     """
 
@@ -158,8 +158,8 @@ class Comparison:
     """Several runs side by side.
 
     Attributes:
-        names: of each run: its folder's name, or its whole path where two folders have one name.
-        differing: each option in which they differ, with every run's value.
+        names: of each run, the name of its folder, or the whole path if two folders share a name.
+        differing: the options in which the runs differ, with every run's value.
     """
 
     summaries: list[Summary]
@@ -168,7 +168,7 @@ class Comparison:
 
     @property
     def same_data(self) -> bool:
-        """Whether all runs are known to be of the same data."""
+        """Whether all runs are known to use the same data."""
         digests = {summary.digest for summary in self.summaries}
         return len(digests) == 1 and None not in digests
 
@@ -176,7 +176,7 @@ class Comparison:
 def gather_run(run: StoredRun, *, data: str | None, data_dir: str | None) -> RunPage:
     """The page of ``run``, scored on the test images if it is complete, else on validation images.
 
-    What cannot be read is left out, and named on the page and on stderr.
+    What cannot be read is left out, and reported on the page and on stderr.
 
     Args:
         data: a source as in ``cifar_jax.train``; None is the one that the run was trained on.
@@ -194,7 +194,7 @@ def gather_run(run: StoredRun, *, data: str | None, data_dir: str | None) -> Run
     try:
         network = _load(run)
     except CifarJaxError as error:
-        _miss(page, f"All that the network shows: {error}")
+        _miss(page, f"Everything about the network: {error}")
         return page
     page.class_names, page.image_shape = network.class_names, network.image_shape
     traced = _trace_shapes(network)
@@ -314,7 +314,7 @@ def _miss(page: RunPage, what: str) -> None:
 
 
 def _newest(run: StoredRun) -> tuple[dict[str, Any], int | None]:
-    """The metadata of the newest checkpoint, and the parameters' number; without one, {}, None."""
+    """The newest checkpoint's metadata and number of parameters; without one ({}, None)."""
     folder = checkpoints_of(run.workdir)
     steps = saved_steps(folder)
     metadata: dict[str, Any] = {}
@@ -328,13 +328,13 @@ def _newest(run: StoredRun) -> tuple[dict[str, Any], int | None]:
 
 
 def _texts(values: Any) -> dict[str, str]:
-    """The entries of ``values`` that are text: a checkpoint may be anyone's."""
+    """The entries of ``values`` that are text: a checkpoint is untrusted."""
     items = values.items() if isinstance(values, dict) else ()
     return {name: value for name, value in items if isinstance(value, str)}
 
 
 def _load(run: StoredRun) -> TrainedNetwork:
-    """The network that the report is about; of a run without one, the best so far."""
+    """The network that ``report.json`` describes; without a report, the best so far."""
     if run.report is None:
         return trained.load(run.workdir)
     return trained.load(checkpoints_of(run.workdir) / str(run.report["best_step"]))
@@ -372,11 +372,11 @@ def _score(
 
 
 def _disagreements(summary: Summary, labelled: LabelledImages, scored: Scored) -> list[str]:
-    """What does not fit together between the run's own record and what was scored now."""
+    """Warnings where the run's own record and the scores computed now disagree."""
     if summary.digest not in (None, labelled.digest):
         return [
             f"The images found ({labelled.name}) are not the data of the run ({summary.data}): "
-            "its digest is another. The scores below are of the images found."
+            "their digests differ. The scores below are for the images found."
         ]
     report, scores = summary.run.report, scored.scores
     if report is not None:
@@ -388,9 +388,9 @@ def _disagreements(summary: Summary, labelled: LabelledImages, scored: Scored) -
     if recorded == scores.correct:
         return []
     return [
-        f"Scored again, {scores.correct:,} {scored.split} images are right; by the run's own "
-        f"record it was {recorded:,}. Another machine rounds differently; more than a few mean "
-        "another network or other images."
+        f"Scored again, {scores.correct:,} {scored.split} images are right; the run recorded "
+        f"{recorded:,}. Another machine rounds differently, but more than a few mean another "
+        "network or other images."
     ]
 
 
@@ -400,7 +400,7 @@ def _trace_shapes(network: TrainedNetwork) -> list[Layer]:
 
 
 def _feature_maps(network: TrainedNetwork, samples: list[Example]) -> list[FeatureMaps]:
-    """Each activation after a convolution, on :func:`images_with_maps`; its liveliest channels."""
+    """The most active channels after each convolution, on :func:`images_with_maps`."""
     pixels = np.stack([each.pixels for each in images_with_maps(samples)])
     shapes = _trace_shapes(network)
     chosen: dict[int, str] = {}  # its place, the convolution's name
@@ -427,6 +427,6 @@ def _feature_maps(network: TrainedNetwork, samples: list[Example]) -> list[Featu
 
 
 def images_with_maps(samples: list[Example]) -> list[Example]:
-    """The samples whose feature maps are shown: far apart, so of different classes."""
+    """The samples whose feature maps are shown: spaced apart, to differ in class."""
     places = np.linspace(0, len(samples) - 1, min(len(samples), _IMAGES_WITH_MAPS)).round()
     return [samples[int(place)] for place in places]

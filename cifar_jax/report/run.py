@@ -1,4 +1,4 @@
-"""What the text files of a workdir say about its run. Quick: no NumPy, no JAX."""
+"""Read a run from the text files of its workdir. Quick: no NumPy, no JAX."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredRun:
-    """A run, as far as it has come.
+    """A run, finished or not.
 
     Attributes:
         history: a row for each epoch done.
@@ -41,7 +41,7 @@ class StoredRun:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """The name of the folder."""
         return os.path.basename(os.path.abspath(self.workdir))
 
     @property
@@ -61,7 +61,7 @@ def read_run(workdir: Path) -> StoredRun:
     """Read ``config.json``, ``metrics.jsonl`` and ``report.json``; the last two may be missing.
 
     Raises:
-        CifarJaxError: checkpoint; there is no run in ``workdir``, or one of the files is damaged.
+        CifarJaxError: checkpoint; ``workdir`` contains no run, or one of the files is damaged.
     """
     if not (workdir / "config.json").is_file():
         what = "holds no run" if workdir.is_dir() else "is not a folder"
@@ -111,7 +111,7 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 def _check(path: Path, values: Any, types: dict[str, Any]) -> None:
-    """Raise ``CifarJaxError`` unless ``values`` has these keys with values of these types."""
+    """Raise ``CifarJaxError`` unless ``values`` has all keys of ``types``, with such values."""
     for name, kind in types.items():
         if not isinstance(values, dict) or not isinstance(values.get(name), kind):
             raise _unreadable(path, f"{name} is missing, or of a wrong type")

@@ -1,1 +1,1 @@
-"""``python -m cifar_jax.serve``: the command, and the application that it serves."""
+"""``python -m cifar_jax.serve``: the command, and the web application."""

@@ -19,7 +19,7 @@ DESCRIPTION = """\
 Try a trained network in a browser: drop, paste or choose an image, and see the class, all
 probabilities, the image as the network sees it, and what its first layer finds in it.
 
-Programs ask the same: POST /predict takes an image file as the body and answers in JSON.
+For programs, POST /predict takes an image file as the body and answers in JSON.
 
 examples:
   python -m cifar_jax.serve --checkpoint runs/20261122-101500-cnn
@@ -35,19 +35,19 @@ class ServeOptions(Options):
     checkpoint: str = option(REQUIRED, CHECKPOINT_HELP)
     host: str = option(
         "127.0.0.1",
-        "address to listen on; any but 127.0.0.1 and ::1 lets other machines in",
+        "address to listen on; any but 127.0.0.1 and ::1 lets other machines connect",
     )
     port: int = option(8000, "port to listen on; 0 takes a free one", at_least=0, at_most=65535)
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve the page and its JSON until a signal ends it.
+    """Serve the page and the JSON endpoints until a signal comes.
 
     Raises:
         CifarJaxError: checkpoint; there is no network. Environment; starlette or uvicorn is
             missing, or the port cannot be used.
     """
-    step_folder(Path(options.checkpoint))  # soon: trained.load would say so after the imports
+    step_folder(Path(options.checkpoint))  # fail early, before the slow imports of trained.load
     try:
         import starlette  # noqa: F401
         import uvicorn
@@ -64,7 +64,7 @@ def serve(options: ServeOptions) -> None:
         address, port = listener.getsockname()[:2]
         hosts = ["*"]
         if ipaddress.ip_address(address).is_loopback:
-            # A page from elsewhere whose name is made to lead here ("DNS rebinding") is refused.
+            # Protects from DNS rebinding: a foreign page whose name resolves to this machine.
             hosts = [options.host.lower(), "localhost", "127.0.0.1", "[::1]"]
         network = trained.load(Path(options.checkpoint))
         config = uvicorn.Config(
@@ -78,10 +78,10 @@ def serve(options: ServeOptions) -> None:
             headers=[("X-Content-Type-Options", "nosniff")],
             timeout_graceful_shutdown=1,
         )
-        # That it does not wait longer for an answer is not an error.
+        # Giving up on unfinished requests at the end is not an error.
         logging.getLogger("uvicorn.error").addFilter(lambda record: "graceful" not in record.msg)
         if hosts == ["*"]:
-            warning = f"warning: --host {options.host} lets in whoever reaches it, with no password"
+            warning = f"warning: --host {options.host} lets anyone who can reach it in, no password"
             print(warning, file=sys.stderr)
         name = f"[{options.host}]" if ":" in options.host else options.host
         print(

@@ -38,7 +38,7 @@ from cifar_jax.train_step import normalize
 from cifar_jax.trained import TrainedNetwork
 
 MAX_BYTES = 10 * 2**20
-# What is over the limit is still read, as most senders listen only when all is sent; up to here.
+# A body over the limit is still read up to here, as most clients read the reply only after sending.
 _MAX_BYTES_READ = 10 * MAX_BYTES
 _MAX_SAMPLES = 12
 
@@ -49,13 +49,13 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
     """The page at ``/``, and JSON: ``GET /network``, ``GET /samples``, ``POST /predict``.
 
     Args:
-        hosts: the names that it answers to, ``*`` for any.
+        hosts: the host names that it answers to, ``*`` for any.
     """
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     security = {"Content-Security-Policy": _content_security_policy(html)}
     predict = make_predict(network)
-    # One, so that no two large images are decoded at once; and always the same, as the memory that
-    # one thread gives back is not another's.
+    # One thread, so that no two large images are decoded at once; and always the same one, as
+    # threads do not share the memory that they free.
     worker = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     samples = functools.cache(lambda: _in_a_thread_of_its_own(lambda: find_samples(network)))
     description = {
@@ -78,13 +78,13 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
     async def on_predict(request: Request) -> Response:
         name = request.query_params.get("file") or "the image"
         kind = request.headers.get("content-type", "").lower()
-        # Also what keeps other sites' pages out: without asking first, none can send these types.
+        # This also keeps other sites' pages out: without a preflight they cannot send these types.
         if not kind.startswith(("image/", "application/octet-stream")):
             return refuse(415, "the body is not an image. Fix: give Content-Type: image/jpeg, say.")
         try:
             content = await _body(request)
         except ClientDisconnect:
-            return Response()  # which nobody reads
+            return Response()  # the client is gone
         if content is None:
             return refuse(413, f"{name} has over {MAX_BYTES >> 20} MiB. Fix: make it smaller.")
         try:
@@ -111,7 +111,7 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
 
 
 def _answer_when_cancelled(app: ASGIApp) -> ASGIApp:
-    """At the server's end, what is still under way is cancelled: that is not an error to report."""
+    """Answer requests that are cancelled when the server stops, which is not an error to report."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -123,7 +123,7 @@ def _answer_when_cancelled(app: ASGIApp) -> ASGIApp:
 
 
 def _content_security_policy(html: str) -> str:
-    """Nothing runs but the page's own style and script, and nothing is fetched from elsewhere."""
+    """A policy that allows only the page's own style and script, and no requests elsewhere."""
 
     def digest(tag: str) -> str:
         (inline,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
@@ -151,11 +151,11 @@ async def _body(request: Request) -> bytes | None:
 def make_predict(network: TrainedNetwork) -> Predict:
     """A function from an image file's content and name to the answer of ``POST /predict``.
 
-    All is compiled, and was tried, when this returns.
+    Everything is compiled, and was run once, when this returns.
 
     Raises:
-        CifarJaxError: numerics; the network's answers are not finite. The function raises it too,
-            and data where it is given no image.
+        CifarJaxError: numerics; the network's logits are not finite. The function raises this too,
+            and data for a file that is not an image.
     """
 
     def trace(variables: Any, images: Any) -> Any:
@@ -164,7 +164,7 @@ def make_predict(network: TrainedNetwork) -> Predict:
 
     black = np.zeros((1, *network.image_shape), np.uint8)
     variables = jax.device_put(network.variables)
-    # The kinds of the layers that give maps.
+    # The kinds of layers whose outputs are shown.
     layers = jax.eval_shape(trace, variables, black)
     kinds = [layer.kind if layer.output.ndim == 4 else "" for layer in layers]
     features = None
@@ -197,9 +197,9 @@ def make_predict(network: TrainedNetwork) -> Predict:
 
 
 def _in_a_thread_of_its_own(function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
-    """What ``function`` returns; at its exit the program does not wait for it, as for a pool's."""
+    """The future result of ``function``; unlike a pool's, its thread does not delay exit."""
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # so that the thread can end it in any case
+    future.set_running_or_notify_cancel()  # so that the thread can always finish it
 
     def run() -> None:
         try:
@@ -212,13 +212,13 @@ def _in_a_thread_of_its_own(function: Callable[[], Any]) -> concurrent.futures.F
 
 
 def find_samples(network: TrainedNetwork) -> list[dict[str, str]]:
-    """Test images to start with, one a class, where the data of training is at hand; else none.
+    """Sample test images, one per class, if the training data is on this machine; else none.
 
-    Takes seconds where files are to be decoded, as TensorFlow starts for that.
+    Takes seconds if files are to be decoded, which starts TensorFlow.
     """
     config, names = network.config, network.class_names
     if names == shapes.CLASS_NAMES:
-        some = shapes.draw(100, seed=1)  # as the test split begins
+        some = shapes.draw(100, seed=1)  # the first images of the test split
         images, labels = some[0][: len(names)], some[1][: len(names)]
         files = [f"{name}.png" for name in names]
     elif not is_here(config.data, config.data_dir):
@@ -238,6 +238,6 @@ def find_samples(network: TrainedNetwork) -> list[dict[str, str]]:
 
 
 def _stretched(values: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Black for the lowest, white for the highest."""
+    """``values`` scaled from black, the lowest, to white, the highest."""
     shifted = values - values.min()
     return (255 * shifted / max(shifted.max(), 1e-12)).astype("uint8")
