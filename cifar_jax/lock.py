@@ -22,8 +22,8 @@ _QUIET_SECONDS = 2.0
 def locked(workdir: Path) -> Iterator[None]:
     """Create ``workdir`` if necessary, and keep other runs out of it.
 
-    The kernel releases the lock when this process ends, however it ends. A folder that was created
-    here, and in which nothing was written, is removed again.
+    The kernel releases the lock when this process ends, however it ends. Folders that were created
+    here, and in which nothing was written, are removed again.
 
     Raises:
         CifarJaxError: environment; another process holds the lock, or ``workdir`` cannot be
@@ -38,7 +38,7 @@ def locked(workdir: Path) -> Iterator[None]:
             f"--workdir {shown(workdir)} is not a UTF-8 path, which Orbax requires",
             fix="give another --workdir",
         ) from error
-    was_there = workdir.is_dir()
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.is_dir()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         descriptor = _open_and_lock(path)
@@ -53,8 +53,8 @@ def locked(workdir: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # the folder is gone, or not empty
             path.unlink()
-            if not was_there:
-                workdir.rmdir()
+            for folder in made:
+                folder.rmdir()
         os.close(descriptor)
 
 

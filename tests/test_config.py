@@ -355,6 +355,7 @@ def test_data_that_cannot_be_trained_on_is_said_before_jax_starts(tmp_path: Path
     assert "--data absent does not exist" in absent
     assert "--image-size 16 with --data shapes, whose images are 32x32" in resized
     assert all(line.endswith(". set()") for line in (empty, absent, resized))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"], "no runs/ without a run"
 
 
 def test_a_command_ends_in_one_line_and_its_exit_code() -> None:

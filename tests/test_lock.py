@@ -75,10 +75,14 @@ def test_the_lock_excludes_also_while_it_changes_hands(tmp_path: Path) -> None:
     assert (tmp_path / "counter").read_text() == "150"
 
 
-def test_a_folder_in_which_nothing_came_about_is_taken_away_again(tmp_path: Path) -> None:
-    with locked(tmp_path / "run"):
-        assert (tmp_path / "run").is_dir()
-    assert not (tmp_path / "run").exists()
+def test_folders_in_which_nothing_came_about_are_taken_away_again(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with locked(runs / "a"):
+        assert (runs / "a").is_dir()
+        with locked(runs / "b"):
+            pass
+        assert [path.name for path in runs.iterdir()] == ["a"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.fault("A18")
