@@ -172,14 +172,6 @@ def _start_or_resume(
             print(f"no checkpoint in {checkpoints}: starting at step 0")
         return _begin(config, state, dataset)
     trained_on = saved.metadata["data"]
-    if trained_on["digest"] == trained.UNKNOWN_DATA:
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
-            f"--resume: {saved.path} is a converted network, with no training to continue: "
-            f"{trained_on['name']}",
-            fix=f"begin a run with it: --initial-weights {checkpoints.parent} and another "
-            "--workdir",
-        )
     if trained_on["digest"] != dataset.digest:
         raise CifarJaxError(
             ExitCode.CHECKPOINT,

@@ -25,7 +25,7 @@ from cifar_jax.config import (
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.lock import locked
 from cifar_jax.stop_signals import signals_held
-from cifar_jax.workdir import checkpoints_of, saved_steps, step_folder
+from cifar_jax.workdir import checkpoints_of, is_converted, saved_steps, step_folder
 
 DESCRIPTION = """\
 Train a network on CIFAR-10, or on a folder of images of your own, and score it on the test set.
@@ -103,6 +103,13 @@ def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
                 ExitCode.USAGE,
                 f"--workdir {workdir} contains another run",
                 fix="add --resume to continue it, or give another --workdir",
+            )
+        if is_converted(workdir):
+            raise CifarJaxError(
+                ExitCode.CHECKPOINT,
+                f"--resume: --workdir {workdir} holds a network without its training, which so "
+                "cannot go on",
+                fix=f"begin a run with it: --initial-weights {workdir} and another --workdir",
             )
         check_resumable(config, saved)
         report = _saved_report(workdir)

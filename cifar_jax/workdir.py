@@ -22,6 +22,11 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in manifests if path.parent.name.isdecimal())
 
 
+def is_converted(workdir: Path) -> bool:
+    """Whether it holds a network without its training, at step 0: a run saves after steps alone."""
+    return 0 in saved_steps(checkpoints_of(workdir))
+
+
 def is_step(path: Path) -> bool:
     """Whether ``path`` is the folder of one step, not a workdir."""
     return (path / MANIFEST).is_file()

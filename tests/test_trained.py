@@ -119,10 +119,12 @@ def save_linear(config: TrainConfig, workdir: Path) -> None:
 
 
 def test_a_converted_network_is_no_run_to_resume(image_folder: Path, tmp_path: Path) -> None:
+    """Said before any data are looked for."""
     config = TrainConfig(data=str(image_folder), model="linear", batch_size=27, epochs=1)
     save_linear(config, tmp_path)
-    with pytest.raises(CifarJaxError, match=r"unknown data \(x.pth\)\. Fix: .* --initial-weights"):
-        train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path)
+    resumed = dataclasses.replace(config, data=str(tmp_path / "absent"), resume=True)
+    with pytest.raises(CifarJaxError, match=r"without its training.* Fix: .* --initial-weights"):
+        train_and_evaluate(resumed, tmp_path)
 
 
 @pytest.mark.parametrize("model", ["cnn", "airbench"])

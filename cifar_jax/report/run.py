@@ -13,7 +13,7 @@ from typing import Any
 from cifar_jax.config import TrainConfig, from_json
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.metrics import EpochRow, best_row, read_history
-from cifar_jax.workdir import checkpoints_of
+from cifar_jax.workdir import is_converted
 
 _REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data", "versions"), dict),
@@ -46,8 +46,8 @@ class StoredRun:
 
     @property
     def is_converted(self) -> bool:
-        """Whether it is a network that ``cifar_jax.convert`` brought: step 0 of no training."""
-        return (checkpoints_of(self.workdir) / "0").is_dir()
+        """Whether it is a network without its training, as ``cifar_jax.convert`` brings one."""
+        return is_converted(self.workdir)
 
     @property
     def best(self) -> EpochRow | None:
