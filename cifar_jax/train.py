@@ -201,6 +201,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     preset = PRESETS[given.get("preset", "default")]
     config = dataclasses.replace(base or preset, **given)
+    # Not of a config: presets have a momentum, and may be given another optimizer.
+    if "momentum" in given and config.optimizer in ("adam", "adamw"):
+        raise CifarJaxError(
+            ExitCode.USAGE,
+            f"--momentum with --optimizer {config.optimizer}, which has none to set",
+            fix="drop it, or give --optimizer sgd",
+        )
     train_and_evaluate(config, workdir or _new_workdir(config))
 
 

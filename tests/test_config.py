@@ -264,6 +264,7 @@ WRONG = [
     ("train --resume", "--resume without --workdir"),
     ("train --workdir ''", "--workdir '' is empty"),
     ("train --initial-weights absent", "absent does not exist"),
+    ("train --momentum 0.8", "--momentum with --optimizer adam"),
     ("evaluate --checkpoint absent", "absent does not exist"),
     ("predict --checkpoint absent a.png", "absent does not exist"),
     ("predict --checkpoint absent ''", "IMAGE '' is empty"),
