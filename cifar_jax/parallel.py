@@ -55,9 +55,15 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     :mod:`cifar_jax.allocator`.
 
     Raises:
-        CifarJaxError: environment; there are fewer devices, or none of the kind in
-            ``JAX_PLATFORMS``.
+        CifarJaxError: environment; there are fewer devices, none of the kind in ``JAX_PLATFORMS``,
+            or ``JAX_DISABLE_JIT`` is set.
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        raise CifarJaxError(
+            ExitCode.ENVIRONMENT,
+            "JAX_DISABLE_JIT is set, but the programs here are compiled ahead of time",
+            fix="unset JAX_DISABLE_JIT",
+        )
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         devices = jax.devices()

@@ -32,6 +32,7 @@ from cifar_jax.convert import main as convert_main
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.labelled import load_labelled, logits_of
 from cifar_jax.metrics import EpochRow, RunningSums, best_row, epochs_without_progress
+from cifar_jax.parallel import select_devices
 from cifar_jax.scores import score
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import signals_held
@@ -898,6 +899,13 @@ def test_an_environment_that_cannot_be_is_said(
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.fault("B12")
+def test_where_nothing_is_to_be_compiled_that_is_said() -> None:
+    with jax.disable_jit(), pytest.raises(CifarJaxError, match="JAX_DISABLE_JIT is set") as caught:
+        select_devices(1)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
 
 
 @pytest.mark.fault("B6")
