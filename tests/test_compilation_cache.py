@@ -159,6 +159,18 @@ def test_a_named_folder_that_others_have_filled_is_read(
     assert sorted(home.rglob("*")) == written
 
 
+@pytest.mark.fault("B13")
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_folder_that_others_can_write_to_is_refused(
+    mode: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "open").mkdir()
+    (home / "open").chmod(mode)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "open"))
+    with pytest.raises(CifarJaxError, match=r"open can be written by others.* Fix: chmod go-w"):
+        use_compilation_cache()
+
+
 def test_no_folder_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     monkeypatch.setattr(compilation_cache, "try_to_write", lambda folder: 1 / 0)

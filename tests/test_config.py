@@ -28,7 +28,7 @@ from cifar_jax.convert import ConvertOptions
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.evaluate import EvaluateOptions
 from cifar_jax.export.__main__ import ExportOptions
-from cifar_jax.options import REQUIRED
+from cifar_jax.options import REQUIRED, flag
 from cifar_jax.predict import PredictOptions
 from cifar_jax.report.__main__ import ReportOptions
 from cifar_jax.serve.__main__ import ServeOptions
@@ -208,6 +208,20 @@ def test_each_preset_is_the_default_but_for_what_it_is_known_for() -> None:
             "label_smoothing": 0.2,
         },
     }  # fmt: skip
+
+
+def test_no_number_is_below_zero_and_no_share_is_all() -> None:
+    hints = typing.get_type_hints(TrainConfig)
+    shares = {"val_fraction", "dropout", "momentum", "label_smoothing"}
+    numbers = {
+        name for name, hint in hints.items() if {int, float} & {hint, *typing.get_args(hint)}
+    }
+    assert shares | {"seed", "devices", "image_size", "widths", "crop"} < numbers
+    for name, value in [(name, -1) for name in numbers] + [(name, 1) for name in shares]:
+        number = float(value) if hints[name] is float else value
+        given = (number,) if name in ("widths", "hidden") else number
+        with pytest.raises(CifarJaxError, match=rf"^{flag(name)} {number} is out of range"):
+            TrainConfig(**{name: given})
 
 
 def test_a_bound_is_itself_allowed() -> None:

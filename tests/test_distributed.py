@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, Split
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.evaluate import EvaluateOptions, evaluate
+from cifar_jax.parallel import local_devices, local_rows, select_devices
 from cifar_jax.run import Progress
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.train_step import TrainState
@@ -245,6 +246,26 @@ def test_all_processes_score_the_same_network(
     last = evaluate(EvaluateOptions(str(workdir / "checkpoints" / str(report["steps"]))))
     assert report["test_correct"] == last["correct"]
     assert report["test_loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def test_a_process_of_several_devices_gives_each_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three each, two are asked for."""
+
+    class Device(NamedTuple):
+        process_index: int
+        number: int
+
+    of_processes = [[Device(process, number) for number in range(3)] for process in range(2)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 3)
+    monkeypatch.setattr(jax, "devices", lambda: [*of_processes[0], *of_processes[1]])
+    monkeypatch.setattr(jax, "local_devices", lambda process_index: of_processes[process_index])
+    devices: Any = select_devices(2)
+    assert devices == [*of_processes[0][:2], *of_processes[1][:2]]
+    for process, rows in enumerate((slice(0, 8), slice(8, 16))):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert local_devices(devices) == of_processes[process][:2]
+        assert local_rows(16, devices) == rows
 
 
 def test_unequal_numbers_of_devices_are_told(image_folder: Path, tmp_path: Path) -> None:

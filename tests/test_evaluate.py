@@ -57,6 +57,12 @@ def test_the_confusion_matrix_has_the_true_class_in_its_rows(
         images = np.stack([np.asarray(Image.open(file)) for file in files])
         counts = np.bincount(logits(images).argmax(axis=-1), minlength=3)
         assert row.tolist() == counts.tolist()
+    called = confusion.sum(axis=0)
+    assert (called != 7).any(), "else precision would be recall"
+    for k, name in enumerate(evaluation["classes"]):
+        right = confusion[k, k]
+        assert evaluation["recall"][name] == right / 7
+        assert evaluation["precision"][name] == (right / called[k] if called[k] else None)
 
 
 def test_mistakes_name_their_files(evaluation: dict[str, Any], image_folder: Path) -> None:
@@ -248,6 +254,18 @@ def test_the_picture_of_the_confusion_matrix_has_the_true_class_in_its_rows(
     assert {text.get_position(): text.get_text() for text in axes.texts}[x, y] == "2"
     assert axes.images[0].get_array()[y, x] == 1
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+
+
+def test_the_picture_of_calibration_has_accuracy_over_confidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
+    plots.save_calibration(score(logits, np.array([0, 1, 1], np.int32)), "", tmp_path / "a.png")
+    axes, histogram = figures[0].axes
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), [[0.6, 1], [0.9, 0.5]])
+    assert [bar.get_height() for bar in histogram.patches] == [1, 2]
 
 
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:

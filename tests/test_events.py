@@ -46,8 +46,10 @@ def test_events_are_the_metrics_also_after_a_resume(image_folder: Path, tmp_path
         for tag, name in (
             ("loss/train", "train_loss"),
             ("loss/val", "val_loss"),
+            ("accuracy/train", "train_accuracy"),
             ("accuracy/val", "val_accuracy"),
             ("learning_rate", "learning_rate"),
+            ("images_per_second", "images_per_second"),
         ):
             assert found[tag, row["step"]] == pytest.approx(row[name], rel=1e-6)
 

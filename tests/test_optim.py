@@ -60,6 +60,8 @@ def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
     norm = np.sqrt(0.5**2 + 0.25**2 + 1)
     update = first_update(optimizer="sgd", clip_norm=0.1)
     np.testing.assert_allclose(update["bias"], [0.1 * 0.1 / norm], rtol=1e-6)
+    decayed = first_update(optimizer="sgd", clip_norm=0.1, weight_decay=0.2)["kernel"]
+    np.testing.assert_allclose(decayed, update["kernel"] - [0.04, -0.02], rtol=1e-6)
 
 
 def test_momentum_and_nesterov() -> None:
@@ -121,22 +123,22 @@ def test_muon_is_for_kernels_of_convolutions_whose_norms_it_holds() -> None:
     }
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
     config = TrainConfig(
-        optimizer="muon", batch_norm=True, momentum=0.6, learning_rate=0.2, schedule="constant"
+        optimizer="muon", batch_norm=True, momentum=0.6, learning_rate=0.2, schedule="linear"
     )
     tx = make_optimizer(config, make_schedule(config, 10))
     state = tx.init(params)
     running = np.zeros((36, 8))
-    for _ in range(2):
+    for rate in (0.2, 0.18):
         updates, state = tx.update(grads, state, params)
         kernel = np.asarray(params["Conv_0"]["kernel"]).reshape(36, 8)
         gradient = np.asarray(grads["Conv_0"]["kernel"]).reshape(36, 8)
         running = 0.6 * running + gradient
         kernel = kernel * np.sqrt(8) / np.linalg.norm(kernel)
         (direction,) = orthogonalize([jnp.asarray(gradient + 0.6 * running)])
-        expected = kernel - 0.2 * np.asarray(direction)
+        expected = kernel - rate * np.asarray(direction)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(
             params["Conv_0"]["kernel"].reshape(36, 8), expected, rtol=1e-4, atol=1e-5
         )
     signs = np.sign(grads["Dense_0"]["bias"])
-    np.testing.assert_allclose(params["Dense_0"]["bias"], -2 * 0.02 * signs, rtol=1e-4)
+    np.testing.assert_allclose(params["Dense_0"]["bias"], -(0.02 + 0.018) * signs, rtol=1e-4)

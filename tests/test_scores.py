@@ -41,11 +41,11 @@ def test_the_interval_is_wilsons() -> None:
 
 
 def test_calibration_error_weighs_each_bin_by_its_images() -> None:
-    confidence = np.array([0.9, 0.9, 0.9, 0.9, 0.4, 1.0])
-    right = np.array([True, True, True, False, False, True])
+    confidence = np.array([0.9, 0.9, 0.9, 0.9, 0.4, 0.95, 1.0])
+    right = np.array([True, True, True, False, False, False, True])
     error, bins = calibration_error(confidence, right)
-    assert error == pytest.approx((4 * abs(0.75 - 0.9) + 0.4 + 0) / 6)
-    assert [count for count, _, _ in bins] == [1, 4, 1]
+    assert error == pytest.approx((4 * abs(0.75 - 0.9) + 0.4 + 2 * abs(0.5 - 0.975)) / 7)
+    assert [count for count, _, _ in bins] == [1, 4, 2], "1 is in the last bin"
 
 
 def test_log_softmax_stays_finite() -> None:

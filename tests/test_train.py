@@ -31,7 +31,14 @@ from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.convert import main as convert_main
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
 from cifar_jax.labelled import load_labelled, logits_of
-from cifar_jax.metrics import EpochRow, RunningSums, best_row, epochs_without_progress
+from cifar_jax.metrics import (
+    TABLE_HEADER,
+    EpochRow,
+    RunningSums,
+    best_row,
+    epochs_without_progress,
+    table_row,
+)
 from cifar_jax.parallel import select_devices
 from cifar_jax.scores import score
 from cifar_jax.sources import load_dataset
@@ -127,6 +134,7 @@ def test_the_workdir_holds_what_it_should(reference: tuple[dict[str, Any], Path]
     assert report["val_accuracy"] == max(row["val_accuracy"] for row in rows)
     computing = sum(16 * STEPS_PER_EPOCH / row["images_per_second"] for row in rows)
     assert report["images_per_second"] == pytest.approx(3 * 16 * STEPS_PER_EPOCH / computing)
+    assert report["train_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
 
     assert (workdir / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert saved_steps(workdir / "checkpoints")[-1] == 15
@@ -163,12 +171,26 @@ def test_a_resumed_run_arrives_at_the_same_bits(
         }
 
 
-def test_the_seed_decides_the_run(
-    reference: tuple[dict[str, Any], Path], config: TrainConfig, tmp_path: Path
-) -> None:
-    """That the same seed gives the same bits, the runs above and below show."""
-    other = train_and_evaluate(dataclasses.replace(config, seed=1), tmp_path)
-    assert other["params_sha256"] != reference[0]["params_sha256"]
+def test_the_seed_and_the_options_of_data_reach_the_run(image_folder: Path, tmp_path: Path) -> None:
+    """At a rate that changes nothing, the network stays as the seed has drawn it."""
+    config = TrainConfig(
+        data=shutil.make_archive(str(tmp_path / "images"), "gztar", image_folder),
+        data_dir=str(tmp_path / "extracted"), image_size=5, val_fraction=0.2,
+        max_train_examples=60, seed=1, model="linear", batch_size=60, epochs=1,
+        optimizer="sgd", learning_rate=1e-12,
+    )  # fmt: skip
+    report = train_and_evaluate(config, tmp_path / "run")
+    assert (report["n_train"], report["n_val"], report["n_test"]) == (60, 18, 21)
+    assert (tmp_path / "extracted").is_dir()
+    network = trained.load(tmp_path / "run")
+    assert network.image_shape == (5, 5, 3)
+    drawn = network.model.init(jax.random.key(1), np.zeros((1, 5, 5, 3)))
+    kernels = (each["params"]["Dense_0"]["kernel"] for each in (network.variables, drawn))
+    np.testing.assert_allclose(*kernels, rtol=1e-5, atol=1e-9)
+    val = load_labelled(network, "val", data=None, data_dir=None)
+    (row,) = read_rows(tmp_path / "run")
+    loss = score(logits_of(network, val), val.split.labels).loss
+    assert row["val_loss"] == pytest.approx(loss, rel=1e-5), "the split is the seed's"
 
 
 def test_bfloat16_is_trained_in_and_not_scored_in(image_folder: Path, tmp_path: Path) -> None:
@@ -401,6 +423,7 @@ def test_nothing_is_saved_that_is_not_finite(
     ("options", "code", "message"),
     [
         ({"batch_size": 100}, ExitCode.USAGE, "--batch-size 100 is more than the 81 images"),
+        ({"crop": 9}, ExitCode.USAGE, "--crop 9 is more than there is in images of 8x8"),
         ({"devices": 8}, ExitCode.ENVIRONMENT, "jax sees 4 cpu device.*device_count=8"),
         ({"devices": "all", "batch_size": 18}, ExitCode.USAGE, "use --batch-size 16 or 20"),
     ],
@@ -437,8 +460,8 @@ def test_early_stopping_waits_as_long_as_told(
 def rows_of(*val: tuple[float, float]) -> list[EpochRow]:
     return [
         EpochRow(
-            epoch=i, step=i, train_loss=0, train_accuracy=0, val_loss=loss, val_accuracy=accuracy,
-            learning_rate=0, images_per_second=0, seconds=0,
+            epoch=i, step=7 * i, train_loss=0, train_accuracy=0, val_loss=loss,
+            val_accuracy=accuracy, learning_rate=0, images_per_second=0, seconds=0,
         )
         for i, (loss, accuracy) in enumerate(val, start=1)
     ]  # fmt: skip
@@ -454,6 +477,8 @@ def test_the_curves_are_of_training_and_of_validation(
         {line.get_label().split()[0]: list(line.get_ydata()) for line in axes.lines[:2]}
         for axes in figures[0].axes
     ]
+    best = figures[0].axes[0].lines[2]
+    assert (best.get_xdata()[0], best.get_label()) == (2, "best validation accuracy: 75.0 %")
     assert drawn == [
         {"training": [0, 0], "validation": [0.9, 0.7]},
         {"training": [0, 0], "validation": [50, 75]},
@@ -465,6 +490,18 @@ def test_what_follows_from_a_history() -> None:
     assert best_row(history)["epoch"] == 3, "the earliest of the most accurate"
     assert epochs_without_progress(history) == 2
     assert epochs_without_progress([]) == 0
+
+
+def test_each_figure_of_the_table_is_under_its_name() -> None:
+    row = EpochRow(
+        epoch=1, step=84, train_loss=2.2489, train_accuracy=0.1501, val_loss=2.0176,
+        val_accuracy=0.265, learning_rate=8.3e-4, images_per_second=5743, seconds=2.04,
+    )  # fmt: skip
+    assert len(TABLE_HEADER) == len(table_row(row))
+    assert table_row(row).split("  ")[-1].strip() == "2.0 s"
+    assert table_row(row).split()[:-2] == [
+        *("1", "84", "2.2489", "15.01", "2.0176", "26.50", "8.30e-04", "5,743"),
+    ]
 
 
 @pytest.mark.fault("A11")

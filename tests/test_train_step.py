@@ -84,6 +84,7 @@ def run_steps(
     for batch in make_batches(n_steps, 16):
         state, sums = compiled(state, shard(batch, used))
         total = sum_on_host(sums)
+        assert total["count"] == 16
         losses.append(total["loss"] / total["count"])
     return losses, jax.device_get(state)
 
@@ -325,7 +326,9 @@ def test_each_micro_batch_drops_units_of_its_own() -> None:
 def test_augmentation_changes_from_step_to_step_and_with_the_seed() -> None:
     config = TrainConfig(widths=(4,), hidden=(8,), crop=2, learning_rate=1e-12)
     step, begun = make_step(config, None)
-    of_another_seed = jax.jit(functools.partial(step, seed=config.seed + 1))
+    other = dataclasses.replace(config, seed=config.seed + 1)
+    tx = make_optimizer(config, make_schedule(config, 100))
+    of_another_seed = jax.jit(make_train_step(other, create_model(config, 10), tx, MEAN, STD))
     step = jax.jit(step)
     (batch,) = make_batches(1, 16)
     state, first = step(begun, batch)
