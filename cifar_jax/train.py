@@ -107,9 +107,8 @@ def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
         if is_converted(workdir):
             raise CifarJaxError(
                 ExitCode.CHECKPOINT,
-                f"--resume: --workdir {workdir} holds a network without its training, which so "
-                "cannot go on",
-                fix=f"begin a run with it: --initial-weights {workdir} and another --workdir",
+                f"--resume: --workdir {workdir} has a converted network, not a run",
+                fix=f"start a run from it: --initial-weights {workdir} and another --workdir",
             )
         check_resumable(config, saved)
         report = _saved_report(workdir)
@@ -201,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     preset = PRESETS[given.get("preset", "default")]
     config = dataclasses.replace(base or preset, **given)
-    # Not of a config: presets have a momentum, and may be given another optimizer.
+    # Not checked in TrainConfig: presets set a momentum, and may be given another optimizer.
     if "momentum" in given and config.optimizer in ("adam", "adamw"):
         raise CifarJaxError(
             ExitCode.USAGE,

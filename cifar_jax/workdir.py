@@ -23,7 +23,7 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def is_converted(workdir: Path) -> bool:
-    """Whether it holds a network without its training, at step 0: a run saves after steps alone."""
+    """Whether ``workdir`` has a converted network, at step 0: runs save only after steps."""
     return 0 in saved_steps(checkpoints_of(workdir))
 
 

@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_says_what_is_needed(
     assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
     assert re.search(
         rf"cannot save step 20 to {tmp_path}: .*File too large.* \(it takes some "
-        r"[\d.]+ MB, and [\d,.]+ MB are free; the last that is saved is step 10\). Fix: free up space",
+        r"[\d.]+ MB, and [\d,.]+ MB are free; the last that is saved is step 10\). Fix: free up",
         done.stderr,
     )
     assert done.stderr.count("\n") == 1

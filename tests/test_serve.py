@@ -332,7 +332,9 @@ def test_who_is_let_in(
         assert let_in.pop() == hosts
         out, err = capsys.readouterr()
         assert f" at http://{shown}:80/ " in out
-        assert (f"warning: --host {host} lets anyone who can reach it in" in err) == (hosts == ["*"])
+        assert (f"warning: --host {host} lets anyone who can reach it in" in err) == (
+            hosts == ["*"]
+        )
 
 
 def test_what_keeps_the_server_from_starting(

@@ -123,7 +123,7 @@ def test_a_converted_network_is_no_run_to_resume(image_folder: Path, tmp_path: P
     config = TrainConfig(data=str(image_folder), model="linear", batch_size=27, epochs=1)
     save_linear(config, tmp_path)
     resumed = dataclasses.replace(config, data=str(tmp_path / "absent"), resume=True)
-    with pytest.raises(CifarJaxError, match=r"without its training.* Fix: .* --initial-weights"):
+    with pytest.raises(CifarJaxError, match=r"has a converted network.* Fix: .* --initial-weights"):
         train_and_evaluate(resumed, tmp_path)
 
 

@@ -46,7 +46,7 @@ class StoredRun:
 
     @property
     def is_converted(self) -> bool:
-        """Whether it is a network without its training, as ``cifar_jax.convert`` brings one."""
+        """Whether it is a converted network, without training."""
         return is_converted(self.workdir)
 
     @property
