@@ -17,7 +17,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, DataError, ResourceError
 from cifar_jax.files import fix_of, lacks_room
 from cifar_jax.lock import alone_in
 
@@ -51,7 +51,7 @@ class TarGz:
     hit the recursion limit, depending on Python's patch release; and it takes an archive that was
     cut between two members for a complete one.
 
-    Every method raises ``CifarJaxError`` (data) if the archive cannot be read, is damaged, holds
+    Every method raises ``DataError`` if the archive cannot be read, is damaged, holds
     anything but files and folders with safe names, or unpacks to more than images would.
     """
 
@@ -206,7 +206,7 @@ class TarGz:
             raise self._refused(f"cannot be read: {error}", _DOWNLOAD_AGAIN) from error
 
     def _refused(self, what: str, fix: str) -> CifarJaxError:
-        return CifarJaxError(ExitCode.DATA, f"the archive {self._path} {what}", fix=fix)
+        return DataError(f"the archive {self._path} {what}", fix=fix)
 
 
 def _shown(name: str) -> str:
@@ -236,7 +236,7 @@ def first_paths(archive: Path, count: int) -> list[PurePosixPath]:
     """The paths of the first ``count`` members.
 
     Raises:
-        CifarJaxError: data; as for :class:`TarGz`.
+        DataError: as for :class:`TarGz`.
     """
     with TarGz(archive) as members:
         return [path for _, (path, _) in zip(range(count), members, strict=False)]
@@ -251,8 +251,8 @@ def extract_once(archive: Path, into: Path) -> Path:
     wins.
 
     Raises:
-        CifarJaxError: data; as for :class:`TarGz`. Environment; ``into`` cannot be written, or its
-            disk is full.
+        DataError: as for :class:`TarGz`.
+        ResourceError: ``into`` cannot be written, or its disk is full.
     """
     with TarGz(archive) as members:
         name = archive.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
@@ -270,9 +270,7 @@ def extract_once(archive: Path, into: Path) -> Path:
                 there = next(place for place in (into, *into.parents) if place.exists())
                 free = shutil.disk_usage(there).free / 2**20
                 what += f"; {archive} needs {needed:,.1f} MB, and {free:,.1f} MB are free"
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT, what, fix=fix_of(error, "another --data-dir")
-            ) from error
+            raise ResourceError(what, fix=fix_of(error, "another --data-dir")) from error
     return folder
 
 

@@ -10,7 +10,7 @@ from jax import lax
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -60,13 +60,12 @@ def check_augmentation(config: TrainConfig, image_shape: ImageShape) -> None:
     """Check the sizes of crop and cutout against those of the images.
 
     Raises:
-        CifarJaxError: usage; a shift or square is larger than the images.
+        UsageError: a shift or square is larger than the images.
     """
     height, width, _ = image_shape
     for option, pixels in (("--crop", config.crop), ("--cutout", config.cutout)):
         if pixels > min(height, width):
-            raise CifarJaxError(
-                ExitCode.USAGE,
+            raise UsageError(
                 f"{option} {pixels} is more than there is in images of {height}x{width} pixels",
                 fix=f"give a smaller {option}, or 0 for none",
             )

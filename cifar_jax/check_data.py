@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cifar_jax import cli
 from cifar_jax.config import TrainConfig
-from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.errors import CifarJaxError, DataError, shown
 from cifar_jax.options import Options, option_of
 
 DESCRIPTION = """\
@@ -37,8 +37,8 @@ def check_data(data: str, options: CheckOptions) -> None:
     """Print all problems of ``data``, its duplicates, and the size of each class.
 
     Raises:
-        CifarJaxError: data; a file cannot be used as it is, or there is no such data. Usage; an
-            ``image_size`` for data whose images are not files.
+        DataError: a file cannot be used as it is, or there is no such data.
+        UsageError: an ``image_size`` for data whose images are not files.
     """
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +108,7 @@ def check_data(data: str, options: CheckOptions) -> None:
         wrong.append(f"{len(of_another_size):,} image(s) of {data} are of another size than others")
         fixes.append(of_another_size[0].fix)
     if wrong:
-        raise CifarJaxError(ExitCode.DATA, ", and ".join(wrong), fix="; ".join(fixes))
+        raise DataError(", and ".join(wrong), fix="; ".join(fixes))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.errors import CheckpointError, CifarJaxError, ResourceError, first_line
 from cifar_jax.workdir import MANIFEST, saved_steps
 
 
@@ -83,7 +83,7 @@ def save(folder: Path, step: int, state: Any, metadata: dict[str, Any], *, best_
         best_step: the step that is kept whatever its age.
 
     Raises:
-        CifarJaxError: environment; for example, the disk is full. Older checkpoints are untouched.
+        ResourceError: for example, the disk is full. Older checkpoints are untouched.
     """
     path, unfinished = folder / str(step), folder / f"{_UNFINISHED}{step}"
     older = saved_steps(folder)
@@ -158,8 +158,7 @@ def _not_saved(folder: Path, step: int, state: Any, error: Exception) -> CifarJa
     reason = os.strerror(int(code[1])) if code else first_line(error)
     older = saved_steps(folder)
     last = f"the last that is saved is step {older[-1]}" if older else "none is saved yet"
-    return CifarJaxError(
-        ExitCode.ENVIRONMENT,
+    return ResourceError(
         f"cannot save step {step} to {folder}: {reason} ({room}; {last})",
         fix="free up space there, and continue with --resume",
     )
@@ -173,7 +172,7 @@ def restore(path: Path, like: Any) -> Checkpoint:
             ``ShapeDtypeStruct``.
 
     Raises:
-        CifarJaxError: checkpoint; it is damaged, or of another network than ``like``.
+        CheckpointError: it is damaged, or of another network than ``like``.
     """
     _check_files(path)
     _check_arrays(path, like)
@@ -186,7 +185,7 @@ def restore_metadata(path: Path) -> dict[str, Any]:
     """Only the ``metadata`` that was given to :func:`save`.
 
     Raises:
-        CifarJaxError: checkpoint; it is damaged.
+        CheckpointError: it is damaged.
     """
     _check_files(path)
     return dict(_read(path, metadata=ocp.args.JsonRestore()).metadata)
@@ -201,7 +200,7 @@ def _read(path: Path, **items: Any) -> Any:
 
 
 def _check_files(path: Path) -> None:
-    """Raise ``CifarJaxError`` (checkpoint) unless the files are those that were saved."""
+    """Raise ``CheckpointError`` unless the files are those that were saved."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         digests = _file_digests(path)
@@ -229,7 +228,7 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def _check_arrays(path: Path, like: Any) -> None:
-    """Raise ``CifarJaxError`` (checkpoint) unless the stored arrays are those of ``like``.
+    """Raise ``CheckpointError`` unless the stored arrays are those of ``like``.
 
     Called before any is read: Orbax checks only the tree, and reads arrays of whatever size.
     """
@@ -271,7 +270,7 @@ def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[Cif
         (None, []) if there is no checkpoint at all.
 
     Raises:
-        CifarJaxError: checkpoint; there are checkpoints, but none can be read.
+        CheckpointError: there are checkpoints, but none can be read.
     """
     rejected: dict[Path, CifarJaxError] = {}
     for step in reversed(saved_steps(folder)):
@@ -285,8 +284,7 @@ def restore_newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[Cif
             _set_aside(damaged)
         return newest, list(rejected.values())
     if rejected:
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
+        raise CheckpointError(
             f"none of the {len(rejected)} checkpoint(s) in {folder} can be read; "
             + "; ".join(error.what for error in rejected.values()),
             fix="restore the folder from a copy, or start a new run in another --workdir",
@@ -306,8 +304,7 @@ def _file_digests(path: Path) -> dict[str, str]:
 
 
 def _damaged(path: Path, reason: str) -> CifarJaxError:
-    return CifarJaxError(
-        ExitCode.CHECKPOINT,
+    return CheckpointError(
         f"the checkpoint {path} cannot be used: {reason}",
         fix="use another step, or a copy",
     )

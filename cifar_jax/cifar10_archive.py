@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cifar_jax import archive
 from cifar_jax.dataset import Split
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import DataError
 
 _PYTHON_ROOT, _BINARY_ROOT = "cifar-10-batches-py", "cifar-10-batches-bin"
 # The files of this version are pickles, which are programs: they are read from this archive only.
@@ -37,7 +37,7 @@ def read(path: Path, root: str) -> tuple[Split, Split, tuple[str, ...]]:
         root: as returned by :func:`root_of`.
 
     Raises:
-        CifarJaxError: data; the archive is damaged, or holds pickles and is not the official one.
+        DataError: the archive is damaged, or holds pickles and is not the official one.
     """
     is_python = root == _PYTHON_ROOT
     ending, meta = ("", "batches.meta") if is_python else (".bin", "batches.meta.txt")
@@ -46,8 +46,7 @@ def read(path: Path, root: str) -> tuple[Split, Split, tuple[str, ...]]:
     files: dict[str, bytes] = {}
     with archive.TarGz(path) as members:
         if is_python and (digest := members.sha256()) != _PYTHON_ARCHIVE_SHA256:
-            raise CifarJaxError(
-                ExitCode.DATA,
+            raise DataError(
                 f"{path} is not CIFAR-10's own: it holds pickles, which are programs, and its "
                 f"SHA-256 is {digest[:12]}..., not {_PYTHON_ARCHIVE_SHA256[:12]}...",
                 fix="use the binary version, whose content needs no pickle, or image folders",
@@ -72,8 +71,7 @@ def read(path: Path, root: str) -> tuple[Split, Split, tuple[str, ...]]:
             if split.labels.max() >= len(set(class_names)):
                 raise ValueError(f"label {split.labels.max()} has none of the class names")
     except (KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"{path} is laid out like CIFAR-10's own archive, but cannot be read as it: "
             f"{type(error).__name__} {error}",
             fix="download it again",

@@ -29,7 +29,14 @@ from typing import Any, NoReturn
 from cifar_jax import __version__
 from cifar_jax.allocator import keep_freed_memory
 from cifar_jax.compilation_cache import use_compilation_cache
-from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
+from cifar_jax.errors import (
+    CifarJaxError,
+    ExitCode,
+    ResourceError,
+    Stopped,
+    UsageError,
+    first_line,
+)
 from cifar_jax.options import (
     REQUIRED,
     check_not_empty,
@@ -46,7 +53,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
     """The value of option ``name``, annotated with type ``hint``, from its text.
 
     Raises:
-        CifarJaxError: usage; the text is not a value of that type.
+        UsageError: the text is not a value of that type.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -82,7 +89,7 @@ class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors are one line and say how to fix them."""
 
     def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
-        """The options given in ``argv``, by field name; raises ``CifarJaxError`` (usage)."""
+        """The options given in ``argv``, by field name; raises ``UsageError``."""
         namespace, unknown = self.parse_known_intermixed_args(argv)
         vars(namespace).pop("debug", None)  # for run() alone
         for action in self._actions:  # also those that are not fields of Options, such as --workdir
@@ -96,11 +103,11 @@ class Parser(argparse.ArgumentParser):
             near = short or difflib.get_close_matches(name, options, n=1)
             cure = f"did you mean {near[0]}?" if near else "see --help for all options"
             kind = "option" if name.startswith("-") else "argument"
-            raise CifarJaxError(ExitCode.USAGE, f"unknown {kind} {name}", fix=cure)
+            raise UsageError(f"unknown {kind} {name}", fix=cure)
         return vars(namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise CifarJaxError(ExitCode.USAGE, message.removeprefix("argument "), fix="see --help")
+        raise UsageError(message.removeprefix("argument "), fix="see --help")
 
 
 def make_parser(config_type: type, *, prog: str, description: str) -> Parser:
@@ -259,22 +266,19 @@ def _told(error: Exception) -> CifarJaxError:
     """The message for an exception that was not handled where it arose."""
     reason = first_line(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
-        return CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        return ResourceError(
             f"out of memory: {reason}",
             fix="use a smaller --batch-size if the command has one, in training --accumulate 2, 4, "
             "...; or close another program that holds memory",
         )
     if any(words in str(error) for words in _GPU_IS_TAKEN):
-        return CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        return ResourceError(
             f"the GPU cannot be used: {reason}",
             fix="another process may hold the GPU: stop it, or set "
             "XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 for both; if there is none, check the driver",
         )
     if isinstance(error, OSError):
-        return CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        return ResourceError(
             reason,
             fix="free space or fix permissions there, or choose another path",
         )
@@ -283,7 +287,6 @@ def _told(error: Exception) -> CifarJaxError:
     ) as file:
         traceback.print_exception(error, file=file)
     return CifarJaxError(
-        ExitCode.BUG,
         f"a bug of this program: {type(error).__name__}: {reason}",
         fix=f"report it, with the traceback in {file.name}",
     )

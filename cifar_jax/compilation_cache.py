@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import ResourceError
 from cifar_jax.files import try_to_write
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
@@ -29,7 +29,7 @@ def use_compilation_cache() -> None:
     written there is one warning, where JAX would print one for each program.
 
     Raises:
-        CifarJaxError: environment; others can write to the folder, and so could inject programs.
+        ResourceError: others can write to the folder, and so could inject programs.
     """
     if _FOLDER not in os.environ:
         try:
@@ -44,8 +44,7 @@ def use_compilation_cache() -> None:
     if os.path.isdir(given := os.environ[_FOLDER]):
         found = os.stat(given)
         if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT,
+            raise ResourceError(
                 f"{_FOLDER} {given} can be written by others, who could inject programs",
                 fix=f"chmod go-w {given}, or name another folder",
             )

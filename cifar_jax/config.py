@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, UsageError
 from cifar_jax.options import Options, flag, option
 
 ModelName = Literal["linear", "mlp", "cnn", "cnn-wide", "cnn-gap", "resnet9", "airbench"]
@@ -244,33 +244,35 @@ class TrainConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov and self.optimizer != "sgd":
-            raise _usage(f"--nesterov with --optimizer {self.optimizer}", "use --optimizer sgd")
+            raise UsageError(
+                f"--nesterov with --optimizer {self.optimizer}", fix="use --optimizer sgd"
+            )
         if self.nesterov and self.momentum == 0:
-            raise _usage("--nesterov with --momentum 0", "give --momentum 0.9, for example")
+            raise UsageError("--nesterov with --momentum 0", fix="give --momentum 0.9, for example")
         for name, (models, why, fix) in _HAS_NO_USE_FOR.items():
             is_given = getattr(self, name) != getattr(TrainConfig, name)  # its default
             if is_given and self.model in models:
-                raise _usage(f"{flag(name)} with --model {self.model}, which {why}", fix)
+                raise UsageError(f"{flag(name)} with --model {self.model}, which {why}", fix=fix)
         if self.dropout and self.model == "cnn-gap" and not self.hidden:
-            raise _usage(
+            raise UsageError(
                 "--dropout with --model cnn-gap, which has no hidden Dense layer of its own",
-                "give --hidden 256, say, too",
+                fix="give --hidden 256, say, too",
             )
         if self.widths and self.model == "resnet9" and len(self.widths) != 4:
-            raise _usage(
+            raise UsageError(
                 f"--widths with {len(self.widths)} numbers for resnet9, which has 4 stages",
-                "give four, such as --widths 64,128,256,512",
+                fix="give four, such as --widths 64,128,256,512",
             )
         if self.optimizer == "muon" and not (self.batch_norm or self.model in ALWAYS_NORMALISED):
-            raise _usage(
+            raise UsageError(
                 "--optimizer muon without --batch-norm: Muon fixes the norms of kernels, and batch "
                 "norm restores the scale",
-                "give --batch-norm too, or --optimizer adam",
+                fix="give --batch-norm too, or --optimizer adam",
             )
         if self.optimizer == "muon" and self.weight_decay:
-            raise _usage(
+            raise UsageError(
                 "--weight-decay with --optimizer muon, which fixes the norms of kernels",
-                "give --weight-decay 0",
+                fix="give --weight-decay 0",
             )
         if isinstance(self.devices, int):
             check_batch_divides(self, self.devices * (self.num_processes or 1))
@@ -295,44 +297,40 @@ def _check_processes(config: TrainConfig) -> None:
     numbers = (config.num_processes, config.process_id)
     if config.coordinator in (None, "auto"):
         if numbers != (None, None):
-            raise _usage(
+            raise UsageError(
                 "--num-processes and --process-id without the address of a --coordinator",
-                "give --coordinator HOST:PORT too, or leave them out",
+                fix="give --coordinator HOST:PORT too, or leave them out",
             )
         return
     host, _, port = str(config.coordinator).rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise _usage(
+        raise UsageError(
             f"--coordinator {config.coordinator} is not HOST:PORT",
-            "give --coordinator localhost:9876, for example",
+            fix="give --coordinator localhost:9876, for example",
         )
     if config.num_processes is None or config.process_id is None:
-        raise _usage(
+        raise UsageError(
             "--coordinator HOST:PORT without --num-processes and --process-id",
-            "give both, or --coordinator auto under SLURM, Open MPI or Kubernetes",
+            fix="give both, or --coordinator auto under SLURM, Open MPI or Kubernetes",
         )
     if config.process_id >= config.num_processes:
-        raise _usage(
+        raise UsageError(
             f"--process-id {config.process_id} of --num-processes {config.num_processes}",
-            f"give a number from 0 to {config.num_processes - 1}",
+            fix=f"give a number from 0 to {config.num_processes - 1}",
         )
 
 
 def check_batch_divides(config: TrainConfig, devices: int) -> None:
-    """Raise ``CifarJaxError`` (usage) unless the batch divides over devices and micro-batches."""
+    """Raise ``UsageError`` unless the batch divides over devices and micro-batches."""
     parts = devices * config.accumulate
     if config.batch_size % parts:
         below, above = config.batch_size // parts * parts, -(-config.batch_size // parts) * parts
         nearest = f"{below} or {above}" if below else f"{above}"
-        raise _usage(
+        raise UsageError(
             f"--batch-size {config.batch_size} does not divide over {devices} device(s) x "
             f"{config.accumulate} micro-batch(es)",
-            f"use --batch-size {nearest}",
+            fix=f"use --batch-size {nearest}",
         )
-
-
-def _usage(what: str, fix: str) -> CifarJaxError:
-    return CifarJaxError(ExitCode.USAGE, what, fix=fix)
 
 
 PRESETS: dict[str, TrainConfig] = {
@@ -381,7 +379,7 @@ NOT_PART_OF_THE_RUN = OF_THIS_START | {
 
 
 def check_preset(config: TrainConfig) -> None:
-    """Raise ``CifarJaxError`` (usage) if ``config`` names a preset but has none of its options.
+    """Raise ``UsageError`` if ``config`` names a preset but has none of its options.
 
     The command line applies the preset; in Python the caller must do so.
     """
@@ -389,9 +387,9 @@ def check_preset(config: TrainConfig) -> None:
     names = [field.name for field in dataclasses.fields(config) if field.name != "preset"]
     its_own = [name for name in names if getattr(preset, name) != getattr(plain, name)]
     if its_own and all(getattr(config, name) == getattr(plain, name) for name in its_own):
-        raise _usage(
+        raise UsageError(
             f"the config names preset {config.preset!r}, but has none of its options",
-            f"start from dataclasses.replace(PRESETS[{config.preset!r}], ...)",
+            fix=f"start from dataclasses.replace(PRESETS[{config.preset!r}], ...)",
         )
 
 
@@ -411,17 +409,19 @@ def from_json(values: Any, where: str) -> TrainConfig:
         where: where ``values`` come from, such as a file's path, for errors.
 
     Raises:
-        CifarJaxError: usage; a key that is not an option, or a value that it cannot have.
+        UsageError: a key that is not an option, or a value that it cannot have.
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     if not isinstance(values, dict):
-        raise _usage(f"{where} is not a JSON object of options", "use the file that the run wrote")
+        raise UsageError(
+            f"{where} is not a JSON object of options", fix="use the file that the run wrote"
+        )
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            raise _usage(
+            raise UsageError(
                 f"{where} has {name!r}, which is not an option of this version",
-                f"did you mean {near[0]}?" if near else "use the version that wrote it",
+                fix=f"did you mean {near[0]}?" if near else "use the version that wrote it",
             )
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     for name in ("data_dir", "initial_weights"):  # "" was taken for None before 2026-11-29
@@ -431,11 +431,11 @@ def from_json(values: Any, where: str) -> TrainConfig:
         return TrainConfig(**fields)
     except CifarJaxError as error:
         fix = "use the file that the run wrote"
-        raise _usage(f"{where} is not the config of a run: {error.what}", fix) from error
+        raise UsageError(f"{where} is not the config of a run: {error.what}", fix=fix) from error
 
 
 def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
-    """Raise ``CifarJaxError`` (usage) naming the options in which ``config`` is not ``saved``.
+    """Raise ``UsageError`` naming the options in which ``config`` is not ``saved``.
 
     With a constant learning rate the past does not depend on ``epochs``, which may then change.
     """
@@ -446,8 +446,8 @@ def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
         if field.name not in free and getattr(config, field.name) != getattr(saved, field.name)
     ]
     if differing:
-        raise _usage(
+        raise UsageError(
             f"--resume with other options than the run started with: {', '.join(differing)}",
-            "leave them out, or start a new run in another --workdir, with --initial-weights "
+            fix="leave them out, or start a new run in another --workdir, with --initial-weights "
             "to start from these weights",
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cifar_jax import cli
 from cifar_jax.config import ModelName
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CheckpointError, UsageError
 from cifar_jax.files import check_is_new, new_path
 from cifar_jax.options import Options, flag, option
 from cifar_jax.workdir import step_folder
@@ -88,15 +88,14 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
     Prints what was assumed about the network, and what was converted.
 
     Raises:
-        CifarJaxError: usage; ``destination`` exists, or ``options`` contradict the network.
-            Checkpoint; ``source`` holds no network of the zoo, or holds NaN. Environment; torch is
-            needed for a ``.pth`` and missing, or ``destination`` cannot be written.
+        UsageError: ``destination`` exists, or ``options`` contradict the network.
+        CheckpointError: ``source`` holds no network of the zoo, or holds NaN.
+        ResourceError: torch is needed for a ``.pth`` and missing, or ``destination`` cannot be
+            written.
     """
     check_is_new(destination, "DESTINATION")
     if not source.exists():
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT, f"SOURCE {source} does not exist", fix="check the path"
-        )
+        raise CheckpointError(f"SOURCE {source} does not exist", fix="check the path")
     if source.is_dir():
         step_folder(source)  # fail early: trained.load would refuse it too, seconds later
     from cifar_jax import trained
@@ -106,8 +105,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 
     ending = destination.suffix.lower()
     if ending not in ENDINGS and ending[1:].isidentifier():  # runs/v1.2 is a folder's name
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"DESTINATION {destination} ends in {ending}, which is not a known format",
             fix=f"use {', '.join(ENDINGS)}, or for a folder a name without an ending; "
             "python -m cifar_jax.export writes .onnx",
@@ -146,8 +144,7 @@ def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
             return _from_tensors(source, state_dict, options)
         network = network_of(source, state_dict, metadata)
     if options.given:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"{', '.join(options.given)} with {source}, which describes its network itself",
             fix="leave it out",
         )
@@ -164,28 +161,24 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     config, image_shape, num_classes = network
     side, _, channels = image_shape
     if channels not in (1, 3):
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
+        raise CheckpointError(
             f"the network in {path} takes images of {channels} channels",
             fix="use a network for 1 channel (greyscale) or 3 (colour)",
         )
     for name, values in (("--mean", options.mean), ("--std", options.std)):
         if values and len(values) != channels:
-            raise CifarJaxError(
-                ExitCode.USAGE,
+            raise UsageError(
                 f"{name} has {len(values)} number(s), the network's images have {channels} "
                 "channel(s)",
                 fix="give one for each channel",
             )
     if options.classes and len(options.classes) != num_classes:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--classes has {len(options.classes)} name(s), the network {num_classes} class(es)",
             fix="give a name for each, in the order of the labels",
         )
     if twice := sorted({name for name in options.classes if options.classes.count(name) > 1}):
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--classes has {twice[0]} more than once",
             fix="give each class a name of its own, in the order of the labels",
         )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cifar_jax import images
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import ResourceError
 from cifar_jax.layout import Variables
 from cifar_jax.metrics import RunningSums
 from cifar_jax.parallel import (
@@ -67,7 +67,7 @@ def room_mb(devices: Sequence[jax.Device]) -> int:
 
 
 def check_fits(dataset: Dataset, room_mb: float) -> None:
-    """Raise ``CifarJaxError`` (environment) unless all decoded images fit together.
+    """Raise ``ResourceError`` unless all decoded images fit together.
 
     The test images are loaded last, while the others are still in memory.
     """
@@ -75,8 +75,7 @@ def check_fits(dataset: Dataset, room_mb: float) -> None:
     count = sum(map(len, splits))
     megabytes = count * np.prod(shape) / 2**20
     if megabytes > room_mb:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"--input device: {count:,} images of {'x'.join(map(str, shape))} "
             f"take {megabytes:,.2f} MB decoded, and there is room for {room_mb:,} MB",
             fix="use --input tf.data, which streams them, or a smaller --image-size",

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.errors import CifarJaxError, ExitCode, Stopped, first_line
+from cifar_jax.errors import CifarJaxError, ExitCode, ResourceError, Stopped, UsageError, first_line
 from cifar_jax.parallel import select_devices
 
 # How long a process may be silent before the others consider it dead; and how long they wait for
@@ -41,7 +41,7 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
     Inside, only the first process prints.
 
     Raises:
-        CifarJaxError: environment; the others cannot be reached, or one of them is lost.
+        ResourceError: the others cannot be reached, or one of them is lost.
     """
     if config.coordinator is None:
         yield
@@ -66,8 +66,7 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
         except BaseException as error:
             if _is_of_a_shared_gpu(error):
                 _leave_alone_after(_PARTING_SECONDS, ExitCode.ENVIRONMENT)
-                raise CifarJaxError(
-                    ExitCode.ENVIRONMENT,
+                raise ResourceError(
                     f"process {jax.process_index()} shares a GPU with another process: "
                     + first_line(error),
                     fix="give each process GPUs of its own, by CUDA_VISIBLE_DEVICES or "
@@ -77,8 +76,7 @@ def joined(config: TrainConfig, workdir: Path) -> Iterator[None]:
                 _leave_alone_after(_PARTING_SECONDS, _exit_status(error))
                 raise
             _leave_alone_after(0, ExitCode.ENVIRONMENT)
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT,
+            raise ResourceError(
                 f"process {jax.process_index()} lost another one: " + first_line(error),
                 fix=_how_to_go_on(workdir),
             ) from error
@@ -102,14 +100,13 @@ def check_agreement(facts: Mapping[str, str]) -> None:
         facts: what else must be equal, by the name that errors use.
 
     Raises:
-        CifarJaxError: usage; names a process that differs from the first, and in what.
+        UsageError: names a process that differs from the first, and in what.
     """
     for name, fact in {**facts, "code": _code_digest()}.items():
         first, *others = _gather(fact)
         for process, other in enumerate(others, start=1):
             if other != first:
-                raise CifarJaxError(
-                    ExitCode.USAGE,
+                raise UsageError(
                     f"process {process} differs from process 0 in its {name}: "
                     + _difference(other, first),
                     fix="start all processes with the same command, code and data, on machines of "
@@ -165,8 +162,7 @@ def _bounded_meeting(config: TrainConfig, withhold_advice: Callable[[], None]) -
 
     def give_up() -> None:
         withhold_advice()
-        error = CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        error = ResourceError(
             f"--coordinator {config.coordinator}: not all processes came within "
             f"{_MEETING_SECONDS} s"
             + (f"; --num-processes is {config.num_processes}" if config.num_processes else ""),
@@ -219,8 +215,7 @@ def _meet(config: TrainConfig) -> None:
                 "under SLURM start it with srun, under Open MPI with mpirun; or give --coordinator "
                 "HOST:PORT --num-processes N --process-id I"
             )
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"--coordinator {config.coordinator}: the processes cannot meet: {error}",
             fix=fix,
         ) from error
@@ -234,8 +229,7 @@ def _check_device_counts() -> None:
     )
     for process, count in enumerate(others, start=1):
         if count != first:
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT,
+            raise ResourceError(
                 f"process {process} has {count} device(s), and process 0 has {first}",
                 fix="give each process as many, by CUDA_VISIBLE_DEVICES or JAX_LOCAL_DEVICE_IDS",
             )
@@ -268,8 +262,7 @@ def _wait_for_coordinator(address: str) -> None:
             return
         except OSError as error:
             if time.monotonic() > give_up:
-                raise CifarJaxError(
-                    ExitCode.ENVIRONMENT,
+                raise ResourceError(
                     f"--coordinator {address}: no process 0 there after {_MEETING_SECONDS} s "
                     f"({error})",
                     fix="start process 0 on that host, and check that the port can be reached",

@@ -6,6 +6,7 @@ import enum
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
 
 
 class ExitCode(enum.IntEnum):
@@ -21,22 +22,52 @@ class ExitCode(enum.IntEnum):
 
 
 class CifarJaxError(Exception):
-    """An error that the user can fix; shown as one line, without a traceback.
+    """An error that is shown as one line, without a traceback; raised as one of its subclasses.
 
     Args:
-        exit_code: the kind of error, and the command's exit status.
         what: what is wrong, with the option, file and value at fault.
         fix: what to do about it.
     """
 
-    def __init__(self, exit_code: ExitCode, what: str, *, fix: str) -> None:
+    exit_code: ClassVar[ExitCode] = ExitCode.BUG
+
+    def __init__(self, what: str, *, fix: str) -> None:
         # Names of files and classes may contain line breaks; the message stays one line.
         cure = fix if fix.endswith("?") else f"{fix}."
         what = what.rstrip(".:")  # another library's message may end so
         super().__init__(" ".join(f"{what}. Fix: {cure}".splitlines()))
-        self.exit_code = exit_code
         self.what = what
         self.fix = fix
+
+
+class UsageError(CifarJaxError):
+    """An option or argument that cannot be used."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(CifarJaxError):
+    """Images, folders or archives that cannot be used."""
+
+    exit_code = ExitCode.DATA
+
+
+class CheckpointError(CifarJaxError):
+    """A checkpoint, run or file of weights that cannot be used."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class NumericsError(CifarJaxError):
+    """Numbers that are not finite, or not those that were expected."""
+
+    exit_code = ExitCode.NUMERICS
+
+
+class ResourceError(CifarJaxError):
+    """Something that the machine lacks or refuses: disk, memory, devices, packages, permissions."""
+
+    exit_code = ExitCode.ENVIRONMENT
 
 
 class Stopped(BaseException):

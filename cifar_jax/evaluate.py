@@ -54,8 +54,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         The contents of ``evaluation.json`` (of another split, ``evaluation-val.json`` and so on).
 
     Raises:
-        CifarJaxError: checkpoint; there is no such network. Data; the images cannot be read.
-            Environment; the output folder cannot be written.
+        CheckpointError: there is no such network.
+        DataError: the images cannot be read.
+        ResourceError: the output folder cannot be written.
     """
     checkpoint = Path(options.checkpoint)
     step = step_folder(checkpoint)  # fail early, before the slow imports of trained.load

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import ResourceError, UsageError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,10 +50,9 @@ def fix_of(error: OSError, another: str) -> str:
 
 
 def check_is_new(destination: Path, option: str) -> None:
-    """Raise ``CifarJaxError`` (usage) if ``destination``, given by ``option``, exists."""
+    """Raise ``UsageError`` if ``destination``, given by ``option``, exists."""
     if os.path.lexists(destination):
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"{option} {destination} exists, and is not overwritten",
             fix="give a new name, or move it away",
         )
@@ -61,7 +60,7 @@ def check_is_new(destination: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def writing(what: str, another: str) -> Iterator[None]:
-    """Turn an ``OSError`` inside into a ``CifarJaxError`` (environment): cannot write ``what``.
+    """Turn an ``OSError`` inside into a ``ResourceError``: cannot write ``what``.
 
     Args:
         another: what to give instead, as in :func:`fix_of`.
@@ -69,9 +68,7 @@ def writing(what: str, another: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT, f"cannot write {what}: {error}", fix=fix_of(error, another)
-        ) from error
+        raise ResourceError(f"cannot write {what}: {error}", fix=fix_of(error, another)) from error
 
 
 @contextlib.contextmanager
@@ -82,7 +79,7 @@ def new_path(destination: Path, option: str) -> Iterator[Path]:
         option: the option that gives ``destination``, for errors.
 
     Raises:
-        CifarJaxError: environment; ``destination`` cannot be written.
+        ResourceError: ``destination`` cannot be written.
     """
     folder = None
     try:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cifar_jax.config import FitName
 from cifar_jax.dataset import ImageFiles, ImageShape, Split
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line, shown
+from cifar_jax.errors import CifarJaxError, DataError, first_line, shown
 
 # 64 megapixels take 200 MB decoded; a file of a few kilobytes can claim thousands of them.
 MAX_PIXELS = 64_000_000
@@ -56,7 +56,7 @@ def read_image(
         fit: ``stretch`` changes the proportions to fit; ``crop`` cuts out the middle.
 
     Raises:
-        CifarJaxError: data; the file cannot be read, is not an image, is damaged, or is too large.
+        DataError: the file cannot be read, is not an image, is damaged, or is too large.
     """
     try:
         with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
@@ -95,7 +95,7 @@ def probe_shape(paths: NDArray[np.bytes_], image_size: int | None) -> ImageShape
     read.
 
     Raises:
-        CifarJaxError: data; none of them can be read.
+        DataError: none of them can be read.
     """
     shapes: list[ImageShape] = []
     for path in paths:
@@ -112,7 +112,7 @@ def decode(split: Split) -> Split:
     """The same split with every file decoded into memory, without resizing.
 
     Raises:
-        CifarJaxError: data; names the first file that cannot be decoded or has another size.
+        DataError: names the first file that cannot be decoded or has another size.
     """
     files = split.images
     assert isinstance(files, ImageFiles)
@@ -130,7 +130,7 @@ def decode_file(files: ImageFiles, path: bytes) -> NDArray[np.uint8]:
     """The pixels of one of ``files``, uint8 ``[H, W, C]``, not resized.
 
     Raises:
-        CifarJaxError: data; the file is not such an image.
+        DataError: the file is not such an image.
     """
     return _decoded(path, read_checked(files, path), files.shape[2])
 
@@ -142,7 +142,7 @@ def read_checked(files: ImageFiles, path: bytes) -> bytes:
     to grey differently.
 
     Raises:
-        CifarJaxError: data; the file is not such an image.
+        DataError: the file is not such an image.
     """
     content, shape = _read(path)
     if shape == files.shape:  # as nearly all are
@@ -182,8 +182,7 @@ def undecodable(path: bytes) -> CifarJaxError:
 
 
 def unusable(path: bytes, what: str, fix: str | None = None) -> CifarJaxError:
-    return CifarJaxError(
-        ExitCode.DATA,
+    return DataError(
         f"the image {shown(path)} {what}",
         fix=fix or "put the right file there, or delete it; cifar_jax.check_data names all of them",
     )
@@ -375,4 +374,4 @@ def png_uri(pixels: NDArray[np.uint8]) -> str:
 
 
 def _refused(name: str, what: str, fix: str = "give a JPEG, PNG or other image") -> CifarJaxError:
-    return CifarJaxError(ExitCode.DATA, shown(f"{name} {what}"), fix=fix)
+    return DataError(shown(f"{name} {what}"), fix=fix)

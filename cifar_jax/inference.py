@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import NumericsError
 from cifar_jax.parallel import aligned, compile_lowered
 from cifar_jax.train_step import exact_logits
 from cifar_jax.trained import TrainedNetwork
@@ -26,9 +26,9 @@ def make_logits(network: TrainedNetwork) -> Logits:
     It runs in batches whose sizes are powers of two, the last one padded, and compiles each size
     when it first occurs.
 
-    The function raises ``ValueError`` for images of another shape or type, and ``CifarJaxError``
-    (numerics) if a logit is not finite, as with weights that are too large: argmax would then
-    return an arbitrary class.
+    The function raises ``ValueError`` for images of another shape or type, and ``NumericsError`` if
+    a logit is not finite, as with weights that are too large: argmax would then return an arbitrary
+    class.
     """
     model = network.model
     variables = jax.device_put(network.variables)
@@ -60,8 +60,7 @@ def make_logits(network: TrainedNetwork) -> Logits:
             found.append(np.asarray(compiled(batch.shape)(variables, batch))[:n])
         values = np.concatenate(found)
         if not np.isfinite(values).all():
-            raise CifarJaxError(
-                ExitCode.NUMERICS,
+            raise NumericsError(
                 "the network's logits are not finite",
                 fix="give another checkpoint",
             )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cifar_jax.dataset import ImageFiles, Split, epoch_order
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, DataError, ResourceError
 from cifar_jax.files import lacks_room
 from cifar_jax.images import read_checked, undecodable
 
@@ -139,7 +139,7 @@ def decode(split: Split) -> Split:
     """The same split with every file decoded into memory.
 
     Raises:
-        CifarJaxError: data; names the first file that cannot be decoded or has another size.
+        DataError: names the first file that cannot be decoded or has another size.
     """
     assert isinstance(split.images, ImageFiles)
     files = split.images
@@ -249,7 +249,7 @@ def read_cifar10(data_dir: Path, *, download: bool) -> tuple[dict[str, Split], t
     """CIFAR-10 from tensorflow-datasets, decoded: the splits ``train`` and ``test``, class names.
 
     Raises:
-        CifarJaxError: data; it is not prepared and cannot be downloaded.
+        DataError: it is not prepared and cannot be downloaded.
     """
     import tensorflow_datasets as tfds
 
@@ -266,9 +266,9 @@ def read_cifar10(data_dir: Path, *, download: bool) -> tuple[dict[str, Split], t
         full = isinstance(error, OSError) and lacks_room(error)
         if full or os.strerror(errno.ENOSPC) in what:  # TensorFlow's error, wrapped by tfds
             fix = "free up space there, or give another --data-dir"
-            raise CifarJaxError(ExitCode.ENVIRONMENT, what, fix=fix) from error
+            raise ResourceError(what, fix=fix) from error
         fix = "delete its cifar10 folder there and try again, or give --data an archive"
-        raise CifarJaxError(ExitCode.DATA, what, fix=fix) from error
+        raise DataError(what, fix=fix) from error
     return (
         {
             name: Split(arrays["image"], arrays["label"].astype(np.int32))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cifar_jax.config import SplitName
 from cifar_jax.dataset import ImageFiles, Split
-from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.errors import DataError, shown
 from cifar_jax.inference import make_logits
 from cifar_jax.sources import load_splits
 from cifar_jax.trained import UNKNOWN_DATA, TrainedNetwork
@@ -71,8 +71,8 @@ def load_labelled(
             contain images that were trained on.
 
     Raises:
-        CifarJaxError: data; the source cannot be read, has other classes or images, or its split is
-            drawn from other images than in training.
+        DataError: the source cannot be read, has other classes or images, or its split is drawn
+            from other images than in training.
     """
     config = network.config
     source = data or config.data
@@ -86,24 +86,21 @@ def load_labelled(
     )
     if set(splits.class_names) != set(network.class_names):
         given = f"--data {source}" if data else f"{splits.name}, taken as no --data is given,"
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"{given} has the classes {', '.join(splits.class_names)}; the network was trained on "
             f"{', '.join(network.class_names)}",
             fix="give --data with the network's classes",
         )
     other_data = network.data_digest not in (UNKNOWN_DATA, splits.digest)
     if other_data and split in splits.drawn and not may_be_trained_on:
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"the {split} images of {splits.name} are drawn at random, and the data is not that of "
             "training, or has changed since: some of them may have been trained on",
             fix="give the --data of training as it was, or images in a test/ folder beside train/",
         )
     chosen = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
     if not len(chosen):
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"--split {split}: {splits.name} has no such images",
             fix="give another --split",
         )
@@ -113,8 +110,7 @@ def load_labelled(
         images = dataclasses.replace(images, shape=shape, resize=True, to_grey=True)
     elif chosen.image_shape != network.image_shape:
         given, wanted = ("x".join(map(str, s)) for s in (images.shape[1:], network.image_shape))
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"the images of --data {source} are {given}, the network's {wanted}",
             fix="give a folder of image files, which are resized",
         )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from cifar_jax.dataset import ImageShape
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from cifar_jax.layers import Layer, params_of, trace_layers
 
 _FLOAT_BYTES = 4
@@ -88,7 +88,7 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
     """A row for each layer of ``model``, for images ``(H, W, C)``; nothing is computed.
 
     Raises:
-        CifarJaxError: usage; some parameters are in layers that no ``nn.Sequential`` runs.
+        UsageError: some parameters are in layers that no ``nn.Sequential`` runs.
     """
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -122,8 +122,7 @@ def layer_table(model: nn.Module, image_shape: ImageShape, batch_size: int) -> l
     listed = sum(row.params for row in rows)
     there = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get("params", {})))
     if listed != there:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"the layers of {type(model).__name__} cannot be listed: {there - listed:,} of its "
             f"{there:,} parameters are in layers that no nn.Sequential runs",
             fix="let nn.Sequential run them, in its blocks too, as in models.py",

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.errors import CifarJaxError, DataError, shown
 from cifar_jax.files import new_path
 from cifar_jax.images import unusable
 
@@ -61,8 +61,8 @@ def list_images(root: Path, kept_in: Path) -> Listing:
     deleted from any of the folders.
 
     Raises:
-        CifarJaxError: data; there are fewer than two class folders, one is without an image, or an
-            image is not a regular file.
+        DataError: there are fewer than two class folders, one is without an image, or an image is
+            not a regular file.
     """
     root = root.absolute()
     name = hashlib.sha256(os.fsencode(root)).hexdigest()[:20]
@@ -82,14 +82,13 @@ def list_images(root: Path, kept_in: Path) -> Listing:
 
 @contextlib.contextmanager
 def reading(root: Path) -> Iterator[None]:
-    """Turn an ``OSError`` at or below ``root`` into a ``CifarJaxError`` (data)."""
+    """Turn an ``OSError`` at or below ``root`` into a ``DataError``."""
     try:
         yield
     except OSError as error:
         path = error.filename or root
         dangling = isinstance(error, FileNotFoundError) and os.path.islink(path)
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"cannot read {shown(path)}: "
             + ("it is a link to nothing" if dangling else f"{error.strerror or error}"),
             fix="make it readable, or remove it",
@@ -106,9 +105,8 @@ def folders_and_files(
 
 
 def too_few_classes(root: Path, count: int) -> CifarJaxError:
-    """The error (data) for a ``root`` with only ``count`` class folders."""
-    return CifarJaxError(
-        ExitCode.DATA,
+    """The ``DataError`` for a ``root`` with only ``count`` class folders."""
+    return DataError(
         f"{shown(root)} holds {count} class folder(s), where at least two are needed",
         fix="put the images of each class into a folder of its own, such as "
         f"{shown(root / 'frog' / '1.png')}",
@@ -139,8 +137,7 @@ def _walk(root: Path, changed_at: dict[bytes, int]) -> Listing:
                 lines.append(b"%s %d\n" % (path[n_root:], _size(file)))
                 bar.update()
             if not paths:
-                raise CifarJaxError(
-                    ExitCode.DATA,
+                raise DataError(
                     f"the class folder {shown(folder.path)} holds no "
                     f"{' or '.join(IMAGE_SUFFIXES)} image",
                     fix="put images there, or delete the folder",

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.errors import ResourceError, UsageError, shown
 
 _NAME = ".lock"
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # on some clusters' file systems
@@ -26,15 +26,14 @@ def locked(workdir: Path) -> Iterator[None]:
     here, and in which nothing was written, are removed again.
 
     Raises:
-        CifarJaxError: environment; another process holds the lock, or ``workdir`` cannot be
-            written. Usage; its path is not UTF-8, which Orbax requires.
+        ResourceError: another process holds the lock, or ``workdir`` cannot be written.
+        UsageError: its path is not UTF-8, which Orbax requires.
     """
     path = workdir / _NAME
     try:
         str(workdir.absolute()).encode()
     except UnicodeEncodeError as error:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--workdir {shown(workdir)} is not a UTF-8 path, which Orbax requires",
             fix="give another --workdir",
         ) from error
@@ -43,8 +42,7 @@ def locked(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         descriptor = _open_and_lock(path)
     except OSError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"--workdir {workdir} cannot be written: {error.strerror}",
             fix="give another --workdir",
         ) from error
@@ -105,8 +103,7 @@ def _open_and_lock(path: Path) -> int:
         except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT,
+            raise ResourceError(
                 f"--workdir {path.parent} is locked by {holder or 'another run'}",
                 fix="wait for that run to end or stop it, or give another --workdir",
             ) from error

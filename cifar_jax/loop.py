@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cifar_jax import checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.distributed import agreed_signal, is_first, wait_for_all
-from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
+from cifar_jax.errors import CifarJaxError, NumericsError, Stopped
 from cifar_jax.events import event_log
 from cifar_jax.files import write_atomically
 from cifar_jax.finish import draw_curves, test_and_report
@@ -190,8 +190,7 @@ def _validate(run: Run, progress: Progress) -> None:
 
 def _diverged(run: Run, what: str) -> CifarJaxError:
     saved = saved_steps(run.checkpoints)
-    return CifarJaxError(
-        ExitCode.NUMERICS,
+    return NumericsError(
         f"{what}; " + (f"step {saved[-1]} is saved" if saved else "nothing is saved yet"),
         fix="start again with a lower --learning-rate, or with --clip-norm 1",
     )

@@ -15,7 +15,7 @@ from cifar_jax.batch_norm import BatchNorm
 from cifar_jax.blocks import Conv, LayerFunction, global_average_pool, global_max_pool, residual
 from cifar_jax.config import ALWAYS_NORMALISED, ModelName, TrainConfig
 from cifar_jax.dataset import ImageShape
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import DataError, UsageError
 from cifar_jax.layout import TorchLayout
 from cifar_jax.options import flag
 from cifar_jax.pooling import max_pool
@@ -40,12 +40,11 @@ def space_to_depth(x: jax.Array, side: int) -> jax.Array:
     """``[B, H, W, C]`` -> ``[B, H/side, W/side, C*side*side]``, like ``torch.nn.PixelUnshuffle``.
 
     Raises:
-        CifarJaxError: data; ``side`` does not divide H and W.
+        DataError: ``side`` does not divide H and W.
     """
     batch, height, width, channels = x.shape
     if height % side or width % side:
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"images of {height}x{width} pixels cannot be cut into squares of --patch-size {side}",
             fix="resize the images with --image-size, or give another --patch-size",
         )
@@ -112,8 +111,7 @@ class ConvNet(nn.Module):
         if not self.is_initializing():
             trained_for = self.variables["params"]["Dense_0"]["kernel"].shape[0]
             if flat.shape[1] != trained_for:
-                raise CifarJaxError(
-                    ExitCode.DATA,
+                raise DataError(
                     f"these images flatten to {flat.shape[1]} numbers, but the network was made "
                     f"for {trained_for}: a network that flattens takes one image size",
                     fix="resize the images to the size of training with --image-size, or train "
@@ -230,7 +228,7 @@ def create_model(
     gets the options that it has a field for.
 
     Raises:
-        CifarJaxError: usage; ``config`` sets an option that the network has no field for.
+        UsageError: ``config`` sets an option that the network has no field for.
     """
     make = MODELS[config.model]
     has = inspect.signature(make).parameters
@@ -241,8 +239,7 @@ def create_model(
         given["dtype"] = dtype
     for name in given:
         if name not in has and not (name == "batch_norm" and config.model in ALWAYS_NORMALISED):
-            raise CifarJaxError(
-                ExitCode.USAGE,
+            raise UsageError(
                 f"{flag(name)} with --model {config.model}, which has no field {name}",
                 fix="leave it out, or add that field to the network",
             )
@@ -254,11 +251,10 @@ def torch_layout(model: nn.Module, image_shape: ImageShape) -> TorchLayout:
     """The names of the layers of ``model`` in PyTorch.
 
     Raises:
-        CifarJaxError: usage; ``model`` defines no such names.
+        UsageError: ``model`` defines no such names.
     """
     if not hasattr(model, "torch_layout"):
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"{type(model).__name__} has no torch_layout with its layers' names in PyTorch",
             fix="write one, as in models.py, or export --format stablehlo",
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_jax.config import NOT_PART_OF_THE_RUN, TrainConfig, from_json, to_json
 from cifar_jax.dataset import Dataset, ImageShape
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.errors import CheckpointError, CifarJaxError, first_line
 from cifar_jax.images import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -55,15 +55,15 @@ def refusing(what: str, *, fix: str) -> Iterator[None]:
     """Around code that parses an untrusted description: its errors are raised as ``what``.
 
     Raises:
-        CifarJaxError: checkpoint; ``what``, with the reason.
+        CheckpointError: ``what``, with the reason.
     """
     try:
         yield
     except CifarJaxError as error:
-        raise CifarJaxError(ExitCode.CHECKPOINT, f"{what}: {error.what}", fix=fix) from error
+        raise CheckpointError(f"{what}: {error.what}", fix=fix) from error
     except _WRONG_VALUES as error:
         reason = f"{type(error).__name__} {first_line(error)}"
-        raise CifarJaxError(ExitCode.CHECKPOINT, f"{what}: {reason}", fix=fix) from error
+        raise CheckpointError(f"{what}: {reason}", fix=fix) from error
 
 
 def parse_description(values: Mapping[str, Any]) -> Description:

@@ -11,7 +11,7 @@ import optax
 from numpy.typing import NDArray
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from cifar_jax.initializers import WHITENING
 from cifar_jax.muon import muon
 
@@ -25,14 +25,13 @@ def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
     steps; optax would put it on the step before, and differ by up to 2 % of the peak.
 
     Raises:
-        CifarJaxError: usage; there are so many steps that their rates would fill the memory.
+        UsageError: there are so many steps that their rates would fill the memory.
     """
     peak = config.learning_rate
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
     if total_steps > _MOST_STEPS:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--epochs {config.epochs} with --batch-size {config.batch_size} are {total_steps:,} "
             f"steps, and --schedule {config.schedule} takes {_MOST_STEPS:,} at most",
             fix="give fewer --epochs, a larger --batch-size, or --schedule constant",

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, UsageError
 
 REQUIRED: Any = dataclasses.MISSING
 
@@ -78,7 +78,7 @@ class Options:
     """Options that are checked when they are created.
 
     Raises:
-        CifarJaxError: usage; a field is of a wrong type, empty, or out of bounds.
+        UsageError: a field is of a wrong type, empty, or out of bounds.
     """
 
     def __post_init__(self) -> None:
@@ -99,22 +99,19 @@ def _check(options: Options) -> None:
                 continue
             holds = all(_BOUND_HOLDS[rule](number, limit) for rule, limit in bounds.items())
             if (isinstance(number, float) and not math.isfinite(number)) or not holds:
-                raise CifarJaxError(
-                    ExitCode.USAGE,
+                raise UsageError(
                     f"{flag(field.name)} {number} is out of range",
                     fix=f"give a number {describe_bounds(bounds) or 'that is finite'}",
                 )
 
 
 def check_not_empty(name: str, values: Sequence[Any]) -> None:
-    """Raise ``CifarJaxError`` (usage) if a string is empty, as from an unset shell variable.
+    """Raise ``UsageError`` if a string is empty, as from an unset shell variable.
 
     As a path it would mean the current directory, and elsewhere the default.
     """
     if "" in values:
-        raise CifarJaxError(
-            ExitCode.USAGE, f"{name} '' is empty", fix="give a value, or leave it out"
-        )
+        raise UsageError(f"{name} '' is empty", fix="give a value, or leave it out")
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:
@@ -142,13 +139,13 @@ def is_of_type(value: Any, hint: Any) -> bool:
 
 
 def wrong_type(name: str, value: Any, hint: Any) -> CifarJaxError:
-    """The error (usage) for an option ``name`` with a ``value`` that ``hint`` does not allow."""
+    """The ``UsageError`` for an option ``name`` with a ``value`` that ``hint`` does not allow."""
     kind = _describe_type(hint)
     cure = f"give {kind}"
     if typing.get_origin(hint) is typing.Literal:
         near = difflib.get_close_matches(str(value), typing.get_args(hint), n=1)
         cure = f"did you mean {near[0]}?" if near else "choose one of these"
-    return CifarJaxError(ExitCode.USAGE, f"{name} {value!r} is not {kind}", fix=cure)
+    return UsageError(f"{name} {value!r} is not {kind}", fix=cure)
 
 
 def _describe_type(hint: Any) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cifar_jax.allocator import give_back_freed_memory
 from cifar_jax.compilation_cache import nothing_kept
 from cifar_jax.dataset import ImageShape, Split
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.errors import ResourceError, first_line
 from cifar_jax.layout import Variables
 from cifar_jax.metrics import RunningSums
 from cifar_jax.stop_signals import signals_held
@@ -55,12 +55,11 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
     :mod:`cifar_jax.allocator`.
 
     Raises:
-        CifarJaxError: environment; there are fewer devices, none of the kind in ``JAX_PLATFORMS``,
-            or ``JAX_DISABLE_JIT`` is set.
+        ResourceError: there are fewer devices, none of the kind in ``JAX_PLATFORMS``, or
+            ``JAX_DISABLE_JIT`` is set.
     """
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             "JAX_DISABLE_JIT is set, but the programs here are compiled ahead of time",
             fix="unset JAX_DISABLE_JIT",
         )
@@ -69,8 +68,7 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a jax without CUDA
         reason = f": {first_line(error)}" if str(error) else ""
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, and jax finds no such device"
             f"{reason}",
             fix="install the extra for that device, or unset JAX_PLATFORMS to use what there is",
@@ -83,8 +81,7 @@ def select_devices(count: int | Literal["all"]) -> list[jax.Device]:
         fix = f"use --devices {local}"
         if platform == "cpu":
             fix += f", or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"--devices {count}, but jax sees {local} {platform} device(s)",
             fix=fix,
         )

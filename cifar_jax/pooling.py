@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import DataError
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -23,7 +23,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     gradient of a window goes to the first of equal maxima.
 
     Raises:
-        CifarJaxError: data; the images are smaller than a window.
+        DataError: the images are smaller than a window.
     """
     return _max_pool_even(whole_windows(x))
 
@@ -32,12 +32,11 @@ def whole_windows(x: jax.Array) -> jax.Array:
     """``[B, H, W, C]`` without an odd last row or column.
 
     Raises:
-        CifarJaxError: data; nothing is left.
+        DataError: nothing is left.
     """
     _, height, width, _ = x.shape
     if min(height, width) < 2:
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"the images are too small for the network: {height}x{width} pixels are left before a "
             "2x2 pool",
             fix="give larger images, or a network with fewer pools, such as --widths 16,32",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
 from cifar_jax.config import FitName
-from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.errors import CifarJaxError, DataError, shown
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder
 
@@ -100,7 +100,7 @@ def find_images(names: Sequence[str]) -> list[str]:
     """The files that ``names`` stand for: for a folder, all images below it, sorted.
 
     Raises:
-        CifarJaxError: data; a folder contains no image.
+        DataError: a folder contains no image.
     """
     from cifar_jax.images import image_suffixes
 
@@ -119,9 +119,7 @@ def find_images(names: Sequence[str]) -> list[str]:
             and (found.is_file() or not found.exists())  # a broken link is to be reported
         ]
         if not below:
-            raise CifarJaxError(
-                ExitCode.DATA, f"the folder {name} holds no image", fix="give one that does"
-            )
+            raise DataError(f"the folder {name} holds no image", fix="give one that does")
         files += map(os.fspath, below)
     return files
 
@@ -160,8 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         milliseconds = 1000 * (time.perf_counter() - started) / n_answered
         print(f"{n_answered} image(s), {milliseconds:.1f} ms each, reading included")
     if n_refused:
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"{n_refused} of {len(files)} image(s) could not be read",
             fix="repair or remove the files named above",
         )

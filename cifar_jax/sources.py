@@ -26,7 +26,7 @@ from cifar_jax.dataset import (
     split_off,
     stratified_choice,
 )
-from cifar_jax.errors import CifarJaxError, ExitCode, shown
+from cifar_jax.errors import CifarJaxError, DataError, ResourceError, UsageError, shown
 from cifar_jax.images import probe_shape
 from cifar_jax.listing import folders_and_files, list_images, reading, too_few_classes
 from cifar_jax.lock import alone_in
@@ -86,8 +86,8 @@ def check_source(source: str, image_size: int | None = None) -> None:
     """The quick checks of ``source``; :func:`load_dataset` does the others.
 
     Raises:
-        CifarJaxError: data; it is not a name, folder of folders, or archive. Usage; ``image_size``
-            is given for a name, whose images are not files.
+        DataError: it is not a name, folder of folders, or archive.
+        UsageError: ``image_size`` is given for a name, whose images are not files.
     """
     if source in NAMES:
         if image_size is not None:
@@ -102,8 +102,7 @@ def check_source(source: str, image_size: int | None = None) -> None:
     if path.is_file() and path.name.endswith(archive.SUFFIXES):
         return
     what = "is not a folder or .tar.gz archive" if path.exists() else "does not exist"
-    raise CifarJaxError(
-        ExitCode.DATA,
+    raise DataError(
         f"--data {source} {what}",
         fix="give a folder of class folders, a .tar.gz of one, 'cifar10', 'shapes' or 'auto'",
     )
@@ -130,7 +129,7 @@ def load_splits(
     The arguments are the fields of ``TrainConfig`` of the same names.
 
     Raises:
-        CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
+        DataError: the source is missing, damaged, or not laid out as expected.
     """
     contents = _load(source, _data_dir(data_dir), image_size)
     train, val, test = contents.train, contents.val, contents.test
@@ -176,8 +175,8 @@ def load_dataset(
         decode: decodes a split of files; None for TensorFlow's decoder.
 
     Raises:
-        CifarJaxError: data; the source is missing, damaged, or not laid out as expected.
-            Usage; ``image_size`` is given for images that are not files.
+        DataError: the source is missing, damaged, or not laid out as expected.
+        UsageError: ``image_size`` is given for images that are not files.
     """
     splits = load_splits(
         source,
@@ -222,16 +221,14 @@ def _check_trainable(source: str, splits: Source, image_size: int | None) -> Non
     if image_size is not None and not isinstance(splits.train.images, ImageFiles):
         raise _not_resized(source, image_size, splits.train.image_shape[:2])
     if not len(splits.train):
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"--data {source} leaves no image to train on besides {len(splits.val)} for validation",
             fix="give more images, or a smaller --val-fraction",
         )
 
 
 def _not_resized(source: str, image_size: int, size: tuple[int, int]) -> CifarJaxError:
-    return CifarJaxError(
-        ExitCode.USAGE,
+    return UsageError(
         f"--image-size {image_size} with --data {source}, whose images are {size[0]}x{size[1]}",
         fix="leave it out: only image files are resized",
     )
@@ -247,8 +244,7 @@ def _load(source: str, data_dir: Path, image_size: int | None) -> _Contents:
         return _shapes()
     if source == "cifar10":
         if not _is_prepared(data_dir) and (obstacle := _download_obstacle()):
-            raise CifarJaxError(
-                ExitCode.DATA,
+            raise DataError(
                 f"--data cifar10: not prepared in {data_dir}, and cannot be downloaded: {obstacle}",
                 fix="connect to a network, or give --data an archive or folder of CIFAR-10, or "
                 "--data shapes, which needs none",
@@ -320,8 +316,7 @@ def _cifar10(data_dir: Path) -> _Contents:
             with alone_in(data_dir, "preparing CIFAR-10"):
                 splits, class_names = read_cifar10(data_dir, download=not _is_prepared(data_dir))
         except OSError as error:
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT,
+            raise ResourceError(
                 f"cannot write to --data-dir {data_dir}: {error.strerror or error}",
                 fix="give another --data-dir",
             ) from error
@@ -339,12 +334,9 @@ def _archive(path: Path, data_dir: Path, image_size: int | None) -> _Contents:
     folder = archive.extract_once(path, data_dir / "extracted")
     try:
         return _folder(folder, shown(path.name), data_dir, image_size)
-    except CifarJaxError as error:
-        if error.exit_code != ExitCode.DATA:
-            raise
-        raise CifarJaxError(  # the user has to fix the archive, not what was extracted
-            ExitCode.DATA, f"{path}, extracted: {error.what}", fix=f"in the archive, {error.fix}"
-        ) from error
+    except DataError as error:  # the user has to fix the archive, not what was extracted
+        what = f"{path}, extracted: {error.what}"
+        raise DataError(what, fix=f"in the archive, {error.fix}") from error
 
 
 # ------------------------------------------------------------------------------- image folders
@@ -360,8 +352,7 @@ def _folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> _C
         root = _unwrap(root)
         present = _split_folders(root)
     if present and ("train" not in present or len(present) == 1):
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"{shown(root)} has {' and '.join(f'{split}/' for split in present)} only",
             fix="put class folders into train/ and test/, or class folders alone into the root",
         )
@@ -392,7 +383,7 @@ def _split_folders(root: Path) -> list[str]:
     """Those of ``train``, ``val`` and ``test`` that exist; none in a folder of class folders.
 
     Raises:
-        CifarJaxError: data; there are folders that must be splits, but have other names.
+        DataError: there are folders that must be splits, but have other names.
     """
     names = [folder.name for folder in folders_and_files(root)[0]]
     present = [split for split in _SPLIT_FOLDERS if split in names]
@@ -408,8 +399,7 @@ def _split_folders(root: Path) -> list[str]:
     splits = {*present, *meant.values()}
     if meant and "train" in splits and len(splits) > 1:
         renamed = ", ".join(f"{shown(name)}/ to {split}/" for name, split in meant.items())
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"{shown(root)} has {' and '.join(f'{shown(name)}/' for name in meant)}, but splits "
             "must be called train/, val/ and test/",
             fix=f"rename {renamed}",
@@ -444,8 +434,7 @@ def _check_same_classes(
         extra = sorted(set(other_names) - set(class_names))
         alike = set(map(_as_read, missing)) & set(map(_as_read, extra))
         show = ascii if alike else repr  # repr would show them as the same
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"{shown(other_root)} has other classes than {shown(root)}: "
             f"missing {show(missing)}, extra {show(extra)}",
             fix="give both the same class folders",

@@ -18,7 +18,7 @@ from cifar_jax.augment import check_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.distributed import check_agreement, is_first, wait_for_all
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CheckpointError, ResourceError, UsageError
 from cifar_jax.initializers import whiten, whitening_stride
 from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
@@ -49,8 +49,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
     if dataset.notice:
         _print_banner(dataset.notice)
     if config.batch_size > len(dataset.train):
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(dataset.train)} images to "
             "train on",
             fix="give a smaller --batch-size",
@@ -173,8 +172,7 @@ def _start_or_resume(
         return _begin(config, state, dataset)
     trained_on = saved.metadata["data"]
     if trained_on["digest"] != dataset.digest:
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
+        raise CheckpointError(
             f"--resume: {saved.path} was trained on {trained_on['name']} with digest "
             f"{trained_on['digest'][:12]}, --data now gives {dataset.name} with "
             f"{dataset.digest[:12]}",
@@ -182,8 +180,7 @@ def _start_or_resume(
         )
     begun = -(-int(saved.state.step) // (len(dataset.train) // config.batch_size))
     if config.epochs < begun:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--resume with --epochs {config.epochs} for a run that is already in epoch {begun}",
             fix=f"give --epochs {begun} or more, or start a new run in another --workdir",
         )
@@ -207,16 +204,14 @@ def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Pr
         return Progress(state), dataset
     given = trained.load(Path(config.initial_weights))
     if given.class_names != dataset.class_names:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--initial-weights {config.initial_weights} is for {', '.join(given.class_names)}; "
             f"{dataset.name} has {', '.join(dataset.class_names)}",
             fix="give --data with the same classes",
         )
     if jax.tree.map(np.shape, given.variables) != jax.tree.map(np.shape, state.variables):
         shape = "x".join(map(str, given.image_shape))
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--initial-weights {config.initial_weights} is {given.config.model} for {shape}, "
             f"{given.n_params:,} parameters; the run's network has other layers",
             fix=f"give --model {given.config.model} with its options, and images of its size",
@@ -272,8 +267,7 @@ def _agree(config: TrainConfig, workdir: Path, dataset: Dataset, progress: Progr
         write_config(config, workdir)
     wait_for_all("begun")
     if not (workdir / "config.json").exists():
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"--workdir {workdir} is not the folder that process 0 writes to",
             fix="give a --workdir on a disk that all processes share",
         )

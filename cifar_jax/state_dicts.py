@@ -20,7 +20,7 @@ import safetensors.numpy
 from cifar_jax.airbench import Airbench
 from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.dataset import ImageShape
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CheckpointError, CifarJaxError, ResourceError, UsageError
 from cifar_jax.initializers import WHITENING_SIDE
 from cifar_jax.layout import (
     StateDict,
@@ -76,14 +76,13 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
     left out.
 
     Raises:
-        CifarJaxError: checkpoint; the file is missing or damaged, or does not hold numbers. Usage;
-            it has another ending. Environment; a ``.pth`` needs torch, which is missing or has
-            known vulnerabilities.
+        CheckpointError: the file is missing or damaged, or does not hold numbers.
+        UsageError: it has another ending.
+        ResourceError: a ``.pth`` needs torch, which is missing or has known vulnerabilities.
     """
     ending = path.suffix.lower()
     if ending not in ENDINGS:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"{path} is not a folder, and does not end in {', '.join(ENDINGS)}",
             fix="give a checkpoint's folder or such a file; rename it if it is one",
         )
@@ -96,22 +95,22 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
         else:
             tensors = _read_pth(path)
     except OSError as error:
-        raise _refuse(f"cannot read {path}: {error}", "give another SOURCE") from error
+        raise CheckpointError(f"cannot read {path}: {error}", fix="give another SOURCE") from error
     tensors = {n: a for n, a in tensors.items() if not n.endswith("num_batches_tracked")}
     if not tensors:
-        raise _refuse(f"{path} has no tensors", "save the state_dict of a network")
+        raise CheckpointError(f"{path} has no tensors", fix="save the state_dict of a network")
     longest = max(map(len, tensors))
     if len(tensors) > _MOST_TENSORS or longest > _LONGEST_NAME:
-        raise _refuse(
+        raise CheckpointError(
             f"{path} has {len(tensors):,} tensors, with names of up to {longest:,} characters",
-            f"save the state_dict of a network: up to {_MOST_TENSORS} tensors and "
+            fix=f"save the state_dict of a network: up to {_MOST_TENSORS} tensors and "
             f"{_LONGEST_NAME} characters",
         )
     for name, array in tensors.items():
         if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
-            raise _refuse(
+            raise CheckpointError(
                 f"{name} in {path} is {array.dtype}{list(array.shape)}, which weights cannot be",
-                "leave it out of the file, or convert the network before quantizing it",
+                fix="leave it out of the file, or convert the network before quantizing it",
             )
         with np.errstate(over="ignore"):  # float64 can overflow float32
             tensors[name] = array.astype(np.float32, order="C")
@@ -119,18 +118,18 @@ def read_state_dict(path: Path) -> tuple[StateDict, dict[str, str]]:
 
 
 def check_numbers(state_dict: StateDict, source: Path) -> None:
-    """Raise ``CifarJaxError`` (checkpoint) if a value is not finite, or a variance is negative."""
+    """Raise ``CheckpointError`` if a value is not finite, or a variance is negative."""
     for name, array in state_dict.items():
         if bad := array.size - int(np.isfinite(array).sum()):
-            raise _refuse(
+            raise CheckpointError(
                 f"{name} in {source} has {bad:,} of {array.size:,} numbers that are NaN, infinite "
                 "or too large for float32",
-                "use a file from before the training diverged",
+                fix="use a file from before the training diverged",
             )
         if name.endswith("running_var") and array.min() < 0:
-            raise _refuse(
+            raise CheckpointError(
                 f"{name} in {source} has {array.min():g}, which cannot be a variance",
-                "use a file as PyTorch saved it",
+                fix="use a file as PyTorch saved it",
             )
 
 
@@ -138,7 +137,7 @@ def write_state_dict(path: Path, state_dict: StateDict, metadata: dict[str, str]
     """Write a ``.pth``, ``.pt`` or ``.safetensors`` file; only the last can hold ``metadata``.
 
     Raises:
-        CifarJaxError: environment; a ``.pth`` needs torch, which is missing.
+        ResourceError: a ``.pth`` needs torch, which is missing.
         OSError: the file cannot be written.
     """
     # safetensors 0.8 writes an array's memory as it is, ignoring its strides.
@@ -164,7 +163,7 @@ def identify(
         image_size: the side of the images, for networks that take any.
 
     Raises:
-        CifarJaxError: usage; ``image_size`` leaves nothing after the network's poolings.
+        UsageError: ``image_size`` leaves nothing after the network's poolings.
     """
     layers = {name.rpartition(".")[0] for name in state_dict}
     names: tuple[ModelName, ...] = (model,) if model else typing.get_args(ModelName)
@@ -186,8 +185,7 @@ def identify(
     divisor = _divisor(nearest.config)
     smallest = divisor + (WHITENING_SIDE - 1 if model == "airbench" else 0)
     if side < smallest:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--image-size {side} is too small for {model}, which divides it by {divisor}",
             fix=f"give {smallest} or more",
         )
@@ -204,7 +202,7 @@ def variables_of(state_dict: StateDict, network: Network, source: Path) -> Varia
         source: the file, for errors.
 
     Raises:
-        CifarJaxError: checkpoint; tensors are missing, extra or of another shape.
+        CheckpointError: tensors are missing, extra or of another shape.
     """
     config = network.config
     try:
@@ -212,9 +210,9 @@ def variables_of(state_dict: StateDict, network: Network, source: Path) -> Varia
             raise ValueError("it has more layers than the file has tensors")
         layout, expected = network.layout, _expected_shapes(network)
     except (CifarJaxError, OverflowError, ValueError) as error:  # metadata can hold any numbers
-        raise _refuse(
+        raise CheckpointError(
             f"{source} claims to hold {_describe(config)}, which is impossible: {error}",
-            "use another copy, or save its tensors alone",
+            fix="use another copy, or save its tensors alone",
         ) from error
     for layer, following in itertools.pairwise(layout.names.values()):
         if f"{layer}.bias" in state_dict and f"{following}.running_mean" in expected:
@@ -222,17 +220,17 @@ def variables_of(state_dict: StateDict, network: Network, source: Path) -> Varia
     found = {name: array.shape for name, array in state_dict.items()}
     if found != expected and Counter(found.values()) == Counter(expected.values()):
         renamed = ", ".join(f"{a} is {b}" for a, b in _renamed(found, expected))
-        raise _refuse(
+        raise CheckpointError(
             f"the tensors in {source} have the shapes of {_describe(config)}, but other names; in "
             f"order, {renamed}",
-            "if that is right, rename them in the state_dict and save it again",
+            fix="if that is right, rename them in the state_dict and save it again",
         )
     if found != expected:
-        raise _refuse(
+        raise CheckpointError(
             f"the tensors in {source} are not those of {_describe(config)}: "
             f"{_differences(found, expected)}",
-            "name the network with --model if it is another one; networks that are not in the zoo "
-            "cannot be converted",
+            fix="name the network with --model if it is another one; networks that are not in the "
+            "zoo cannot be converted",
         )
     if not layout.scaled_norms:
         _check_unscaled(state_dict, layout, config, source)
@@ -246,7 +244,7 @@ def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> T
         metadata: from :func:`cifar_jax.network_metadata.metadata_of`; other keys are ignored.
 
     Raises:
-        CifarJaxError: checkpoint; the metadata describes no network, or one of other tensors.
+        CheckpointError: the metadata describes no network, or one of other tensors.
     """
     with refusing(
         f"the metadata of {path} describes no network of this program",
@@ -265,9 +263,9 @@ def _check_unscaled(
     for layer, torch_name in layout.names.items():
         name = f"{torch_name}.weight"
         if layer.startswith("BatchNorm") and (state_dict[name] != 1).any():
-            raise _refuse(
+            raise CheckpointError(
                 f"{name} in {source} is not all ones, but {config.model}'s norms have no scale",
-                "train with that weight fixed, as the network's author does",
+                fix="train with that weight fixed, as the network's author does",
             )
 
 
@@ -483,9 +481,9 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     # Raised, among others, for types that NumPy lacks.
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
-        raise _refuse(
+        raise CheckpointError(
             f"{path} is damaged, or not a {SAFETENSORS_ENDING} of numbers: {error!s:.200}",
-            "use another copy, or save it again as float32",
+            fix="use another copy, or save it again as float32",
         ) from error
 
 
@@ -512,12 +510,7 @@ def _write_pth(path: Path, state_dict: StateDict) -> None:
 
 
 def _no_torch(error: ImportError) -> CifarJaxError:
-    return CifarJaxError(
-        ExitCode.ENVIRONMENT,
+    return ResourceError(
         f"reading or writing a .pth needs PyTorch: {error}",
         fix="pip install torch==2.13.0, or use .safetensors",
     )
-
-
-def _refuse(what: str, fix: str) -> CifarJaxError:
-    return CifarJaxError(ExitCode.CHECKPOINT, what, fix=fix)

@@ -77,7 +77,7 @@ def summarize(options: SummaryOptions) -> dict[str, Any]:
     :class:`cifar_jax.step_memory.StepMemory`) and ``largest_batch``, None unless asked for.
 
     Raises:
-        CifarJaxError: data; the images are too small for the network.
+        DataError: the images are too small for the network.
     """
     import jax
 

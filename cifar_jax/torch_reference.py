@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from cifar_jax.airbench import Airbench
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import ImageShape
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CheckpointError, CifarJaxError, ResourceError, UsageError
 from cifar_jax.initializers import WHITENING_SIDE
 from cifar_jax.layout import StateDict
 from cifar_jax.models import ConvNet, Model, ResNet9
@@ -148,7 +148,7 @@ def make_twin(model: Model, image_shape: ImageShape) -> nn.Module:
         image_shape: ``(H, W, C)``.
 
     Raises:
-        CifarJaxError: usage; ``model`` is not one of the zoo, and has no twin.
+        UsageError: ``model`` is not one of the zoo, and has no twin.
     """
     height, width, channels = image_shape
     if isinstance(model, Airbench):
@@ -156,8 +156,7 @@ def make_twin(model: Model, image_shape: ImageShape) -> nn.Module:
     if isinstance(model, ResNet9):
         return ResidualNetwork(channels, tuple(model.widths), model.num_classes, model.dropout)
     if not isinstance(model, ConvNet):
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"{type(model).__name__} has no twin in PyTorch",
             fix="add one to torch_reference.py, or export --format stablehlo or safetensors",
         )
@@ -337,13 +336,12 @@ def read_pth(path: Path) -> StateDict:
     Half precision is converted to float32, as NumPy lacks some of torch's types.
 
     Raises:
-        CifarJaxError: checkpoint; the file is damaged, or holds no state_dict. Environment; this
-            torch has known vulnerabilities.
+        CheckpointError: the file is damaged, or holds no state_dict.
+        ResourceError: this torch has known vulnerabilities.
         OSError: the file cannot be read.
     """
     if torch.__version__ < _SAFE_TO_READ:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"a .pth can make torch {torch.__version__} run code (CVE-2026-24747)",
             fix="pip install torch==2.13.0",
         )
@@ -469,8 +467,7 @@ class _Classifier(nn.Module):
 
 
 def _no_state_dict(path: Path, reason: str, fix: str | None = None) -> CifarJaxError:
-    return CifarJaxError(
-        ExitCode.CHECKPOINT,
+    return CheckpointError(
         f"{path} {reason}",
         fix=fix
         or "in PyTorch, load it if you trust it and save only the weights: "

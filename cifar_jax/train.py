@@ -22,7 +22,7 @@ from cifar_jax.config import (
     check_resumable,
     from_json,
 )
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CheckpointError, ResourceError, UsageError
 from cifar_jax.lock import locked
 from cifar_jax.stop_signals import signals_held
 from cifar_jax.workdir import checkpoints_of, is_converted, saved_steps, step_folder
@@ -65,8 +65,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
     if report is not None:
         return report
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             "--tensorboard needs the package tensorboardX",
             fix="pip install tensorboardX, or leave --tensorboard out: metrics.jsonl has the same",
         )
@@ -94,19 +93,18 @@ def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
     """The report of the run in ``workdir`` if it is complete; None if there is more to do.
 
     Raises:
-        CifarJaxError: ``workdir`` cannot be used: it contains another run, or parts of one.
+        UsageError: ``workdir`` contains another run, or files that a run would overwrite.
+        CheckpointError: ``workdir`` contains a damaged run.
     """
     saved = _saved_config(workdir)
     if saved is not None:
         if not config.resume:
-            raise CifarJaxError(
-                ExitCode.USAGE,
+            raise UsageError(
                 f"--workdir {workdir} contains another run",
                 fix="add --resume to continue it, or give another --workdir",
             )
         if is_converted(workdir):
-            raise CifarJaxError(
-                ExitCode.CHECKPOINT,
+            raise CheckpointError(
                 f"--resume: --workdir {workdir} has a converted network, not a run",
                 fix=f"start a run from it: --initial-weights {workdir} and another --workdir",
             )
@@ -116,14 +114,12 @@ def _finished(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
             print(f"already complete: {report['steps']} steps; see {workdir / 'report.json'}")
             return report
     elif saved_steps(checkpoints_of(workdir)):
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
+        raise CheckpointError(
             f"--workdir {workdir} has the checkpoints of a run, but not its config.json",
             fix=_PUT_CONFIG_BACK,
         )
     elif strangers := [path for path in _overwritten(workdir) if path.exists()]:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--workdir {workdir} has no run, but has {strangers[0]}, which a run would overwrite",
             fix="give another --workdir, such as a new folder",
         )
@@ -151,8 +147,7 @@ def _saved_config(workdir: Path) -> TrainConfig | None:
         return None
     except (OSError, RecursionError, ValueError, TypeError) as error:
         has_checkpoints = bool(saved_steps(checkpoints_of(workdir)))
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"cannot read {path}: {error}",
             fix=_PUT_CONFIG_BACK if has_checkpoints else "give another --workdir",
         ) from error
@@ -179,22 +174,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_given(argv)
     workdir = given.pop("workdir", None)
     if given.get("resume") and workdir is None:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             "--resume without --workdir",
             fix="give the run's folder: --workdir runs/DATE-TIME-MODEL",
         )
     if given.get("coordinator") and workdir is None:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             "--coordinator without --workdir",
             fix="give all processes the same one, which all of them can read and write",
         )
     # With --resume, options that are not given again keep their values.
     base = _saved_config(Path(workdir)) if given.get("resume") else None
     if base is None and given.get("resume") and given.keys() <= OF_THIS_START:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--resume: there is no run in --workdir {workdir}",
             fix="give the folder of a run; or, to start one there, its options too",
         )
@@ -202,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = dataclasses.replace(base or preset, **given)
     # Not checked in TrainConfig: presets set a momentum, and may be given another optimizer.
     if "momentum" in given and config.optimizer in ("adam", "adamw"):
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--momentum with --optimizer {config.optimizer}, which has none to set",
             fix="drop it, or give --optimizer sgd",
         )

@@ -57,7 +57,7 @@ class TrainedNetwork:
         """The variables under PyTorch's names and in its layout.
 
         Raises:
-            CifarJaxError: usage; as of :func:`cifar_jax.models.torch_layout`.
+            UsageError: as of :func:`cifar_jax.models.torch_layout`.
         """
         return to_torch(self.variables, torch_layout(self.model, self.image_shape))
 
@@ -66,8 +66,8 @@ def load(path: str | Path) -> TrainedNetwork:
     """The network in ``path``, a run's workdir or one step's folder: see :func:`step_folder`.
 
     Raises:
-        CifarJaxError: checkpoint; there is none at ``path``, or it cannot be read. Environment;
-            JAX has no device of the requested kind.
+        CheckpointError: there is none at ``path``, or it cannot be read.
+        ResourceError: JAX has no device of the requested kind.
     """
     step = step_folder(Path(path))
     select_devices("all")  # raises if there are none
@@ -102,7 +102,7 @@ def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:
         source: where the network comes from, recorded in place of the unknown data's name.
 
     Raises:
-        CifarJaxError: environment; the checkpoint cannot be written.
+        ResourceError: the checkpoint cannot be written.
         OSError: ``workdir`` cannot be written.
     """
     params = network.variables["params"]

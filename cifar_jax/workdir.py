@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CheckpointError, UsageError
 from cifar_jax.metrics import best_row, read_history
 
 MANIFEST = "manifest.json"  # written last: a step's folder without one is not a checkpoint
@@ -36,15 +36,14 @@ def workdir_of(path: Path) -> Path:
     """The workdir of a run: ``path`` itself, or the workdir that contains one step's folder.
 
     Raises:
-        CifarJaxError: usage; the step's folder is not in a workdir, as a copy may not be.
+        UsageError: the step's folder is not in a workdir, as a copy may not be.
     """
     if not is_step(path):
         return path
     for step in (Path(os.path.abspath(path)), path.resolve()):  # the workdir may hold links
         if step.parent.name == checkpoints_of(step).name:
             return step.parents[1]
-    raise CifarJaxError(
-        ExitCode.USAGE,
+    raise UsageError(
         f"{path} is not in the checkpoints/ of a run, so there is no workdir to write to",
         fix="say where to write with --output",
     )
@@ -57,15 +56,14 @@ def step_folder(path: Path) -> Path:
     is the newest step.
 
     Raises:
-        CifarJaxError: checkpoint; there is none at ``path``, or the history cannot be read.
+        CheckpointError: there is none at ``path``, or the history cannot be read.
     """
     if is_step(path):
         return path
     steps = saved_steps(checkpoints_of(path))
     if not steps:
         what = "is neither a run's workdir nor a checkpoint" if path.exists() else "does not exist"
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
+        raise CheckpointError(
             f"{path} {what}",
             fix="give a --workdir of cifar_jax.train that has a saved step, or one "
             "checkpoints/<step> in it",
@@ -74,8 +72,7 @@ def step_folder(path: Path) -> Path:
     try:
         history = read_history(metrics)
     except (OSError, ValueError) as error:
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
+        raise CheckpointError(
             f"cannot read {metrics}, which records the best step: {error}",
             fix=f"say which step: {checkpoints_of(path)}/<step>",
         ) from error

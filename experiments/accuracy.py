@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from cifar_jax import cli
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from machine import environment
 from output import check_output
 
@@ -37,12 +37,10 @@ def main() -> None:
     )
     arguments, train_options = parser.parse_known_args()
     if arguments.seeds < 1:
-        raise CifarJaxError(ExitCode.USAGE, f"--seeds {arguments.seeds}", fix="give at least 1")
+        raise UsageError(f"--seeds {arguments.seeds}", fix="give at least 1")
     for given in train_options:
         if (option := given.split("=")[0]) in ("--seed", "--workdir"):
-            raise CifarJaxError(
-                ExitCode.USAGE, f"{option} is another for each run", fix=f"give {option}s"
-            )
+            raise UsageError(f"{option} is another for each run", fix=f"give {option}s")
     check_output(arguments.output)
     reports = []
     for seed in range(arguments.seeds):

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from cifar_jax import cli
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import NAMES, check_source
 from claims import CLAIMS
@@ -57,8 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     if arguments.quick and output == DEFAULT_OUTPUT:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             "--quick would overwrite the measured results with meaningless ones",
             fix="give another --output",
         )
@@ -94,8 +93,7 @@ def choose(only: list[int] | None) -> list[Claim]:
     claims = {claim.question: claim for claim in CLAIMS}
     missing = sorted(set(only or ()) - set(claims))
     if missing:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--only {missing[0]}: no claim has that number",
             fix=f"give questions from {min(claims)} to {max(claims)}",
         )
@@ -145,8 +143,7 @@ def read_results(path: Path) -> dict[int, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--output {path} is there already, and holds no claims: {error!r}",
             fix="give another --output",
         ) from error

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import ResourceError
 from cifar_jax.sources import NAMES
 
 
@@ -46,7 +46,7 @@ def train(
         environment: variables added to those of this process.
 
     Raises:
-        CifarJaxError: environment; training failed.
+        ResourceError: training failed.
     """
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -67,8 +67,7 @@ def train(
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != (128 + signal.SIGTERM if stop else 0) or to_first_step is None:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"cifar_jax.train {' '.join(options)} ended with {process.returncode}",
             fix="run it by itself to see why",
         )

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 
 from cifar_jax import cli
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source
 from layouts.figure import draw
@@ -115,8 +115,7 @@ class Study:
         try:
             return {"complete": True} | dict(json.loads(self._path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise CifarJaxError(
-                ExitCode.USAGE,
+            raise UsageError(
                 f"--output {self._path} exists, and holds no result of this study: {error}",
                 fix="give another --output",
             ) from error

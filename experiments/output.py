@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from cifar_jax.files import try_to_write, writing
 
 
@@ -12,11 +12,10 @@ def check_output(output: Path) -> None:
     """Make the folder of ``output``: what keeps it from being written is told before the work.
 
     Raises:
-        CifarJaxError: usage; it is a folder. Environment; nothing can be written there.
+        UsageError: it is a folder.
+        ResourceError: nothing can be written there.
     """
     if output.is_dir():
-        raise CifarJaxError(
-            ExitCode.USAGE, f"--output {output} is a folder", fix="name a file in it"
-        )
+        raise UsageError(f"--output {output} is a folder", fix="name a file in it")
     with writing(f"--output {output}", "another"):
         try_to_write(output.parent)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import ResourceError
 
 Spec = dict[str, Any]
 RunSteps = Callable[[int], None]  # runs so many steps, and waits until they are done
@@ -103,7 +103,7 @@ def time_in_turn(
         cwd: where ``command`` is run.
 
     Raises:
-        CifarJaxError: environment; a worker died: with its last words.
+        ResourceError: a worker died: with its last words.
     """
     with contextlib.ExitStack() as stack:
         workers = []
@@ -160,8 +160,7 @@ class _Worker:
         if not line:
             self._errors.seek(0)
             said = self._errors.read().strip().splitlines() or ["no last words"]
-            raise CifarJaxError(
-                ExitCode.ENVIRONMENT,
+            raise ResourceError(
                 f"the program of {self._spec} ended with {self._process.wait()}: {said[-1]}",
                 fix="install what it lacks, or free memory: -9 mostly means a lack of it",
             )

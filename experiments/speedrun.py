@@ -39,7 +39,7 @@ import numpy as np
 from airbench.recipe import RECIPES, Recipe
 from cifar_jax import cli
 from cifar_jax.dataset import ImageFiles, Split, array_digest, stratified_choice
-from cifar_jax.errors import CifarJaxError, ExitCode, first_line
+from cifar_jax.errors import DataError, NumericsError, ResourceError, UsageError, first_line
 from cifar_jax.files import check_is_new, write_atomically
 from cifar_jax.sources import check_source, load_splits
 from machine import environment
@@ -98,8 +98,7 @@ def main() -> None:
 
     train, test, name, classes = _load(source, arguments)
     if len(train) < recipe.batch_size:
-        raise CifarJaxError(
-            ExitCode.DATA,
+        raise DataError(
             f"--data {source} has {len(train):,} images to train on, and a step takes "
             f"{recipe.batch_size:,}",
             fix="give more images",
@@ -141,9 +140,7 @@ def _measure(
 
     on_cpu = jax.default_backend() == "cpu"
     if arguments.beside and on_cpu:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT, "--beside needs a GPU, and JAX finds none", fix="leave it out"
-        )
+        raise ResourceError("--beside needs a GPU, and JAX finds none", fix="leave it out")
     recipe = dataclasses.replace(recipe, fused=takes_kernels())
     if on_cpu:  # which has no fast half precision
         recipe = dataclasses.replace(recipe, dtype="float32")
@@ -193,7 +190,7 @@ def run_seeds(
     """Run seeds 0 .. n - 1; store each, with a summary so far, in ``found`` and ``output``.
 
     Raises:
-        CifarJaxError: numerics; a loss is not finite.
+        NumericsError: a loss is not finite.
     """
     from airbench.measure import summary
 
@@ -202,8 +199,7 @@ def run_seeds(
         row = run(seed)
         losses = row.pop("loss")
         if not np.isfinite(losses).all():
-            raise CifarJaxError(
-                ExitCode.NUMERICS,
+            raise NumericsError(
                 f"seed {seed}: the loss is {losses[-1]} in the end",
                 fix="report it" + (f"; the runs before it are in {output}" if runs else ""),
             )
@@ -229,7 +225,7 @@ def run_beside(
     Also if it is cut off: it writes each run to a file beside ``output``.
 
     Raises:
-        CifarJaxError: environment; it failed, after saying why.
+        ResourceError: it failed, after saying why.
     """
     from airbench.measure import summary
 
@@ -257,8 +253,7 @@ def run_beside(
                 theirs.unlink()
                 print(f"{_described(beside)}: {found['ratio']:.2f} times ours")
     if done.returncode:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"--beside {script} ended with status {done.returncode}, after what it says above",
             fix=f"mend it, or leave it out; all runs before that are in {output}",
         )
@@ -279,35 +274,29 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raise now what would otherwise be found after minutes."""
     for option, value in (("--runs", arguments.runs), ("--beside-runs", arguments.beside_runs)):
         if value < 1:
-            raise CifarJaxError(
-                ExitCode.USAGE, f"{option} {value} is out of range", fix="give 1 or more"
-            )
+            raise UsageError(f"{option} {value} is out of range", fix="give 1 or more")
     check_output(arguments.output)
     check_is_new(arguments.output, "--output")
     changed = arguments.recipe != "94" or arguments.widths
     if arguments.beside and (changed or arguments.smoke):
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             "--beside runs the recipe 94, and another is asked for",
             fix="leave out --beside, or --recipe, --widths and --smoke",
         )
     if arguments.smoke and (changed or arguments.data != "auto" or arguments.score != "test"):
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             "--smoke has a recipe, data and score of its own",
             fix="leave out --smoke, or --recipe, --widths, --data and --score",
         )
     if arguments.beside:
         if not arguments.beside.is_file():
-            raise CifarJaxError(
-                ExitCode.USAGE,
+            raise UsageError(
                 f"--beside {arguments.beside} is not a file",
                 fix="give airbench94_muon.py, or leave it out",
             )
         for package in ("torch", "torchvision"):
             if importlib.util.find_spec(package) is None:
-                raise CifarJaxError(
-                    ExitCode.ENVIRONMENT,
+                raise ResourceError(
                     f"--beside needs the package {package}",
                     fix=f"pip install {package}, or leave --beside out",
                 )

@@ -27,7 +27,7 @@ from airbench.recipe import Recipe
 from airbench.run import Setting, draw_batches, reflect_pad, train_step
 from cifar_jax import cli, shapes
 from cifar_jax.dataset import Split
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import NumericsError
 from cifar_jax.files import check_is_new, write_atomically
 from cifar_jax.initializers import whiten
 from cifar_jax.parallel import compile_lowered
@@ -79,8 +79,7 @@ def main() -> None:
         for number, step in enumerate(differences, start=1):
             print(f"  {name}, step {number}: " + ", ".join(f"{k} {v:.0e}" for k, v in step.items()))
         if program.dtype == "float32" and not differences[0]["loss"] < _MOST:
-            raise CifarJaxError(
-                ExitCode.NUMERICS,
+            raise NumericsError(
                 f"{name}: the first loss on {device.device_kind} is off by "
                 f"{differences[0]['loss']:.1e} of the CPU's",
                 fix=f"report it, with {arguments.output}",

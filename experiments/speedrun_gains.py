@@ -31,7 +31,7 @@ from airbench.run import draw_batches, reflect_pad, train_step
 from cifar_jax import blocks, cli, convolution, muon
 from cifar_jax.convolution import conv3x3
 from cifar_jax.dataset import Split
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from cifar_jax.files import check_is_new, write_atomically
 from cifar_jax.parallel import compile_lowered
 from cifar_jax.train_step import initial_train_state
@@ -86,9 +86,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="does it work? a narrow network")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
-        raise CifarJaxError(
-            ExitCode.USAGE, f"--rounds {arguments.rounds} is out of range", fix="give 1 or more"
-        )
+        raise UsageError(f"--rounds {arguments.rounds} is out of range", fix="give 1 or more")
     check_output(arguments.output)
     check_is_new(arguments.output, "--output")
     recipe = Recipe()

@@ -26,7 +26,7 @@ from typing import Any
 
 import first_step
 from cifar_jax import cli
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from cifar_jax.files import write_atomically
 from cifar_jax.sources import check_source
 from machine import environment
@@ -88,14 +88,12 @@ def _earlier_runs(output: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
         differs = next((name for name, forms in same.items() if found[name] not in forms), None)
         runs: list[dict[str, Any]] = found["runs"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--output {output} is there already, and holds no runs: {error!r}",
             fix="give another --output",
         ) from error
     if differs:
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--output {output} holds runs of {differs} {found[differs]}, and these are of "
             f"{about[differs]}",
             fix="give another --output",

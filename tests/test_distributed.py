@@ -22,7 +22,7 @@ from cifar_jax import distributed
 from cifar_jax import start as start_module
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, Split
-from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
+from cifar_jax.errors import CifarJaxError, DataError, ExitCode, Stopped
 from cifar_jax.evaluate import EvaluateOptions, evaluate
 from cifar_jax.parallel import local_devices, local_rows, select_devices
 from cifar_jax.run import Progress
@@ -231,7 +231,7 @@ def test_all_processes_score_the_same_network(
         from cifar_jax import checkpoint, cli, train
         from cifar_jax.errors import CifarJaxError, ExitCode
         def unreadable(*arguments, **options):
-            raise CifarJaxError(ExitCode.CHECKPOINT, "it cannot be read", fix="wait")
+            raise CheckpointError("it cannot be read", fix="wait")
         if sys.argv[sys.argv.index("--process-id") + 1] == "{unreadable_in}":
             checkpoint.restore = unreadable
         cli.run(train.main)
@@ -299,7 +299,7 @@ def test_one_that_fails_alone_says_why_and_the_others_do_not_wait(
     [
         (KeyboardInterrupt(), 130),
         (Stopped(signal.SIGTERM, ""), 143),
-        (CifarJaxError(ExitCode.DATA, "what", fix="how"), ExitCode.DATA),
+        (DataError("what", fix="how"), ExitCode.DATA),
         (KeyError("a bug"), ExitCode.BUG),
     ],
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
 from cifar_jax.config import ExportFormat
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CifarJaxError, NumericsError, ResourceError, UsageError
 from cifar_jax.files import check_is_new, new_path
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder, workdir_of
@@ -85,13 +85,14 @@ def export_network(
         The largest difference between the probabilities of the file and of the checkpoint.
 
     Raises:
-        CifarJaxError: usage; ``output`` exists, or has another ending. Checkpoint; there is none.
-            Environment; packages are missing, or ``output`` cannot be written. Data; ``data``
-            cannot be read. Numerics; the file's probabilities differ from the checkpoint's.
+        UsageError: ``output`` exists, or has another ending.
+        CheckpointError: there is none.
+        ResourceError: packages are missing, or ``output`` cannot be written.
+        DataError: ``data`` cannot be read.
+        NumericsError: the file's probabilities differ from the checkpoint's.
     """
     if output.suffix != f".{format}":
-        raise CifarJaxError(
-            ExitCode.USAGE,
+        raise UsageError(
             f"--output {output} does not end in .{format}",
             fix=f"use the ending .{format}",
         )
@@ -119,8 +120,7 @@ def export_network(
         print(f"checking the {size:,} bytes written on {len(images):,} {their_name}", flush=True)
         difference = _largest_difference(read(network, path), images, expected)
         if not difference <= TOLERANCE:  # so that NaN fails too
-            raise CifarJaxError(
-                ExitCode.NUMERICS,
+            raise NumericsError(
                 f"the {format} file gave probabilities up to {difference:.1g} from the "
                 f"checkpoint's, more than {TOLERANCE:g}, and was removed",
                 fix="export another --format, and report this with the output of pip freeze",
@@ -143,8 +143,7 @@ def _check_installed(format: ExportFormat) -> None:
                 importlib.import_module(name)
     except ImportError as error:
         others = " onnx onnxruntime onnxscript" if format == "onnx" else ""
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"--format {format} needs packages that are not all installed: {error}",
             fix=f"pip install torch==2.13.0{others}",
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import cli
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import UsageError
 from cifar_jax.files import try_to_write, write_atomically, writing
 from cifar_jax.options import Options, flag, option
 from cifar_jax.report.run import read_run
@@ -48,24 +48,22 @@ def write_report(workdirs: Sequence[Path], options: ReportOptions) -> Path:
         The file.
 
     Raises:
-        CifarJaxError: usage; the options do not go together. Checkpoint; a workdir contains no run,
-            or a damaged one. Data; ``options.data`` cannot be read. Environment; the file cannot be
-            written.
+        UsageError: the options do not go together.
+        CheckpointError: a workdir contains no run, or a damaged one.
+        DataError: ``options.data`` cannot be read.
+        ResourceError: the file cannot be written.
     """
     single = len(workdirs) == 1
     for name in ("data", "data_dir"):
         if getattr(options, name) and not single:
-            raise CifarJaxError(
-                ExitCode.USAGE,
+            raise UsageError(
                 f"{flag(name)} with {len(workdirs)} runs, whose comparison reads no images",
                 fix="leave it out, or give one WORKDIR",
             )
     default = workdirs[0] / "report.html" if single else Path("comparison.html")
     output = Path(options.output) if options.output else default
     if output.exists() and not output.is_file():  # as root, it would replace /dev/null
-        raise CifarJaxError(
-            ExitCode.USAGE, f"--output {output} is not a regular file", fix="give a file name"
-        )
+        raise UsageError(f"--output {output} is not a regular file", fix="give a file name")
     runs = [read_run(workdir) for workdir in workdirs]
     with writing(str(output), "another --output"):
         try_to_write(output.parent)

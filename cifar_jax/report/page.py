@@ -182,7 +182,7 @@ def gather_run(run: StoredRun, *, data: str | None, data_dir: str | None) -> Run
         data: a source as in ``cifar_jax.train``; None is the one that the run was trained on.
 
     Raises:
-        CifarJaxError: data; ``data`` is given and cannot be read.
+        DataError: ``data`` is given and cannot be read.
     """
     summary = summarize(run)
     page = RunPage(summary)

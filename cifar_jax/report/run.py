@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax.config import TrainConfig, from_json
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import CheckpointError, CifarJaxError
 from cifar_jax.metrics import EpochRow, best_row, read_history
 from cifar_jax.workdir import is_converted
 
@@ -61,12 +61,11 @@ def read_run(workdir: Path) -> StoredRun:
     """Read ``config.json``, ``metrics.jsonl`` and ``report.json``; the last two may be missing.
 
     Raises:
-        CifarJaxError: checkpoint; ``workdir`` contains no run, or one of the files is damaged.
+        CheckpointError: ``workdir`` contains no run, or one of the files is damaged.
     """
     if not (workdir / "config.json").is_file():
         what = "holds no run" if workdir.is_dir() else "is not a folder"
-        raise CifarJaxError(
-            ExitCode.CHECKPOINT,
+        raise CheckpointError(
             f"{workdir} {what}",
             fix="give a --workdir of cifar_jax.train, with config.json in it",
         )
@@ -128,4 +127,4 @@ def _unreadable(path: Path, reason: str) -> CifarJaxError:
 
 
 def _damaged(path: Path, reason: str, fix: str) -> CifarJaxError:
-    return CifarJaxError(ExitCode.CHECKPOINT, f"{path} cannot be used: {reason}", fix=fix)
+    return CheckpointError(f"{path} cannot be used: {reason}", fix=fix)

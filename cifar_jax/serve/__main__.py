@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import cli
-from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.errors import ResourceError
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
 from cifar_jax.workdir import step_folder
 
@@ -44,16 +44,15 @@ def serve(options: ServeOptions) -> None:
     """Serve the page and the JSON endpoints until a signal comes.
 
     Raises:
-        CifarJaxError: checkpoint; there is no network. Environment; starlette or uvicorn is
-            missing, or the port cannot be used.
+        CheckpointError: there is no network.
+        ResourceError: starlette or uvicorn is missing, or the port cannot be used.
     """
     step_folder(Path(options.checkpoint))  # fail early, before the slow imports of trained.load
     try:
         import starlette  # noqa: F401
         import uvicorn
     except ModuleNotFoundError as error:
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"cifar_jax.serve needs {error.name}, which is not installed",
             fix="pip install starlette uvicorn",
         ) from error
@@ -98,8 +97,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:  # names with empty parts are the latter
         reason = (getattr(error, "strerror", None) or str(error)).split(" (")[0]
-        raise CifarJaxError(
-            ExitCode.ENVIRONMENT,
+        raise ResourceError(
             f"cannot listen on port {port} of {host}: {reason}",
             fix="give another --port, where 0 takes a free one, or another --host",
         ) from error

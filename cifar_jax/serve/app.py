@@ -154,8 +154,8 @@ def make_predict(network: TrainedNetwork) -> Predict:
     Everything is compiled, and was run once, when this returns.
 
     Raises:
-        CifarJaxError: numerics; the network's logits are not finite. The function raises this too,
-            and data for a file that is not an image.
+        NumericsError: the network's logits are not finite. The function raises this too, and
+            ``DataError`` for a file that is not an image.
     """
 
     def trace(variables: Any, images: Any) -> Any:
