@@ -26,7 +26,7 @@ from cifar_jax.layout import Array, Variables
 from cifar_jax.models import Model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import compile_step, shard, sum_on_host
-from cifar_jax.train_step import TrainState, normalize, train_step
+from cifar_jax.train_step import TrainState, make_train_step, normalize
 
 
 def relative_difference(ours: Array, theirs: Array) -> float:
@@ -144,16 +144,8 @@ def train_in_lockstep(
         After each step: our state, whose memory the next step reuses, our loss, and PyTorch's loss.
     """
     tx = make_optimizer(config, make_schedule(config, total_steps))
-    unbound_step = functools.partial(
-        train_step,
-        model=pair.model,
-        tx=tx,
-        augment=lambda key, image: image,
-        mean=mean,
-        std=std,
-        seed=0,
-        label_smoothing=config.label_smoothing,
-    )
+    plain = dataclasses.replace(config, flip=False, crop=0, cutout=0)
+    train_step = make_train_step(plain, pair.model, tx, mean, std)
     params = pair.variables["params"]
     state = TrainState(
         step=np.zeros((), np.int32),
@@ -170,7 +162,7 @@ def train_in_lockstep(
     for images, labels in batches:
         batch = shard({"image": images, "label": labels}, devices)
         if step is None:
-            step = compile_step(unbound_step, state, batch, devices, donate_state=True)
+            step = compile_step(train_step, state, batch, devices, donate_state=True)
         state, sums = step(state, batch)
         x = np.asarray(normalized(images)).astype(floating)
         ahead.append((layout.nhwc_to_nchw(x), labels))
