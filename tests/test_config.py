@@ -386,6 +386,20 @@ def test_a_command_ends_in_one_line_and_its_exit_code() -> None:
     )
 
 
+def test_a_command_whose_reader_has_read_enough_ends_without_a_word() -> None:
+    """As `| head` has; a shell says the same of other commands."""
+    program = "from cifar_jax import cli\ndef main():\n    while True: print('y')\ncli.run(main)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        assert command.stdout.readline() == "y\n"
+        command.stdout.close()
+        assert command.wait(timeout=30) == 128 + signal.SIGPIPE
+        assert command.stderr.read() == ""
+
+
 def test_a_command_whose_input_and_output_are_closed_does_its_work(tmp_path: Path) -> None:
     """And no file that it opens takes their place."""
     program = """if True:

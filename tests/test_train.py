@@ -160,6 +160,8 @@ def test_a_resumed_run_arrives_at_the_same_bits(
     (stopped_at,) = re.findall(r"step (\d+) is saved", str(stop.value))
     assert stop_in_step <= int(stopped_at) <= stop_in_step + 3, "the steps in flight, and one"
     assert not (tmp_path / "report.json").exists()
+    has_an_epoch = int(stopped_at) >= STEPS_PER_EPOCH
+    assert (tmp_path / "plots" / "curves.png").exists() == has_an_epoch
 
     report = train_and_evaluate(dataclasses.replace(config, resume=True), tmp_path)
     for name in ("params_sha256", "test_loss", "test_correct", "val_accuracy", "steps", "epochs"):

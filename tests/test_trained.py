@@ -188,7 +188,9 @@ def test_what_is_no_checkpoint_is_refused(saved: Path, kind: str) -> None:
 
 
 def test_a_damaged_history_or_checkpoint_is_named(saved: Path, tmp_path: Path) -> None:
-    for text in ('{"step": ', '{"step": 0, "val_accuracy": 1}', "[]", "\xff", "[" * 10**5):
+    row = {**dict.fromkeys(EpochRow.__annotations__, 0), "val_accuracy": float("nan")}
+    texts = ('{"step": ', '{"step": 0, "val_accuracy": 1}', "[]", "\xff", "[" * 10**5)
+    for text in (*texts, json.dumps(row)):
         (saved / "metrics.jsonl").write_text(text, encoding="latin-1")
         with pytest.raises(CifarJaxError, match=r"cannot read .*metrics\.jsonl") as caught:
             load(saved)
