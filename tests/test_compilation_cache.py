@@ -154,7 +154,7 @@ def test_a_named_folder_that_others_have_filled_is_read(
     assert "cache_misses" not in second.stdout
     assert second.stderr == (
         f"warning: JAX_COMPILATION_CACHE_DIR {home}/theirs cannot be written: Permission denied; "
-        "what is compiled is not kept\n"
+        "new programs are not cached\n"
     )
     assert sorted(home.rglob("*")) == written
 

@@ -368,7 +368,7 @@ def test_a_network_under_other_names_is_told_ours(tmp_path: Path, ending: str) -
     torch.save(tensors, path) if ending == ".pth" else safetensors.torch.save_file(tensors, path)
     error = refusal(path, tmp_path / "run")
     assert error.exit_code == ExitCode.CHECKPOINT
-    assert "have the shapes of cnn, and other names: by their order" in str(error)
+    assert "have the shapes of cnn, but other names; in order" in str(error)
     for theirs, ours in names.items():
         for kind in ("weight", "bias"):
             assert f"{ours}.{kind} is network.{theirs}.{kind}" in str(error)
@@ -388,7 +388,7 @@ def test_a_network_for_other_images_is_refused(tmp_path: Path) -> None:
     torch.save(twin.state_dict(), tmp_path / "net.pth")
     error = refusal(tmp_path / "net.pth", tmp_path / "run")
     assert error.exit_code == ExitCode.CHECKPOINT
-    assert "is for images of 4 channels" in str(error)
+    assert "takes images of 4 channels" in str(error)
 
 
 def test_an_ending_of_another_format_is_no_folders_name(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_an_ending_of_another_format_is_no_folders_name(tmp_path: Path) -> None:
     for name in ("net.onnx", "net.npz", "net.txt"):
         error = refusal(tmp_path / "net.pth", tmp_path / name)
         assert error.exit_code == ExitCode.USAGE
-        assert "is not a format here. Fix: let it end in .pth, .pt, .safetensors" in str(error)
+        assert "is not a known format. Fix: use .pth, .pt, .safetensors" in str(error)
     main([str(tmp_path / "net.pth"), str(tmp_path / "v1.2")])
     assert trained.load(tmp_path / "v1.2").config.model == "cnn"
 
@@ -594,7 +594,7 @@ def test_a_variance_below_zero_is_refused(tmp_path: Path) -> None:
     tensors["network.1.running_var"][2] = -0.5
     torch.save(tensors, tmp_path / "net.pth")
     error = refusal(tmp_path / "net.pth", tmp_path / "run")
-    assert f"network.1.running_var in {tmp_path / 'net.pth'} has -0.5, which no" in str(error)
+    assert f"network.1.running_var in {tmp_path / 'net.pth'} has -0.5, which cannot" in str(error)
 
 
 def test_no_tensor_is_lost_to_another_of_its_name(tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def test_a_bad_output_is_refused_and_nothing_is_half_written(
     checkpoint, output = saved("linear"), tmp_path / "net.safetensors"
     error = refusal(checkpoint, "onnx", output)
     assert error.exit_code == ExitCode.USAGE
-    assert f"--output {output} does not end in .onnx. Fix: let it end in .onnx." in str(error)
+    assert f"--output {output} does not end in .onnx. Fix: use the ending .onnx." in str(error)
     for nameless in (Path(), Path("/")):
         with pytest.raises(CifarJaxError, match=r"^--output [./] does not end in .onnx. Fix: let"):
             export_network(checkpoint, "onnx", nameless)

@@ -416,7 +416,7 @@ def test_a_report_of_another_network_is_told(trained_run: Path, tmp_path: Path) 
     workdir = copy_of(trained_run, tmp_path / "run", test_correct=1)
     page = make_page(workdir, output=tmp_path / "page.html")
     assert len(page.with_class("warning")) == 1
-    assert "by the run's own record it was 1." in page.text
+    assert "the run recorded 1." in page.text
 
 
 def test_another_step_than_the_best_is_told(trained_run: Path, tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_another_step_than_the_best_is_told(trained_run: Path, tmp_path: Path) -
     (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     page = make_page(workdir, output=tmp_path / "page.html")
     assert len(page.with_class("warning")) == 1
-    assert "by the run's own record it was 0." in page.text
+    assert "the run recorded 0." in page.text
 
 
 @pytest.mark.parametrize("channels", [1, 3])
