@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from jax import lax
 
 from cifar_jax import winograd
+from cifar_jax.blocks import Conv
 from cifar_jax.convolution import conv3x3, paired_conv
 from cifar_jax.winograd import Padding
 
@@ -35,6 +37,14 @@ def test_every_form_is_the_convolution_forward_and_backward(
     kernel = rng.normal(size=(3, 3, channels, features)).astype(np.float32)
     ours = functools.partial(conv3x3, padding=padding, paired=form == "gpu")
     assert_the_same(ours, functools.partial(plain, padding=padding), x, kernel)
+
+
+def test_it_begins_as_that_of_flax() -> None:
+    x = np.zeros((1, 4, 4, 8), np.float32)
+    found, expected = (conv.init(jax.random.key(0), x) for conv in (Conv(16), nn.Conv(16, (3, 3))))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(5, 6), (4, 7)])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from jax import lax
 
-from cifar_jax.initializers import partly_identity, uniform, unit_std, whiten
+from cifar_jax.airbench import Whitening
+from cifar_jax.initializers import partly_identity, uniform, unit_std, whiten, whitening_kernel
 
 
 def correlated_images(n: int = 40, size: int = 9) -> np.ndarray:
@@ -21,7 +22,7 @@ def correlated_images(n: int = 40, size: int = 9) -> np.ndarray:
 
 def test_the_whitening_whitens() -> None:
     """Of the squares it was made from, no two outputs correlate, and each has variance 1."""
-    images = correlated_images()
+    images = correlated_images() + 0.5  # it is about 0 that the variance is 1
     params = {"Whitening": {"kernel": np.zeros((2, 2, 3, 24)), "bias": np.ones(24)}}
     whitened = whiten(params, jnp.asarray(images))["Whitening"]
     np.testing.assert_array_equal(whitened["bias"], 1)
@@ -36,6 +37,13 @@ def test_the_whitening_whitens() -> None:
     squares = [images[:, i : i + size, j : j + size] for i, j in itertools.product((0, 1), (0, 1))]
     flat = np.concatenate(squares, axis=-1).reshape(-1, 12)
     assert np.abs(np.corrcoef(flat.T) - np.eye(12)).max() > 0.5
+
+
+def test_directions_that_no_image_has_are_not_blown_up() -> None:
+    """As of grey images in colour: divided by nothing but the author's 5e-4."""
+    grey = np.repeat(correlated_images()[..., :1], 3, axis=-1)
+    kernel = np.asarray(whitening_kernel(jnp.asarray(grey), 2)).reshape(12, 24)
+    assert np.linalg.norm(kernel, axis=0).max() == pytest.approx(5e-4**-0.5, rel=1e-2)
 
 
 @pytest.mark.parametrize(("channels", "features"), [(4, 10), (6, 6), (8, 3)])
@@ -60,6 +68,9 @@ def test_the_rest_is_as_pytorch_draws_it() -> None:
     assert np.abs(theirs).max() <= 12**-0.5
     np.testing.assert_allclose(ours.std(), theirs.std(), rtol=0.03)
     assert abs(ours.mean()) < 0.01
+    # The first bias of airbench is drawn so, for the 12 inputs of its layer.
+    bias = Whitening().init(jax.random.key(0), jnp.zeros((1, 3, 3, 3)))["params"]["bias"]
+    assert 0.8 * 12**-0.5 < np.abs(bias).max() <= 12**-0.5
 
 
 def test_the_head_has_a_deviation_of_one() -> None:

@@ -101,7 +101,7 @@ class Changed(nn.Module):
             nn.Conv(4, (3, 3), kernel_dilation=2, padding=2),
             nn.LayerNorm(),
             functools.partial(nn.leaky_relu, negative_slope=0.1),
-            nn.Conv(4, (5, 5), strides=(3, 3), padding=0),
+            nn.Conv(4, (5, 5), strides=(3, 3), padding=0, feature_group_count=2),
         ]
         return nn.Sequential(layers)(x)
 
@@ -110,6 +110,12 @@ def test_strides_dilation_and_layers_of_a_readers_own() -> None:
     rows = layer_table(Changed(), (32, 32, 3), 1)
     # 3, then 2 * 2 * 2 more, then 4 * 2 more; padded by 1 pixel, then by 2 of 2 pixels.
     seen = [(row.kind, row.receptive_field, row.stride, row.start) for row in rows]
+    # Each output of the last reads half of its input's channels.
+    assert [row.macs for row in rows if row.kind == "conv"] == [
+        16 * 16 * 4 * 3 * 3 * 3,
+        16 * 16 * 4 * 3 * 3 * 4,
+        4 * 4 * 4 * 5 * 5 * 2,
+    ]
     assert seen == [
         ("conv", 3, 2, -1),
         ("leaky_relu", 3, 2, -1),
@@ -140,19 +146,20 @@ class Blocks(nn.Module):
 
 def test_blocks_of_a_readers_own() -> None:
     rows = layer_table(Blocks(), (32, 32, 3), 1)
-    # What is behind two branches with strides is not known, and 0.
-    assert [(row.name, row.params, row.receptive_field) for row in rows] == [
-        ("Block_0/Conv_0", 3 * 3 * 3 * 4 + 4, 3),
-        ("relu_0", 0, 3),
-        ("Block_0/Conv_1", 3 * 3 * 4 * 4 + 4, 5),
-        ("Block_0/Conv_2", 3 * 4 + 4, 5),
-        ("Block_0", 0, 5),
-        ("Block_1/Conv_0", 3 * 3 * 4 * 4 + 4, 7),
-        ("relu_1", 0, 7),
-        ("Block_1/Conv_1", 3 * 3 * 4 * 4 + 4, 11),
-        ("Block_1/Conv_2", 4 * 4 + 4, 0),
-        ("Block_1", 0, 0),
-        ("Conv_0", 3 * 3 * 4 * 4 + 4, 0),
+    # What is behind two branches with strides is not known, and 0. "SAME" pads the strided
+    # convolution of an even side below alone.
+    assert [(row.name, row.params, row.receptive_field, row.start) for row in rows] == [
+        ("Block_0/Conv_0", 3 * 3 * 3 * 4 + 4, 3, -1),
+        ("relu_0", 0, 3, -1),
+        ("Block_0/Conv_1", 3 * 3 * 4 * 4 + 4, 5, -2),
+        ("Block_0/Conv_2", 3 * 4 + 4, 5, -2),
+        ("Block_0", 0, 5, -2),
+        ("Block_1/Conv_0", 3 * 3 * 4 * 4 + 4, 7, -2),
+        ("relu_1", 0, 7, -2),
+        ("Block_1/Conv_1", 3 * 3 * 4 * 4 + 4, 11, -4),
+        ("Block_1/Conv_2", 4 * 4 + 4, 0, 0),
+        ("Block_1", 0, 0, 0),
+        ("Conv_0", 3 * 3 * 4 * 4 + 4, 0, 0),
     ]
 
 

@@ -180,6 +180,14 @@ def test_the_tutorials_names() -> None:
     }
 
 
+def test_the_norms_of_airbench_are_its_authors() -> None:
+    """Both frameworks take the numbers from one place, so parity does not tell."""
+    config, image_shape = CASES["airbench"]
+    twin = torch_reference.make_twin(create_model(config, 10), image_shape)
+    norm = twin.get_submodule("layers.2.norm1")
+    assert (norm.momentum, norm.eps) == (pytest.approx(0.4), 1e-12)
+
+
 def test_a_state_dict_without_a_layer_is_refused() -> None:
     config, image_shape = CASES["cnn batch norm"]
     torch_layout = create_model(config, 10).torch_layout(image_shape)

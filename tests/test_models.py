@@ -119,24 +119,37 @@ def test_batch_norm_normalises_in_training_and_remembers_for_evaluation() -> Non
 @pytest.mark.parametrize(
     "config",
     [
-        TrainConfig(model="mlp", hidden=(8,), dropout=0.5),
-        TrainConfig(model="resnet9", widths=(4, 4, 4, 4), dropout=0.5),
+        TrainConfig(model="mlp", hidden=(256,), dropout=0.25),
+        TrainConfig(model="resnet9", widths=(4, 4, 4, 256), dropout=0.25),
     ],
     ids=["mlp", "resnet9"],
 )
 def test_dropout_acts_in_training_only(config: TrainConfig) -> None:
+    """On a quarter of the 256 numbers that the last Dense layer reads."""
     model = create_model(config, 10)
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
 
     @jax.jit
-    def train(key: jax.Array) -> jax.Array:
-        rngs = {"dropout": key}
-        return model.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+    @jax.vmap
+    def train(key: jax.Array) -> tuple[jax.Array, typing.Any]:
+        return model.apply(
+            variables,
+            x,
+            train=True,
+            rngs={"dropout": key},
+            capture_intermediates=True,
+            mutable=["batch_stats", "intermediates"],
+        )
 
     evaluate = jax.jit(model.apply)
-    assert not np.allclose(train(jax.random.key(0)), train(jax.random.key(1)))
+    logits, captured = train(jax.random.split(jax.random.key(0), 8))
+    assert not np.allclose(logits[0], logits[1])
     assert np.array_equal(evaluate(variables, x), evaluate(variables, x))
+    kept = np.asarray(captured["intermediates"]["Dropout_0"]["__call__"][0]) != 0
+    assert kept.shape == (8, 4, 256)
+    active = kept.any(axis=0)  # the others are zeros of a ReLU
+    assert kept[:, active].mean() == pytest.approx(0.75, abs=0.03)
 
 
 def test_a_network_of_ones_own_has_the_options_that_it_wants(

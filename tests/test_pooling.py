@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cifar_jax.errors import CifarJaxError
 from cifar_jax.pooling import max_pool
 
 
@@ -29,3 +30,9 @@ def test_the_first_of_equals_gets_the_gradient() -> None:
     window = jnp.array([[1.0, 2.0], [2.0, 2.0]])[None, :, :, None]
     gradient = jax.grad(lambda x: max_pool(x).sum())(window)
     assert gradient[0, :, :, 0].tolist() == [[0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("size", [(1, 4), (4, 1)])
+def test_images_without_one_whole_window_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(CifarJaxError, match=f"{size[0]}x{size[1]} pixels are left"):
+        max_pool(jnp.zeros((2, *size, 3)))
