@@ -23,6 +23,7 @@ from cifar_jax.initializers import whiten, whitening_stride
 from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.options import flag
 from cifar_jax.parallel import AXIS_NAME, compile_lowered, place_state, select_devices
 from cifar_jax.run import Progress, Run, versions, write_config
 from cifar_jax.sources import load_dataset
@@ -207,18 +208,30 @@ def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Pr
         raise UsageError(
             f"--initial-weights {config.initial_weights} is for {', '.join(given.class_names)}; "
             f"{dataset.name} has {', '.join(dataset.class_names)}",
-            fix="give --data with the same classes",
+            fix="give --data with the same classes, or convert the weights again with these as "
+            "--classes",
         )
     if jax.tree.map(np.shape, given.variables) != jax.tree.map(np.shape, state.variables):
         shape = "x".join(map(str, given.image_shape))
         raise UsageError(
             f"--initial-weights {config.initial_weights} is {given.config.model} for {shape}, "
             f"{given.n_params:,} parameters; the run's network has other layers",
-            fix=f"give --model {given.config.model} with its options, and images of its size",
+            fix=f"give {_network_options(given.config)} and no other option of the network, and "
+            "images of its size",
         )
     print(f"starting from the weights, mean and std of {config.initial_weights}")
     progress = Progress(state.replace(**given.variables))  # the optimizer starts from zeros
     return progress, dataclasses.replace(dataset, mean=given.mean, std=given.std)
+
+
+def _network_options(config: TrainConfig) -> str:
+    """The options of the command line that make the network of ``config``, but for dropout."""
+    options = [f"--model {config.model}"]
+    for name in ("widths", "hidden", "patch_size"):
+        if (value := getattr(config, name)) != getattr(TrainConfig, name):
+            numbers = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            options.append(f"{flag(name)} {numbers}")
+    return " ".join([*options, *(["--batch-norm"] if config.batch_norm else [])])
 
 
 def _whitened(state: TrainState, dataset: Dataset, config: TrainConfig) -> TrainState:

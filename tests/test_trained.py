@@ -108,10 +108,13 @@ def test_a_run_that_was_trained_is_loaded(image_folder: Path, tmp_path: Path) ->
     assert network.variables["batch_stats"] == {}
 
 
-def save_linear(config: TrainConfig, workdir: Path) -> None:
-    """Save weights for the images of ``image_folder``, as a conversion does."""
+def save_mlp(config: TrainConfig, workdir: Path) -> None:
+    """Save weights of 2 hidden units for the images of ``image_folder``, as a conversion does."""
     variables = {
-        "params": {"Dense_0": {"kernel": np.zeros((192, 3), "f4"), "bias": np.zeros(3, "f4")}},
+        "params": {
+            "Dense_0": {"kernel": np.zeros((192, 2), "f4"), "bias": np.zeros(2, "f4")},
+            "Dense_1": {"kernel": np.zeros((2, 3), "f4"), "bias": np.zeros(3, "f4")},
+        },
         "batch_stats": {},
     }
     names, ones = ("bird", "cat", "frog"), (1.0, 1.0, 1.0)
@@ -120,8 +123,8 @@ def save_linear(config: TrainConfig, workdir: Path) -> None:
 
 def test_a_converted_network_is_no_run_to_resume(image_folder: Path, tmp_path: Path) -> None:
     """Said before any data are looked for."""
-    config = TrainConfig(data=str(image_folder), model="linear", batch_size=27, epochs=1)
-    save_linear(config, tmp_path)
+    config = TrainConfig(data=str(image_folder), model="mlp", hidden=(2,), batch_size=27, epochs=1)
+    save_mlp(config, tmp_path)
     resumed = dataclasses.replace(config, data=str(tmp_path / "absent"), resume=True)
     with pytest.raises(CifarJaxError, match=r"has a converted network.* Fix: .* --initial-weights"):
         train_and_evaluate(resumed, tmp_path)
@@ -158,17 +161,23 @@ def test_a_run_may_begin_with_the_weights_of_another_network(tmp_path: Path, mod
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"widths": (4, 9)}, "is linear for 8x8x3, 579 parameters; .* Fix: give --model linear"),
-        ({"model": "linear", "data": "shapes"}, "is for bird, cat, frog; shapes has circle, "),
+        (
+            {"model": "linear", "hidden": ()},
+            "is mlp for 8x8x3, 395 parameters; .* Fix: give --model mlp --hidden 2 and no other",
+        ),
+        (
+            {"data": "shapes"},
+            "is for bird, cat, frog; shapes has circle, .* Fix: give --data .* --classes",
+        ),
         ({"initial_weights": "nowhere"}, "nowhere does not exist"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
     image_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    config = TrainConfig(data=str(image_folder), model="linear", epochs=1, batch_size=27)
-    save_linear(config, tmp_path / "given")
-    options = {"model": "cnn", "initial_weights": str(tmp_path / "given"), **change}
+    config = TrainConfig(data=str(image_folder), model="mlp", hidden=(2,), epochs=1, batch_size=27)
+    save_mlp(config, tmp_path / "given")
+    options = {"initial_weights": str(tmp_path / "given"), **change}
     with pytest.raises(CifarJaxError, match=message):
         train_and_evaluate(dataclasses.replace(config, **options), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
