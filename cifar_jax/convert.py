@@ -65,6 +65,7 @@ class ConvertOptions(Options):
         (),
         "what training subtracted from each channel of pixels 0..1 [default 0,0,0]",
         group=_GROUP,
+        at_most=1,  # more is of pixels 0..255
     )
     std: tuple[float, ...] = option(
         (), "what it then divided each channel by [default 1,1,1]", group=_GROUP, above=0
@@ -153,6 +154,7 @@ def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
 
 def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) -> TrainedNetwork:
     """The network with these tensors; what they do not say comes from ``options`` or is assumed."""
+    from cifar_jax.layout import fold_bias_into_batch_norm
     from cifar_jax.state_dicts import identify, takes_one_size, variables_of
     from cifar_jax.trained import TrainedNetwork
 
@@ -187,6 +189,11 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
             "note: the tensors do not say how the network pads, pools and activates: compare both "
             "networks' predictions for one image"
         )
+    if len(fold_bias_into_batch_norm(state_dict, network.layout)) < len(state_dict):
+        print(
+            "note: biases of convolutions before a batch norm are folded into it: a network in "
+            "PyTorch that is to load the weights again takes bias=False there"
+        )
     if not options.image_size:
         how = "from the first Linear" if takes_one_size(config) else "if not, give --image-size"
         print(f"assumed: {side}x{side} images; {how}")
@@ -197,7 +204,10 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     if not options.classes:
         print(f"assumed: {_describe(_default_classes(num_classes))}; if not, give --classes")
     if config.model == "resnet9":
-        print("assumed: the classifier's outputs are multiplied by 0.125, as resnet9's here are")
+        print(
+            "assumed: the classifier's outputs are multiplied by 0.125, as resnet9's here are; if "
+            "not, multiply classifier.3.weight by 8 and save it again"
+        )
     if config.model == "airbench":
         print("assumed: the head's outputs are divided by its number of inputs, as airbench's are")
     if config.dropout:

@@ -327,7 +327,7 @@ _SAFE_TO_READ = (2, 10)
 _STARTS = (b"PK", b"\x80")
 
 # Keys under which training scripts store the state_dict, beside the optimizer's and the epoch.
-_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 
 
 def read_pth(path: Path) -> StateDict:
@@ -364,7 +364,9 @@ def read_pth(path: Path) -> StateDict:
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _no_state_dict(
-            path, f"is damaged, or not from torch.save: {reason}", fix="use another copy"
+            path,
+            f"is damaged, or not from torch.save: {reason}",
+            fix="use another copy, or save the weights again: torch.save(model.state_dict(), path)",
         ) from error
     if isinstance(payload, dict):
         payload = next((payload[key] for key in _STATE_DICT_KEYS if key in payload), payload)

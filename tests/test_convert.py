@@ -21,6 +21,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from conftest import CIFAR10_NAMES
 from torch import nn
 
 from cifar_jax import trained
@@ -198,15 +199,18 @@ def test_all_that_is_known_of_a_network_goes_through_safetensors(tmp_path: Path)
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_the_tutorials_file_gives_the_same_logits(tmp_path: Path, norm: bool) -> None:
+def test_the_tutorials_file_gives_the_same_logits(
+    tmp_path: Path, norm: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also where a convolution has a bias that the batch norm after it subtracts."""
     tensors = tutorial_state_dict(norm=norm)
     torch.save(tensors, tmp_path / "cifar10-cnn.pth")
     convert(tmp_path / "cifar10-cnn.pth", tmp_path / "net.safetensors", ConvertOptions())
     convert(tmp_path / "net.safetensors", tmp_path / "run", ConvertOptions())
+    assert capsys.readouterr().out.count("takes bias=False there") == norm
     network = trained.load(tmp_path / "run")
     assert network.config == TrainConfig(widths=(4, 6, 8), hidden=(16,), batch_norm=norm)
-    assert network.class_names[3:6] == ("cat", "deer", "dog")
+    assert network.class_names == tuple(CIFAR10_NAMES)
     assert (network.mean, network.std) == ((0.0,) * 3, (1.0,) * 3)
 
     module = Tutorial(norm=norm).eval()
@@ -249,6 +253,7 @@ def with_an_optimizer(tensors: dict[str, Any]) -> Any:
         with_an_optimizer,
         lambda tensors: {"state_dict": as_data_parallel(tensors)},
         lambda tensors: {"model": tensors},
+        lambda tensors: {"net": tensors, "acc": 90.0, "epoch": 3},
         lambda tensors: {n: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t
                          for n, t in tensors.items()},
         lambda tensors: {n: t.double() for n, t in tensors.items()},
@@ -284,6 +289,13 @@ def test_a_linear_model_keeps_its_name(tmp_path: Path) -> None:
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).state_dict(), tmp_path / "a.pth")
     tensors, _ = read_state_dict(tmp_path / "a.pth")
     assert identify(tensors) == (TrainConfig(model="linear"), (28, 28, 1), 10)
+
+
+@pytest.mark.parametrize("name", ["patches-flat", "large-patches"])
+def test_patches_of_grey_images_are_not_taken_for_channels(name: str) -> None:
+    twin = make_twin(create_model(ZOO[name], 10), (32, 32, 1))
+    tensors = {n: t.numpy() for n, t in twin.state_dict().items()}
+    assert identify(tensors) == (ZOO[name], (32, 32, 1), 10)
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
@@ -694,10 +706,15 @@ def test_options_that_contradict_the_network_are_refused(tmp_path: Path) -> None
     assert identify(tensors, image_size=9).image_shape == (9, 9, 3)
     with pytest.raises(CifarJaxError, match=r"size 8 is too small for airbench.*Fix: give 9 or mo"):
         identify(tensors, image_size=8)
+    resnet9 = make_twin(create_model(ZOO["resnet9"], 10), (32, 32, 3)).state_dict()
+    with pytest.raises(CifarJaxError, match=r"size 7 is too small for resnet9.*Fix: give 8 or mo"):
+        identify({name: tensor.numpy() for name, tensor in resnet9.items()}, image_size=7)
     error = refusal(path, tmp_path / "run", ConvertOptions(image_size=64))
     assert "network.10.weight [16, 128] instead of [16, 512]" in str(error)
     with pytest.raises(CifarJaxError, match="--std 0"):
         main([str(path), str(tmp_path / "run"), "--std", "1,0,1"])
+    with pytest.raises(CifarJaxError, match="--mean 125"):  # of pixels 0..255
+        main([str(path), str(tmp_path / "run"), "--mean", "0.5,125.3,0.5"])
 
 
 def test_what_is_assumed_is_said_with_its_option(
@@ -720,6 +737,15 @@ def test_what_is_assumed_is_said_with_its_option(
     assert network.image_shape == (8, 8, 3)
     assert (network.mean, network.std) == ((-1.0, 0.5, 0.25), (1.0, 2.0, 3.0))
     assert network.class_names == tuple("abcdefghijkl")
+    for name, message in (
+        ("resnet9", "multiplied by 0.125"),
+        ("airbench", "divided by its number of inputs"),
+        ("mlp-dropout", "dropout of 0.5"),
+    ):
+        twin = make_twin(create_model(ZOO[name], 10), (16, 16, 3))
+        torch.save(twin.state_dict(), tmp_path / "net.pth")
+        main([str(tmp_path / "net.pth"), str(tmp_path / f"{name}.safetensors")])
+        assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["run", "net.pth", "net.safetensors"])
