@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,9 @@ def data(image_folder: Path, tmp_path: Path) -> Path:
 
 def test_good_data_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "train" / "cat" / "notes.txt").touch()
+    n_open = len(os.listdir("/dev/fd"))
     main([str(data)])
+    assert len(os.listdir("/dev/fd")) == n_open, "each file is closed again"
     assert capsys.readouterr().out.splitlines() == [
         f"{data}: ignored 1 file(s) that are not JPEG or PNG: 1 .txt",
         "class                    train       val      test",

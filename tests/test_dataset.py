@@ -35,6 +35,8 @@ def test_split_off_parts_the_data() -> None:
     assert sorted(together) == list(range(40))
     for part in (rest, held_out):
         assert np.array_equal(part.labels, part.pixels.ravel() // 10)
+    for n, count in ((2, 1), (10, 2)):  # of 0.38 and of 1.9 images
+        assert len(split_off(split.take(np.arange(n)), 0.19, np.random.default_rng(0))[1]) == count
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -58,6 +60,8 @@ def test_the_digest_tells_pixels_and_labels() -> None:
     changed[7, 3, 2, 1] ^= 1
     assert digest != array_digest(Split(changed, labels))
     assert digest != array_digest(Split(images, labels[::-1]))
+    both = [array_digest(Split(images, labels), Split(x, labels)) for x in (images, changed)]
+    assert len({digest, *both}) == 3
 
 
 def test_an_epochs_order_is_a_permutation_of_its_own() -> None:

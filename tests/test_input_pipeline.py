@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_jax import input_pipeline
+from cifar_jax import images, input_pipeline
 from cifar_jax.dataset import ImageFiles, Split, epoch_order
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.images import probe_shape, read_checked, undecodable
@@ -90,6 +91,23 @@ def test_streaming_and_decoding_once_give_the_same_batches(image_folder: Path) -
     for one, other in pairs:
         assert np.array_equal(one["image"], other["image"])
         assert np.array_equal(one["label"], other["label"])
+
+
+def test_decoded_images_keep_their_order_when_the_first_take_longest(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = load_splits(str(image_folder)).test
+    assert isinstance(split.images, ImageFiles)
+    first = split.images.paths[0]
+
+    def slowly(files: ImageFiles, path: bytes) -> bytes:
+        if path == first:
+            time.sleep(0.3)
+        return read_checked(files, path)
+
+    monkeypatch.setattr(input_pipeline, "read_checked", slowly)
+    monkeypatch.setattr(input_pipeline, "_DECODED_AT_ONCE", 4)
+    assert np.array_equal(decode(split).pixels, images.decode(split).pixels)
 
 
 def files_of(tmp_path: Path, *encoded: tuple[str, bytes], **options: bool) -> ImageFiles:

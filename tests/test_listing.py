@@ -39,6 +39,7 @@ def test_hidden_files_do_not_count_and_others_are_counted(root: Path, tmp_path: 
         for folder in (root / name, root / "cat" / name):
             folder.mkdir()
             shutil.copy(root / "cat" / "000.png", folder)
+    (root / "cat" / "001.png").rename(root / "cat" / "001.PNG")
     found = list_images(root, tmp_path)
     assert found.class_names == ("bird", "cat", "frog")
     assert len(found.paths) == 91

@@ -12,7 +12,7 @@ import pytest
 from conftest import CIFAR10_NAMES, write_images
 from PIL import Image
 
-from cifar_jax import shapes, sources
+from cifar_jax import images, shapes, sources
 from cifar_jax.dataset import Dataset, ImageFiles, Split
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.sources import load_dataset, load_splits
@@ -147,11 +147,36 @@ def test_max_train_examples_keeps_the_other_splits(image_folder: Path) -> None:
 
 
 def test_a_split_that_does_not_fit_stays_on_disk(image_folder: Path) -> None:
-    dataset = load_dataset(str(image_folder), cache_mb=0)
-    decoded = load_dataset(str(image_folder))
+    megabytes = 90 * 8 * 8 * 3 / 2**20  # of training and validation
+    dataset = load_dataset(str(image_folder), cache_mb=0.99 * megabytes)
+    decoded = load_dataset(str(image_folder), cache_mb=megabytes)
     assert isinstance(dataset.train.images, ImageFiles)
+    assert isinstance(decoded.train.images, np.ndarray)
     assert (dataset.mean, dataset.std) == (decoded.mean, decoded.std)
     assert dataset.digest == decoded.digest
+
+
+def test_mean_and_std_of_many_images_are_of_a_stratified_sample(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_STATISTICS_SAMPLE", 9)
+    counts = []
+
+    def decode(split: Split) -> Split:
+        counts.append(np.bincount(split.labels).tolist())
+        return images.decode(split)
+
+    load_dataset(str(image_folder), cache_mb=0, decode=decode)
+    monkeypatch.setattr(sources, "_STATISTICS_BYTES", 6 * 8 * 8 * 3)
+    load_dataset(str(image_folder), cache_mb=0, decode=decode)
+    assert counts == [[3, 3, 3], [2, 2, 2]]
+
+
+def test_a_folder_has_its_name_from_inside_too(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(image_folder)
+    assert load_splits(".").name == image_folder.name
 
 
 def test_greyscale_and_other_sizes(tmp_path: Path) -> None:
@@ -359,6 +384,8 @@ def test_auto_offline_is_shapes_under_a_notice(
     assert "train" not in dataset.notice, "evaluate prints it too"
     plain = load_dataset("shapes")
     assert plain.notice is None
+    trained_on = {image.tobytes() for image in plain.train.pixels}
+    assert not any(image.tobytes() in trained_on for image in plain.test.pixels)
     assert plain.digest == dataset.digest
 
 
@@ -391,6 +418,7 @@ def test_cifar10_prepared_by_tfds(
     prepared: tuple[Path, Any], source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_dir, expected = prepared
+    monkeypatch.setenv("TFDS_DATA_DIR", "/nowhere")  # what is given comes first
     dataset: Dataset = load_dataset(source, data_dir=str(data_dir))
     assert dataset.name == "cifar10"
     assert dataset.notice is None
