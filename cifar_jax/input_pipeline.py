@@ -180,10 +180,17 @@ def _decoder(files: ImageFiles, refused: Refused) -> Callable[[tf.Tensor], tf.Te
             return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8)
         return image
 
-    def decode_batch(paths: tf.Tensor) -> tf.Tensor:
+    def contents_of(paths: tf.Tensor) -> tf.Tensor:
         contents = tf.numpy_function(read, [paths], tf.string, stateful=False)
+        return tf.ensure_shape(contents, paths.shape)
+
+    def decode_batch(paths: tf.Tensor) -> tf.Tensor:
         spec = tf.TensorSpec(files.shape, tf.uint8)
-        return tf.map_fn(decode, tf.ensure_shape(contents, paths.shape), fn_output_signature=spec)
+        if files.resize:  # may be of photographs, of which a whole batch takes gigabytes
+            return tf.map_fn(
+                lambda path: decode(contents_of(path[None])[0]), paths, fn_output_signature=spec
+            )
+        return tf.map_fn(decode, contents_of(paths), fn_output_signature=spec)
 
     return decode_batch
 

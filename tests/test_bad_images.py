@@ -157,6 +157,15 @@ def test_an_odd_image_has_one_meaning(name: str, channels: int, tmp_path: Path) 
         np.testing.assert_array_equal(ours[..., 0], in_colour.convert("L"))
 
 
+@pytest.mark.fault("C3")
+def test_a_tall_cmyk_image_is_converted_to_its_end(tmp_path: Path) -> None:
+    tall = Image.fromarray(np.concatenate([np.asarray(CMYK_IMAGE)] * 6), "CMYK")
+    (tmp_path / "tall.jpg").write_bytes(encode(tall, "JPEG"))
+    ours, theirs = by_both(tmp_path / "tall.jpg", (144, 20, 3))
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours[-24:].std() > 10
+
+
 def with_exif(jpeg: bytes, exif: bytes) -> bytes:
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + jpeg[2:]
 

@@ -110,6 +110,35 @@ def test_decoded_images_keep_their_order_when_the_first_take_longest(
     assert np.array_equal(decode(split).pixels, images.decode(split).pixels)
 
 
+def test_images_to_be_resized_are_not_all_read_before_they_are_decoded(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of photographs, a batch would take gigabytes."""
+    unchanged, waiting, most = input_pipeline._decode, set(), 0
+
+    def read(files: ImageFiles, path: bytes) -> bytes:
+        nonlocal most
+        content = read_checked(files, path)
+        waiting.add(content)
+        most = max(most, len(waiting))
+        return content
+
+    def note(content: bytes) -> bytes:
+        waiting.remove(content)
+        return content
+
+    def decode_noted(content: tf.Tensor, channels: int) -> tf.Tensor:
+        return unchanged(
+            tf.ensure_shape(tf.numpy_function(note, [content], tf.string), ()), channels
+        )
+
+    monkeypatch.setattr(input_pipeline, "read_checked", read)
+    monkeypatch.setattr(input_pipeline, "_decode", decode_noted)
+    assert len(decode(load_splits(str(image_folder), image_size=4).train)) == 81
+    assert not waiting
+    assert 0 < most <= 20
+
+
 def files_of(tmp_path: Path, *encoded: tuple[str, bytes], **options: bool) -> ImageFiles:
     paths = []
     for name, content in encoded:
