@@ -114,7 +114,7 @@ def test_an_accelerator_has_few_programs_in_all_epochs_together(
 def test_evaluation_counts_every_image_once(devices: int) -> None:
     model = create_model(TrainConfig(model="linear"), 10)
     variables = {"params": model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"]}
-    other = Split(SPLIT.images[:7], SPLIT.labels[:7])
+    other = Split(SPLIT.images[-7:], SPLIT.labels[-7:])
     dataset = Dataset("x", "x", ("a",) * 10, SPLIT, SPLIT, other, (0.5,) * 3, (0.2,) * 3)
     used = select_devices(devices)
     ours = device_input.make_evaluate(model, dataset, variables, used, 16)

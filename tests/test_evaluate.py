@@ -157,6 +157,9 @@ def test_images_of_another_size_are_resized(trained_run: Path, tmp_path: Path) -
         EvaluateOptions(str(trained_run), data=str(tmp_path / "data"), output=str(tmp_path))
     )
     assert found["n"] == 3
+    grey = dataclasses.replace(trained.load(trained_run), image_shape=(5, 5, 1))
+    labelled = load_labelled(grey, "test", data=str(tmp_path / "data"), data_dir=None)
+    assert labelled.pixels(np.arange(3)).shape == (3, 5, 5, 1), "and made greyscale"
 
 
 def test_other_classes_are_refused_and_both_listed(
