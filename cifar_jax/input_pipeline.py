@@ -52,9 +52,9 @@ Batch = dict[str, NDArray[Any]]
 Refused = dict[bytes, CifarJaxError]
 
 _PREFETCHED_BATCHES = 4
-_ONE_A_CORE = tf.data.AUTOTUNE  # which with tuning off is one thread a core, 16 at most
+_ONE_A_CORE = tf.data.AUTOTUNE  # with autotuning off, one thread per core, at most 16
 _DECODED_AT_ONCE = 500
-
+_GROUP = 8  # images to be resized that are read together
 
 ALL_ROWS = slice(None)
 
@@ -180,19 +180,24 @@ def _decoder(files: ImageFiles, refused: Refused) -> Callable[[tf.Tensor], tf.Te
             return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8)
         return image
 
-    def contents_of(paths: tf.Tensor) -> tf.Tensor:
+    def decode_together(paths: tf.Tensor) -> tf.Tensor:
         contents = tf.numpy_function(read, [paths], tf.string, stateful=False)
-        return tf.ensure_shape(contents, paths.shape)
-
-    def decode_batch(paths: tf.Tensor) -> tf.Tensor:
+        contents = tf.ensure_shape(contents, paths.shape)
         spec = tf.TensorSpec(files.shape, tf.uint8)
-        if files.resize:  # may be of photographs, of which a whole batch takes gigabytes
-            return tf.map_fn(
-                lambda path: decode(contents_of(path[None])[0]), paths, fn_output_signature=spec
-            )
-        return tf.map_fn(decode, contents_of(paths), fn_output_signature=spec)
+        return tf.map_fn(decode, contents, fn_output_signature=spec)
 
-    return decode_batch
+    def decode_in_groups(paths: tf.Tensor) -> tf.Tensor:
+        groups = tf.TensorArray(
+            tf.uint8, 0, dynamic_size=True, infer_shape=False, element_shape=(None, *files.shape)
+        )
+        for group in tf.range(0, tf.size(paths), _GROUP):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            images = decode_together(paths[group : group + _GROUP])
+            groups = groups.write(group // _GROUP, images)
+        return groups.concat()
+
+    # Images that are resized may be photographs, and a whole batch of them take gigabytes.
+    return decode_in_groups if files.resize else decode_together
 
 
 def _decode(content: tf.Tensor, channels: int) -> tf.Tensor:

@@ -173,7 +173,7 @@ def test_a_network_of_ones_own_has_the_options_that_it_wants(
     # Files of the others are still recognised.
     tensors = {"network.1.weight": np.zeros((10, 3072)), "network.1.bias": np.zeros(10)}
     assert identify(tensors).config.model == "linear"
-    with pytest.raises(CifarJaxError, match=r"Own has no torch_layout, .* Fix: write one"):
+    with pytest.raises(CifarJaxError, match=r"Own has no torch_layout with .* Fix: write one"):
         identify(tensors, model="cnn")
 
 

@@ -213,7 +213,7 @@ def test_a_damaged_history_or_checkpoint_is_named(saved: Path, tmp_path: Path) -
         load(saved)
     other = tmp_path / "other"
     checkpoint.save(other / "checkpoints", 1, {"x": np.zeros(1)}, {"a": 1}, best_step=1)
-    with pytest.raises(CifarJaxError, match=r"holds no network .*KeyError .config"):
+    with pytest.raises(CifarJaxError, match=r"contains no network .*KeyError .config"):
         load(other)
 
 
