@@ -366,7 +366,7 @@ def test_a_bad_output_is_refused_and_nothing_is_half_written(
     assert error.exit_code == ExitCode.USAGE
     assert f"--output {output} does not end in .onnx. Fix: use the ending .onnx." in str(error)
     for nameless in (Path(), Path("/")):
-        with pytest.raises(CifarJaxError, match=r"^--output [./] does not end in .onnx. Fix: let"):
+        with pytest.raises(CifarJaxError, match=r"^--output [./] does not end in .onnx. Fix: use"):
             export_network(checkpoint, "onnx", nameless)
     with monkeypatch.context() as patch:
 
