@@ -142,14 +142,14 @@ class TrainConfig(Options):
     model: ModelName = option("cnn", "the network", group=_MODEL)
     widths: tuple[int, ...] = option(
         (),
-        "channels of the convolutions [default the model's own]",
+        "channels of the convolutions; by default the model's own",
         group=_MODEL,
         at_least=1,
         at_most=1_000_000,
     )
     hidden: tuple[int, ...] = option(
         (),
-        "units of the hidden Dense layers [default the model's own]",
+        "units of the hidden Dense layers; by default the model's own",
         group=_MODEL,
         at_least=1,
         at_most=1_000_000,

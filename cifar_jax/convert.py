@@ -191,8 +191,8 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
         )
     if len(fold_bias_into_batch_norm(state_dict, network.layout)) < len(state_dict):
         print(
-            "note: biases of convolutions before a batch norm are folded into it: a network in "
-            "PyTorch that is to load the weights again takes bias=False there"
+            "note: biases of convolutions before a batch norm are folded into the norm; to load "
+            "the weights in PyTorch again, give those convolutions bias=False"
         )
     if not options.image_size:
         how = "from the first Linear" if takes_one_size(config) else "if not, give --image-size"
@@ -206,7 +206,7 @@ def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) ->
     if config.model == "resnet9":
         print(
             "assumed: the classifier's outputs are multiplied by 0.125, as resnet9's here are; if "
-            "not, multiply classifier.3.weight by 8 and save it again"
+            "not, multiply classifier.3.weight by 8 and save the file again"
         )
     if config.model == "airbench":
         print("assumed: the head's outputs are divided by its number of inputs, as airbench's are")

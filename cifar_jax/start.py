@@ -216,7 +216,7 @@ def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Pr
         raise UsageError(
             f"--initial-weights {config.initial_weights} is {given.config.model} for {shape}, "
             f"{given.n_params:,} parameters; the run's network has other layers",
-            fix=f"give {_network_options(given.config)} and no other option of the network, and "
+            fix=f"give {_network_options(given.config)}, no other option of the network, and "
             "images of its size",
         )
     print(f"starting from the weights, mean and std of {config.initial_weights}")
@@ -225,7 +225,7 @@ def _begin(config: TrainConfig, state: TrainState, dataset: Dataset) -> tuple[Pr
 
 
 def _network_options(config: TrainConfig) -> str:
-    """The options of the command line that make the network of ``config``, but for dropout."""
+    """The command-line options that make the network of ``config``, except for dropout."""
     options = [f"--model {config.model}"]
     for name in ("widths", "hidden", "patch_size"):
         if (value := getattr(config, name)) != getattr(TrainConfig, name):

@@ -229,8 +229,8 @@ def variables_of(state_dict: StateDict, network: Network, source: Path) -> Varia
         raise CheckpointError(
             f"the tensors in {source} are not those of {_describe(config)}: "
             f"{_differences(found, expected)}",
-            fix="leave out what is not of the network, such as a loss's weights; name it with "
-            "--model if it is another one; networks that are not in the zoo cannot be converted",
+            fix="remove tensors that are not the network's, such as a loss's weights; or name the "
+            "network with --model; networks that are not in the zoo cannot be converted",
         )
     if not layout.scaled_norms:
         _check_unscaled(state_dict, layout, config, source)

@@ -207,7 +207,7 @@ def test_the_tutorials_file_gives_the_same_logits(
     torch.save(tensors, tmp_path / "cifar10-cnn.pth")
     convert(tmp_path / "cifar10-cnn.pth", tmp_path / "net.safetensors", ConvertOptions())
     convert(tmp_path / "net.safetensors", tmp_path / "run", ConvertOptions())
-    assert capsys.readouterr().out.count("takes bias=False there") == norm
+    assert capsys.readouterr().out.count("convolutions bias=False") == norm
     network = trained.load(tmp_path / "run")
     assert network.config == TrainConfig(widths=(4, 6, 8), hidden=(16,), batch_norm=norm)
     assert network.class_names == tuple(CIFAR10_NAMES)
