@@ -119,7 +119,7 @@ def test_a_bad_option_is_named_with_its_cure(argv: list[str], what: str, fix: st
         (TrainConfig, "epochs", True, "--epochs True is not a whole number", "whole number"),
         (TrainConfig, "learning_rate", None, "--learning-rate None", "give a number"),
         (TrainConfig, "flip", 1, "--flip 1 is not True or False", "True or False"),
-        (TrainConfig, "data", Path("x"), "is not text", "give a value"),
+        (TrainConfig, "data", Path("x"), "is not text", "give text"),
         (TrainConfig, "data_dir", "", "--data-dir '' is empty", "give a value"),
         (ConvertOptions, "classes", ("ant", ""), "--classes '' is empty", "give a value"),
         (TrainConfig, "devices", "2", "--devices '2' is not 'all' or a whole number", "'all'"),

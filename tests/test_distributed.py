@@ -229,7 +229,7 @@ def test_all_processes_score_the_same_network(
     launch = f"""if True:
         import sys
         from cifar_jax import checkpoint, cli, train
-        from cifar_jax.errors import CifarJaxError, ExitCode
+        from cifar_jax.errors import CheckpointError
         def unreadable(*arguments, **options):
             raise CheckpointError("it cannot be read", fix="wait")
         if sys.argv[sys.argv.index("--process-id") + 1] == "{unreadable_in}":

@@ -94,9 +94,9 @@ def link_to_a_device(path: Path) -> None:
     [
         (dangle, r"cannot read .*/new.png: it is a link to nothing"),
         (link_to_itself, r"cannot read .*/new.png: Too many levels of symbolic links"),
-        (os.mkfifo, r"the image .*/new.png is a pipe, no file"),
-        (make_socket, r"the image .*/new.png is a socket, no file"),
-        (link_to_a_device, r"the image .*/new.png is a device, no file"),
+        (os.mkfifo, r"the image .*/new.png is a pipe, not a regular file"),
+        (make_socket, r"the image .*/new.png is a socket, not a regular file"),
+        (link_to_a_device, r"the image .*/new.png is a device, not a regular file"),
     ],
 )
 def test_what_can_be_no_image_is_named(make: Any, what: str, root: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_an_empty_folder_is_left_to_whom_it_belongs(tmp_path: Path) -> None:
 
 def test_a_name_that_no_checkpoint_can_have_is_refused_at_once(tmp_path: Path) -> None:
     workdir = tmp_path / os.fsdecode(b"w\xff") / "run"
-    with pytest.raises(CifarJaxError, match=r"w.udcff/run .* not UTF-8"), locked(workdir):
+    with pytest.raises(CifarJaxError, match=r"w.udcff/run .* not a UTF-8 path"), locked(workdir):
         pass
     assert not list(tmp_path.iterdir())
 

@@ -163,7 +163,7 @@ def test_a_run_may_begin_with_the_weights_of_another_network(tmp_path: Path, mod
     [
         (
             {"model": "linear", "hidden": ()},
-            "is mlp for 8x8x3, 395 parameters; .* Fix: give --model mlp --hidden 2 and no other",
+            "is mlp for 8x8x3, 395 parameters; .* Fix: give --model mlp --hidden 2, no other",
         ),
         (
             {"data": "shapes"},
