@@ -12,11 +12,11 @@ import jax
 
 from cifar_jax import checkpoint
 from cifar_jax.distributed import holds_for_all, is_first
-from cifar_jax.errors import CifarJaxError, NumericsError
+from cifar_jax.errors import CifarJaxError
 from cifar_jax.files import write_atomically
 from cifar_jax.metrics import best_row
 from cifar_jax.parallel import compiler_options, replicate
-from cifar_jax.run import Progress, Run, versions
+from cifar_jax.run import Progress, Run, diverged, versions
 
 
 def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
@@ -34,10 +34,7 @@ def test_and_report(run: Run, progress: Progress) -> dict[str, Any]:
         best, state = history[-1], progress.state
     test = run.evaluate(replicate(state.variables, run.devices), dataset.test)
     if not math.isfinite(test.mean_loss):  # as with a logit that overflows for a test image alone
-        raise NumericsError(
-            f"the test loss is {test.mean_loss} with epoch {best['epoch']}",
-            fix="start again with a lower --learning-rate, or with --clip-norm 1",
-        )
+        raise diverged(run, f"the test loss is {test.mean_loss} with epoch {best['epoch']}")
     report = {
         "data": {"name": dataset.name, "digest": dataset.digest},
         "model": config.model,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cifar_jax import checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.distributed import agreed_signal, is_first, wait_for_all
-from cifar_jax.errors import CifarJaxError, NumericsError, Stopped
+from cifar_jax.errors import Stopped
 from cifar_jax.events import event_log
 from cifar_jax.files import write_atomically
 from cifar_jax.finish import draw_curves, test_and_report
@@ -34,11 +34,10 @@ from cifar_jax.metrics import (
 )
 from cifar_jax.network_metadata import describe
 from cifar_jax.parallel import sum_on_host
-from cifar_jax.run import Progress, Run, versions, write_config
+from cifar_jax.run import Progress, Run, diverged, versions, write_config
 from cifar_jax.start import start
 from cifar_jax.stop_signals import StopSignals
 from cifar_jax.train_step import Sums
-from cifar_jax.workdir import saved_steps
 
 # Steps in flight before the host blocks on the oldest: enough to keep a device busy.
 _STEPS_IN_FLIGHT = 2
@@ -116,7 +115,7 @@ class _StepsInFlight:
         self.settle(_STEPS_IN_FLIGHT)
 
     def settle(self, at_most: int = 0) -> None:
-        """Wait until ``at_most`` are left; raises ``CifarJaxError`` if the loss has diverged."""
+        """Wait until ``at_most`` are left; raises ``NumericsError`` if the loss has diverged."""
         while len(self._waiting) > at_most:
             step, sums = self._waiting.popleft()
             self.signum = self.signum or int(np.max(np.asarray(sums["signal"])))
@@ -124,7 +123,7 @@ class _StepsInFlight:
             losses = np.atleast_1d(np.asarray(sums["loss"]))
             for at_step, loss in enumerate(losses, step - len(losses) + 1):
                 if not math.isfinite(loss):
-                    raise _diverged(
+                    raise diverged(
                         self._run,
                         f"the training loss is {loss} at step {at_step}, "
                         f"learning rate {self._run.schedule(at_step - 1):g}",
@@ -185,22 +184,14 @@ def _validate(run: Run, progress: Progress) -> None:
     )
     progress.sums, progress.seconds = RunningSums(), 0.0
     if not math.isfinite(val.loss):
-        raise _diverged(run, f"the validation loss is {val.loss} after step {progress.step}")
-
-
-def _diverged(run: Run, what: str) -> CifarJaxError:
-    saved = saved_steps(run.checkpoints)
-    return NumericsError(
-        f"{what}; " + (f"step {saved[-1]} is saved" if saved else "nothing is saved yet"),
-        fix="start again with a lower --learning-rate, or with --clip-norm 1",
-    )
+        raise diverged(run, f"the validation loss is {val.loss} after step {progress.step}")
 
 
 def _save(run: Run, progress: Progress) -> Path:
     state = jax.device_get(progress.state)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
         # The loss does not show this yet: it was computed before the update.
-        raise _diverged(run, f"a parameter is not finite after step {progress.step}")
+        raise diverged(run, f"a parameter is not finite after step {progress.step}")
     metadata = {
         **describe(run.config, run.dataset),
         "data": {"name": run.dataset.name, "digest": run.dataset.digest},

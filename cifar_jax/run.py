@@ -16,11 +16,12 @@ import optax
 from cifar_jax import __version__
 from cifar_jax.config import TrainConfig, to_json
 from cifar_jax.dataset import Dataset
+from cifar_jax.errors import NumericsError
 from cifar_jax.files import write_atomically
 from cifar_jax.metrics import EpochRow, RunningSums
 from cifar_jax.parallel import Advance, Evaluate
 from cifar_jax.train_step import TrainState
-from cifar_jax.workdir import checkpoints_of
+from cifar_jax.workdir import checkpoints_of, saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,15 @@ class Progress:
     @property
     def step(self) -> int:
         return int(self.state.step)
+
+
+def diverged(run: Run, what: str) -> NumericsError:
+    """The error that something is not finite, with the last step that is saved."""
+    saved = saved_steps(run.checkpoints)
+    return NumericsError(
+        f"{what}; " + (f"step {saved[-1]} is saved" if saved else "nothing is saved yet"),
+        fix="start again with a lower --learning-rate, or with --clip-norm 1",
+    )
 
 
 def write_config(config: TrainConfig, workdir: Path) -> None:
