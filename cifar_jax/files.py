@@ -22,7 +22,7 @@ def write_atomically(path: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # otherwise the rename may reach the disk before the text

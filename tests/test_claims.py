@@ -57,11 +57,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     output.write_text(long_ago)
     assert "question" not in run("--quick", "--output", output), "all of it is there"
     assert output.read_text() == long_ago, "what is not measured keeps its date"
-    table = output.with_suffix(".md").read_text()
-    assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(CLAIMS)
+    page = output.with_suffix(".md").read_text()
     rows = json.loads(output.read_text())["claims"]
     for row in rows:
+        assert f"| [{row['question']}](#question-{row['question']}) |" in page
+        assert f"\n### Question {row['question']}\n" in page
+        assert row["evidence"] in page
         if row["figure"]:
+            assert f"]({output.stem}/{Path(row['figure']).name})" in page
             assert (output.parent / row["figure"]).stat().st_size > 1000
     return {row["question"]: row for row in rows}
 
@@ -73,7 +76,9 @@ def test_every_claim_gives_a_number_and_a_verdict(quick: dict[int, dict[str, Any
         assert row["verdict"] in (HOLDS, CAVEAT, FAILS), question
         assert any(map(_has_number, row["value"].values())), question
         assert len(row["method"]) > 80, question
-        assert len(row["because"]) > 10, question
+        assert row["finding"].endswith("."), question
+        assert "{" not in row["finding"] + row["evidence"], question
+        assert len(row["evidence"]) > 40, question
         assert row["n"] >= 1, question
         assert row["command"] == f"python experiments/claims.py --only {question} --quick"
         path, line = row["source"].split("#L")
@@ -92,7 +97,8 @@ def test_no_verdict_could_only_come_out_as_it_did() -> None:
         claim = BY_QUESTION[row["question"]]
         assert set(claim.refuted_by) == set(row["value"]), row["question"]
         verdict = claim.judge(from_json(row["value"]))
-        assert (verdict.verdict, verdict.because) == (row["verdict"], row["because"])
+        found = (verdict.verdict, verdict.finding, verdict.evidence)
+        assert found == (row["verdict"], row["finding"], row["evidence"])
         assert claim.judge(claim.refuted_by).verdict != row["verdict"], row["question"]
 
 
@@ -111,10 +117,10 @@ def test_a_row_keeps_when_and_with_what_it_was_measured(tmp_path: Path) -> None:
     assert old == row
     assert new["versions"]["jax"] == jax.__version__
     assert new["date"] == datetime.date.today().isoformat()
-    header = output.with_suffix(".md").read_text().splitlines()[4]
-    assert header.startswith("other, or shapes; ")
-    assert f"jax 0.0.1, or {jax.__version__}, torch " in header
-    assert f"; 2001-02-03 to {new['date']}. " in header
+    page = output.with_suffix(".md").read_text()
+    assert "Measured on other or shapes (" in page
+    assert f"jax 0.0.1 or {jax.__version__}, torch " in page
+    assert f", 2001-02-03 to {new['date']}, " in page
 
 
 def test_a_run_that_diverged_is_named_and_is_json() -> None:
@@ -123,10 +129,11 @@ def test_a_run_that_diverged_is_named_and_is_json() -> None:
     diverged = {**claim.refuted_by["pixels_0_255_sgd"], "first_layer_mean_in_stds": math.nan}
     values = {**claim.refuted_by, "pixels_0_255_sgd": diverged}
     stored = json.loads(json.dumps(to_json(values), allow_nan=False))
-    because = claim.judge(from_json(stored)).because
-    assert because == claim.judge(values).because
-    assert because.count("diverged") == 1
-    assert "pixels 0 255 sgd: diverged" in because
+    evidence = claim.judge(from_json(stored)).evidence
+    assert evidence == claim.judge(values).evidence
+    (row,) = [line for line in evidence.splitlines() if "diverged" in line]
+    assert row.startswith("| 0 to 255 |")
+    assert row.count("diverged") == 1
 
 
 def test_the_code_of_a_number_is_what_it_comes_from() -> None:

@@ -22,6 +22,7 @@ from cifar_jax import layers, models
 from cifar_jax.layer_table import layer_table
 from cifar_jax.pooling import max_pool
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.markdown import bullets, table
 from claims.study import Study
 
 _CLASSES = 10
@@ -68,11 +69,12 @@ def _layers(model: nn.Module) -> list[layers.Layer]:
 
 
 def measure_weight_sharing(study: Study) -> Measured:
-    """Count the parameters of a convolution, a Dense layer and whole networks by image side.
+    """Count the parameters of a convolution, a Dense layer and whole networks by image size.
 
-    RGB images of 32, 64, 128 and 256 pixels a side. Refuted if the convolution's count changes with
-    the side, or the Dense layer's does not; qualified if the tutorial's own network, which ends its
-    convolutions in Flatten and Dense, grows all the same. Shapes alone: a second.
+    For RGB images of 32, 64, 128 and 256 pixels a side. The claim fails if the number of parameters
+    of the convolution depends on the side, or that of the Dense layer does not. A caveat if the
+    tutorial's own network, which flattens after its convolutions, grows nevertheless. Cost: a
+    second.
     """
     sides = [32, 64, 128, 256]
 
@@ -93,36 +95,43 @@ def measure_weight_sharing(study: Study) -> Measured:
 
 
 def judge_weight_sharing(values: Values) -> Verdict:
-    conv, dense = values["conv_3_to_16_parameters"], values["dense_to_16_parameters"]
-    cnn, gap = values["cnn_parameters"], values["cnn_gap_parameters"]
-    sides = values["sides_pixels"]
-    across = f"from {sides[0]} to {sides[-1]} pixels a side"
-    if len(set(conv)) > 1:
-        return Verdict(FAILS, f"the convolution goes from {conv[0]:,} to {conv[-1]:,} {across}")
-    if dense[-1] <= dense[0]:
-        return Verdict(FAILS, f"the Dense layer does not grow either: {dense[0]:,} {across}")
-    found = (
-        f"{across} a convolution 3 -> 16 keeps its {conv[0]:,} parameters, a Dense layer to 16 "
-        f"goes from {dense[0]:,} to {dense[-1]:,}"
+    counts = {
+        "convolution, 3 to 16 channels": values["conv_3_to_16_parameters"],
+        "Dense layer to 16 units": values["dense_to_16_parameters"],
+        "`cnn`, which flattens": values["cnn_parameters"],
+        "`cnn-gap`, with global average pooling": values["cnn_gap_parameters"],
+    }
+    conv, dense, cnn, _ = counts.values()
+    evidence = table(
+        (
+            "parameters, by side of the image",
+            *(f"{side} pixels" for side in values["sides_pixels"]),
+        ),
+        [(name, *(f"{n:,}" for n in by_side)) for name, by_side in counts.items()],
     )
-    if cnn[-1] > 2 * cnn[0]:  # more than half of it then hangs on the image size
+    if len(set(conv)) > 1:
+        return Verdict(FAILS, "A larger image needs a larger convolution.", evidence)
+    if dense[-1] <= dense[0]:
+        return Verdict(FAILS, "A Dense layer does not grow with the image either.", evidence)
+    if cnn[-1] > 2 * cnn[0]:  # more than half of it then depends on the image size
         return Verdict(
             CAVEAT,
-            f"{found}; but the tutorial's whole network, which flattens, still goes from "
-            f"{cnn[0]:,} to {cnn[-1]:,}, and only one with global average pooling keeps its "
-            f"{gap[0]:,}",
+            "A convolution's parameters do not depend on the image size. But the tutorial's whole "
+            f"network still grows from {cnn[0]:,} to {cnn[-1]:,} parameters, because it flattens; "
+            "with global average pooling it does not.",
+            evidence,
         )
-    return Verdict(HOLDS, found)
+    return Verdict(HOLDS, "A convolution's parameters do not depend on the image size.", evidence)
 
 
 # Question 4
 
 
 def measure_conv_shape(study: Study) -> Measured:
-    """Send a batch of 128 images through the convolution of the question, in both frameworks.
+    """Run a batch of 128 images through the convolution in both frameworks.
 
-    Refuted if PyTorch's output is not [128, 16, 32, 32], or Flax's has other sizes than these in
-    the order B, H, W, C. Costs an import of torch.
+    The claim fails if PyTorch's output is not [128, 16, 32, 32], or Flax's is not the same with the
+    channels last. Cost: an import of torch.
     """
     from cifar_jax.torch_reference import torch
 
@@ -140,10 +149,14 @@ def measure_conv_shape(study: Study) -> Measured:
 
 def judge_conv_shape(values: Values) -> Verdict:
     theirs, ours = values["torch_nchw_shape"], values["flax_nhwc_shape"]
-    found = f"PyTorch gives {theirs}, Flax {ours} (channels last)"
+    evidence = bullets(f"PyTorch [B, C, H, W]: {theirs}", f"Flax [B, H, W, C]: {ours}")
     if theirs != [128, 16, 32, 32] or ours != [128, 32, 32, 16]:
-        return Verdict(FAILS, f"{found}, not 16 maps of 32x32")
-    return Verdict(HOLDS, found)
+        return Verdict(FAILS, "The output is not 16 channels of 32x32 pixels.", evidence)
+    return Verdict(
+        HOLDS,
+        "Both frameworks give 16 channels of 32x32 pixels. Flax has the channels last.",
+        evidence,
+    )
 
 
 # Question 5
@@ -152,8 +165,8 @@ def judge_conv_shape(values: Values) -> Verdict:
 def measure_padding(study: Study) -> Measured:
     """Stack 3x3 convolutions on a 32x32 image, without and with padding, until nothing is left.
 
-    Refuted if the first does not shrink by 2 pixels, or if padding 1 changes the size; qualified if
-    10 layers leave something. Shapes alone: milliseconds.
+    The claim fails if the first one does not take 2 pixels off a side, or if padding 1 changes the
+    size. A caveat if 10 layers leave something. Cost: milliseconds.
     """
     sides = [32]
     while sides[-1] >= 3:
@@ -171,27 +184,45 @@ def measure_padding(study: Study) -> Measured:
 
 
 def judge_padding(values: Values) -> Verdict:
-    after_ten = values["side_after_ten_layers_pixels"]
-    if values["side_after_one_layer_pixels"] != 30 or values["side_with_padding_1_pixels"] != 32:
-        return Verdict(FAILS, "a 3x3 kernel does not take 2 pixels, or padding 1 changes the size")
+    after_one, after_ten = (values[f"side_after_{n}_pixels"] for n in ("one_layer", "ten_layers"))
+    padded, layers_to_end = (
+        values["side_with_padding_1_pixels"],
+        values["layers_until_nothing_fits"],
+    )
+    evidence = table(
+        ("from 32x32 pixels", "side in pixels"),
+        [
+            ("one layer without padding", str(after_one)),
+            ("ten layers without padding", str(after_ten)),
+            ("one layer with padding 1", str(padded)),
+        ],
+    )
+    if after_one != 30 or padded != 32:
+        return Verdict(
+            FAILS,
+            "A 3x3 kernel does not take 2 pixels off a side, or padding 1 does not keep the size.",
+            evidence,
+        )
     if after_ten > 0:
         return Verdict(
             CAVEAT,
-            f"after 10 layers {after_ten}x{after_ten} pixels are left; it takes "
-            f"{values['layers_until_nothing_fits']} layers until no kernel fits",
+            f"Each layer takes 2 pixels off, but ten layers leave {after_ten}x{after_ten} pixels; "
+            f"only after {layers_to_end} layers does no kernel fit any more.",
+            evidence,
         )
-    return Verdict(HOLDS, "without padding nothing is left after 10 layers")
+    return Verdict(HOLDS, "Without padding nothing is left after ten layers.", evidence)
 
 
 # Question 11
 
 
 def measure_conv_against_dense(study: Study) -> Measured:
-    """Count parameters and multiply-accumulates of a convolution 3 -> 16 and a Dense 3072 -> 16.
+    """Count the parameters and operations of a convolution 3 -> 16 and a Dense layer 3072 -> 16.
 
-    Refuted if the counts are not 448 and 49,168, or their ratio is not about 100 (80 to 125);
-    qualified if fewer parameters are not less work, or the two do not give as many outputs. Also
-    counted: a Dense layer that does give as many as the convolution. Shapes alone: a second.
+    Also those of a Dense layer with as many outputs as the convolution. The claim fails if the
+    counts are not 448 and 49,168, or their ratio is not about 100 (80 to 125). A caveat if fewer
+    parameters do not mean fewer operations, or the two have different numbers of outputs. Cost: a
+    second.
     """
     conv = nn.Conv(16, (3, 3), padding=1)
     outputs = math.prod(_shape_after(conv, 1, 32, 32, 3))
@@ -213,31 +244,52 @@ def measure_conv_against_dense(study: Study) -> Measured:
 def judge_conv_against_dense(values: Values) -> Verdict:
     conv, dense = values["conv_parameters"], values["dense_parameters"]
     ratio = dense / conv
-    if (conv, dense) != (448, 49_168) or not 80 <= ratio <= 125:
-        return Verdict(FAILS, f"{conv:,} and {dense:,} parameters, a factor of {ratio:.1f}")
-    found = f"{conv:,} against {dense:,} parameters, a factor of {ratio:.1f}"
     work = values["conv_multiply_accumulates"] / values["dense_multiply_accumulates"]
-    more_outputs = values["conv_outputs"] / values["dense_outputs"]
-    if work > 1 or more_outputs != 1:
-        equal = values["dense_of_as_many_outputs_parameters"]
+    equal = values["dense_of_as_many_outputs_parameters"]
+    evidence = table(
+        ("", "convolution", "Dense layer", "Dense layer with as many outputs"),
+        [
+            ("parameters", f"{conv:,}", f"{dense:,}", f"{equal:,}"),
+            (
+                "outputs",
+                f"{values['conv_outputs']:,}",
+                f"{values['dense_outputs']:,}",
+                f"{values['conv_outputs']:,}",
+            ),
+            (
+                "multiply-accumulates",
+                f"{values['conv_multiply_accumulates']:,}",
+                f"{values['dense_multiply_accumulates']:,}",
+                "",
+            ),
+        ],
+    )
+    if (conv, dense) != (448, 49_168) or not 80 <= ratio <= 125:
+        return Verdict(
+            FAILS,
+            f"They have {conv:,} and {dense:,} parameters, a factor of {ratio:.1f}.",
+            evidence,
+        )
+    if work > 1 or values["conv_outputs"] != values["dense_outputs"]:
         return Verdict(
             CAVEAT,
-            f"{found}; but only in parameters: the convolution takes {work:.0f} times the "
-            f"arithmetic, as it gives {values['conv_outputs']:,} numbers and not "
-            f"{values['dense_outputs']}; a Dense layer that gave as many would need {equal:,} "
-            f"parameters, {equal / conv:,.0f} times the convolution's",
+            f"The convolution has {ratio:.0f} times fewer parameters, but it takes {work:.0f} "
+            f"times the arithmetic, because it computes {values['conv_outputs']:,} outputs and the "
+            f"Dense layer {values['dense_outputs']}. A Dense layer with as many outputs would have "
+            f"{equal / conv:,.0f} times the convolution's parameters.",
+            evidence,
         )
-    return Verdict(HOLDS, found)
+    return Verdict(HOLDS, f"The convolution has {ratio:.0f} times fewer parameters.", evidence)
 
 
 # Question 13
 
 
 def measure_pool_shape(study: Study) -> Measured:
-    """Pool 16 channels of 32x32 in both frameworks; raise one channel and see which ones change.
+    """Pool 16 channels of 32x32 in both frameworks; then raise one channel and see which change.
 
-    Refuted if the output is not 16x16x16, if the two frameworks differ, or if raising the values of
-    one input channel changes another channel of the output. Milliseconds, and an import of torch.
+    The claim fails if the output is not 16x16x16, if the frameworks differ, or if the raised
+    channel changes another one. Cost: milliseconds, and an import of torch.
     """
     from cifar_jax.torch_reference import torch
 
@@ -259,28 +311,33 @@ def measure_pool_shape(study: Study) -> Measured:
 
 
 def judge_pool_shape(values: Values) -> Verdict:
-    theirs, changed = values["torch_chw_shape"], values["channels_changed_by_one"]
+    theirs, ours = values["torch_chw_shape"], values["flax_hwc_shape"]
+    changed = values["channels_changed_by_one"]
     difference = values["largest_difference_of_frameworks"]
-    found = (
-        f"the output is {theirs} in PyTorch and {values['flax_hwc_shape']} here, their values "
-        f"differ by {difference:g}; another input channel changes {changed} output channel(s)"
+    evidence = bullets(
+        f"PyTorch [C, H, W]: {theirs}",
+        f"this project [H, W, C]: {ours}",
+        f"largest difference of their values: {difference:g}",
+        f"output channels that change with one input channel: {changed}",
     )
-    right = theirs == values["flax_hwc_shape"] == [16, 16, 16] and difference == 0 and changed == 1
-    return Verdict(HOLDS if right else FAILS, found)
+    if theirs == ours == [16, 16, 16] and difference == 0 and changed == 1:
+        return Verdict(
+            HOLDS, "Pooling halves both sides of each channel, and mixes no channels.", evidence
+        )
+    return Verdict(FAILS, "The output has another shape, or a channel changes others.", evidence)
 
 
 # Question 19
 
 
 def measure_flatten(study: Study) -> Measured:
-    """Leave Flatten out before the first Dense layer of the tutorial's network, and see who minds.
+    """Leave out Flatten before the first Dense layer of the tutorial's network.
 
-    The features are 64 maps of 4x4, the layer is to give 512 numbers. In PyTorch with
-    ``Linear(1024, 512)`` as it should be, and with one that happens to fit the last axis,
-    ``Linear(4, 512)``; in Flax, where a Dense layer takes its size from the input: the layer
-    itself, and the loss of a network that ends so. Refuted if PyTorch's Linear does not complain;
-    qualified if something else than an error comes of it elsewhere. Milliseconds, and an import of
-    torch.
+    The features are 64 maps of 4x4, and the layer has 512 outputs. In PyTorch: ``Linear(1024,
+    512)``, as it should be, and ``Linear(4, 512)``, which happens to fit the last axis. In Flax,
+    where a Dense layer takes its size from its input: the layer, and the loss of a network that
+    ends so. The claim fails if PyTorch's Linear does not raise an error. A caveat if elsewhere
+    something other than an error comes out. Cost: milliseconds, and an import of torch.
     """
     from cifar_jax.torch_reference import torch
 
@@ -313,21 +370,37 @@ def measure_flatten(study: Study) -> Measured:
 
 
 def judge_flatten(values: Values) -> Verdict:
+    fitting = values["torch_linear_that_fits_last_axis_shape"]
+    wrong_shape, wrong_count = values["flax_dense_shape"], values["flax_dense_parameters"]
+    right_count = values["flax_dense_after_flatten_parameters"]
+    raised = {True: "an error", False: "no error"}
+    evidence = table(
+        ("without Flatten, on 64 maps of 4x4", "gives"),
+        [
+            ("PyTorch `Linear(1024, 512)`", raised[values["torch_linear_complains"]]),
+            ("PyTorch `Linear(4, 512)`", f"{fitting}"),
+            (
+                "Flax `Dense(512)`",
+                "an error"
+                if values["flax_dense_complains"]
+                else f"{wrong_shape}, with {wrong_count:,} parameters instead of {right_count:,}",
+            ),
+            ("then the loss", raised[values["optax_loss_complains"]]),
+        ],
+    )
     if values["flattened_torch_shape"] != [2, 1024]:
-        return Verdict(FAILS, f"64 maps of 4x4 flatten to {values['flattened_torch_shape']}")
+        found = values["flattened_torch_shape"]
+        return Verdict(FAILS, f"64 maps of 4x4 are flattened to {found}.", evidence)
     if not values["torch_linear_complains"]:
-        return Verdict(FAILS, "PyTorch's Linear(1024, 512) takes unflattened features as they are")
+        return Verdict(FAILS, "PyTorch's Linear(1024, 512) takes unflattened features.", evidence)
     if values["flax_dense_complains"]:
-        return Verdict(HOLDS, "without Flatten the Dense layer raises an error in both frameworks")
-    later = "the loss is the first to complain" if values["optax_loss_complains"] else "no error"
+        return Verdict(HOLDS, "Without Flatten both frameworks raise an error.", evidence)
     return Verdict(
         CAVEAT,
-        "PyTorch's Linear(1024, 512) does raise an error, but only because the last axis has 4 "
-        "entries: a Dense layer works on the last axis, and where that fits, PyTorch gives "
-        f"{values['torch_linear_that_fits_last_axis_shape']} without a word; Flax takes the size "
-        f"from the input and always does, {values['flax_dense_shape']} with "
-        f"{values['flax_dense_parameters']:,} parameters in place of "
-        f"{values['flax_dense_after_flatten_parameters']:,} ({later})",
+        "PyTorch's Linear raises an error, but only because the last axis, on which it acts, has 4 "
+        "entries instead of 1,024. If that axis fits, as it always does in Flax, the output "
+        "silently has another shape.",
+        evidence,
     )
 
 
@@ -335,10 +408,10 @@ def judge_flatten(values: Values) -> Verdict:
 
 
 def measure_depth(study: Study) -> Measured:
-    """Count the layers with weights of the tutorial's network, and of the residual one here.
+    """Count the layers with weights of the tutorial's network and of ``resnet9``.
 
-    Refuted if they are not 3 convolutions and 3 Dense layers; that a ResNet has 50 layers or more,
-    if one has fewer. Shapes alone: a second.
+    The claim fails if the first does not have 3 convolutions and 3 Dense layers. A caveat if a
+    residual network has fewer than 50 layers. Cost: a second.
     """
 
     def count(name: str, kind: str) -> int:
@@ -357,32 +430,36 @@ def measure_depth(study: Study) -> Measured:
 
 def judge_depth(values: Values) -> Verdict:
     convs, dense = values["cnn_convolutions"], values["cnn_dense_layers"]
-    found = (
-        f"{convs} convolutions and {dense} Dense layers have weights, {convs + dense} in all (of "
-        f"{values['cnn_layers_of_any_kind']} layers with ReLU, pooling and flatten)"
+    residual = values["resnet9_layers_with_kernels"]
+    evidence = bullets(
+        f"`cnn`: {convs} convolutions and {dense} Dense layers, {values['cnn_layers_of_any_kind']} "
+        "layers with ReLU, pooling and flatten",
+        f"`resnet9`: {residual} layers with weights",
     )
     if (convs, dense) != (3, 3):
-        return Verdict(FAILS, found)
-    residual = values["resnet9_layers_with_kernels"]
+        return Verdict(
+            FAILS, f"It has {convs} convolutions and {dense} Dense layers, not 3 and 3.", evidence
+        )
     if residual < 50:
         return Verdict(
             CAVEAT,
-            f"{found}; but a ResNet need not have 50 layers: resnet9, for the same images, has "
-            f"{residual}",
+            f"The network is {convs + dense} layers deep, as claimed. But a ResNet need not have "
+            f"50 layers: `resnet9`, for the same images, has {residual}.",
+            evidence,
         )
-    return Verdict(HOLDS, found)
+    return Verdict(HOLDS, f"The network is {convs + dense} layers deep.", evidence)
 
 
 # Question 29
 
 
 def measure_same_padding(study: Study) -> Measured:
-    """Compare Out = (In - K + 2P)/S + 1 with the sizes that convolutions have in both frameworks.
+    """Compare Out = (In - K + 2P)/S + 1 with the output sizes of convolutions in both frameworks.
 
-    For In 32 and 33, K 1 to 7, P 0 to 3, S 1 to 3; and look through cnn, cnn-wide, cnn-gap and
-    resnet9 for a convolution that changes the image size (``airbench``'s first one does). Refuted
-    if padding 1 is not the one that keeps the size at K = 3, or the formula is wrong at stride 1;
-    qualified if it needs rounding elsewhere. Seconds, and an import of torch.
+    For In of 32 and 33, K of 1 to 7, P of 0 to 3 and S of 1 to 3. Also look for convolutions of
+    cnn, cnn-wide, cnn-gap and resnet9 that change the image size (``airbench``'s first one does).
+    The claim fails if another padding than 1 keeps the size for K = 3, or if the formula is wrong
+    at stride 1. A caveat if it must be rounded elsewhere. Cost: seconds, and an import of torch.
     """
     from cifar_jax.torch_reference import torch
 
@@ -423,27 +500,36 @@ def measure_same_padding(study: Study) -> Measured:
 
 def judge_same_padding(values: Values) -> Verdict:
     kept, wrong = values["paddings_that_keep_32_at_kernel_3"], values["cases_wrong_at_stride_1"]
+    even = values["paddings_that_keep_32_at_kernel_2"]
     resizing = values["convolutions_here_that_change_the_size"]
     cases, exact = values["cases"], values["cases_where_formula_is_exact"]
     rounded = values["cases_where_rounded_down_it_is_exact"]
+    evidence = bullets(
+        f"{cases} combinations of size, kernel, padding and stride: the formula gives the size in "
+        f"{exact}, rounded down in {rounded}; at stride 1 it is wrong in {wrong}",
+        f"paddings that keep 32 pixels with a 3x3 kernel: {kept}; with a 2x2 kernel: "
+        f"{even or 'none'}",
+        f"convolutions of `cnn`, `cnn-wide`, `cnn-gap` and `resnet9` that change the size: "
+        f"{resizing}",
+    )
     if kept != [1] or wrong or resizing:
         return Verdict(
             FAILS,
-            f"paddings {kept} keep the size at K = 3; the formula is wrong in {wrong} cases at "
-            f"stride 1; {resizing} convolutions here change the size",
+            "The formula is wrong at stride 1, another padding keeps the size, or a convolution "
+            "changes it.",
+            evidence,
         )
-    found = (
-        "at stride 1 the formula is exact and padding 1 alone keeps the size at K = 3 (at K = 2 "
-        f"{'none does' if not values['paddings_that_keep_32_at_kernel_2'] else 'one does'}); no "
-        "convolution of cnn, cnn-wide, cnn-gap and resnet9 changes it"
-    )
     if exact < cases:
         return Verdict(
             CAVEAT,
-            f"{found}; but with strides the formula must be rounded down: as written it is right "
-            f"in {exact} of {cases} cases, rounded down in {rounded}",
+            "The formula is exact at stride 1, where a 3x3 kernel needs padding 1 to keep the "
+            "size. With larger strides it must be rounded down: as written, it is right in "
+            f"{exact} of {cases} cases, and rounded down in {rounded}.",
+            evidence,
         )
-    return Verdict(HOLDS, found)
+    return Verdict(
+        HOLDS, "The formula is exact, and a 3x3 kernel needs padding 1 to keep the size.", evidence
+    )
 
 
 # Question 36
@@ -452,12 +538,12 @@ _BLOCK = re.compile(r"conv( batch_norm)? relu( pool)?")
 
 
 def measure_conv_block(study: Study) -> Measured:
-    """Cut cnn, cnn-wide, cnn-gap and resnet9 at their convolutions, compare the pieces, count code.
+    """Cut cnn, cnn-wide, cnn-gap and resnet9 at their convolutions, and compare the pieces.
 
     A piece goes from one convolution to the next, without what follows the last pool or ReLU (the
-    classifier, the end of a residual block). Refuted if the blocks of the tutorial's network
-    differ, with or without batch norm, or a piece of another is not Conv, batch norm?, ReLU, pool?.
-    Shapes alone: a second.
+    classifier, or the end of a residual block). The claim fails if the blocks of the tutorial's
+    network differ, with or without batch norm, or if a piece of any network is not Conv, batch
+    norm?, ReLU, pool?. Cost: a second.
     """
     patterns: dict[str, list[str]] = {}
     for batch_norm in (False, True):
@@ -493,34 +579,33 @@ def measure_conv_block(study: Study) -> Measured:
 def judge_conv_block(values: Values) -> Verdict:
     one, normed = values["patterns_in_cnn"], values["patterns_in_cnn_with_batch_norm"]
     total, off = values["convolutions_in_all_networks"], values["off_the_pattern"]
-    if len(one) != 1 or len(normed) != 1 or off:
-        return Verdict(
-            FAILS,
-            f"the blocks of one network differ ({one}; with batch norm {normed}), and {off} blocks "
-            "are off the pattern",
-        )
-    found = (
-        f"one function of {values['lines_of_the_function']} lines, called in "
-        f"{values['calls_in_the_source']} places, makes all {total} convolutions of cnn, cnn-wide, "
-        f"cnn-gap and resnet9; the tutorial's 3 blocks are all '{one[0]}', with batch norm "
-        f"'{normed[0]}'"
+    unpooled, lines = values["of_them_without_pool"], values["lines_of_the_function"]
+    evidence = bullets(
+        f"blocks of `cnn`: {', '.join(one)}; with batch norm: {', '.join(normed)}",
+        f"the function has {lines} lines and is called in {values['calls_in_the_source']} places",
+        f"convolutions of `cnn`, `cnn-wide`, `cnn-gap` and `resnet9`: {total}, of which {unpooled} "
+        f"are not followed by a pool; blocks off the pattern: {off}",
     )
-    unpooled = values["of_them_without_pool"]
+    if len(one) != 1 or len(normed) != 1 or off:
+        return Verdict(FAILS, "The blocks of one network differ.", evidence)
+    finding = (
+        f"One function of {lines} lines makes all {total} convolutions of four networks, and the "
+        "three blocks of the tutorial's network are alike."
+    )
     if unpooled:
-        return Verdict(
-            HOLDS, f"{found}; pooling is optional as batch norm is: {unpooled} of {total} have none"
-        )
-    return Verdict(HOLDS, found)
+        finding += " Pooling has to be optional, as batch norm is."
+    return Verdict(HOLDS, finding, evidence)
 
 
 # Question 45
 
 
 def measure_channels(study: Study) -> Measured:
-    """Give networks made for RGB images of 1 and 4 channels, and let Flax make them for 1, 3 and 4.
+    """Give networks made for RGB images other numbers of channels; make some for 1, 3 and 4.
 
-    Refuted if PyTorch's or Flax's first layer takes another number of channels than it was made
-    for; qualified if the 3 need not be written down. A second or two, and an import of torch.
+    The claim fails if PyTorch's or Flax's first layer accepts another number of channels than it
+    was made for. A caveat if the 3 need not be written down. Cost: a second or two, and an import
+    of torch.
     """
     from cifar_jax.torch_reference import make_twin, torch
 
@@ -554,36 +639,37 @@ def measure_channels(study: Study) -> Measured:
 
 
 def judge_channels(values: Values) -> Verdict:
-    refused = [*values["torch_refuses"], *values["flax_refuses"]]
-    if not values["both_take_3"] or not all(refused):
-        return Verdict(
-            FAILS,
-            f"made for 3 channels, of the inputs with {values['other_channels']} channels PyTorch "
-            f"refuses {sum(values['torch_refuses'])} and Flax {sum(values['flax_refuses'])}",
-        )
-    found = (
-        f"made for 3 channels, both frameworks refuse inputs of {values['other_channels']} channels"
-    )
+    others = ", ".join(map(str, values["other_channels"]))
+    theirs, ours = values["torch_refuses"], values["flax_refuses"]
     counts = values["flax_first_layer_parameters_made_for_1_3_4_channels"]
+    one, three, four = (f"{count:,}" for count in counts)
+    evidence = bullets(
+        f"made for 3 channels and given {others}: PyTorch refuses {sum(theirs)} of {len(theirs)}, "
+        f"Flax {sum(ours)} of {len(ours)}",
+        f"parameters of Flax's first layer if it is first shown 1, 3 or 4 channels: {one}, {three} "
+        f"or {four}",
+    )
+    if not values["both_take_3"] or not all([*theirs, *ours]):
+        return Verdict(FAILS, "A network made for 3 channels takes another number.", evidence)
     if len(set(counts)) == len(counts):
         return Verdict(
             CAVEAT,
-            f"{found}; but nothing need be hardcoded: the same Flax network, first shown 1, 3 or 4 "
-            f"channels, makes itself a first layer of {counts[0]}, {counts[1]} or {counts[2]} "
-            "parameters",
+            "Both frameworks refuse other numbers of channels than the network was made for. But "
+            "the 3 need not be written down: Flax takes it from the first images it is shown.",
+            evidence,
         )
-    return Verdict(HOLDS, found)
+    return Verdict(HOLDS, "A network takes only the number of channels it is made for.", evidence)
 
 
 # Question 55
 
 
 def measure_relu(study: Study) -> Measured:
-    """Count what ReLU keeps, as function and as class; call it again; compare it with max(0, x).
+    """Count what ReLU keeps, as a function and as a class; compare its outputs with max(0, x).
 
-    On 100,000 random numbers. Refuted if it has parameters or buffers, if a second call gives
-    another answer, or if the function and the class differ. Also counted: the parameters of PReLU,
-    an activation that does have some. Milliseconds, and an import of torch.
+    On 100,000 random numbers, called twice. Also counted: the parameters of PReLU, an activation
+    that has some. The claim fails if ReLU has parameters or buffers, if a second call gives another
+    answer, or if the function and the class differ. Cost: milliseconds, and an import of torch.
     """
     from cifar_jax.torch_reference import torch
 
@@ -615,13 +701,16 @@ def measure_relu(study: Study) -> Measured:
 def judge_relu(values: Values) -> Verdict:
     kept = values["torch_relu_parameters_and_buffers"] + values["flax_relu_parameters_in_cnn"]
     difference = values["largest_difference_from_max_0_x"]
-    found = (
-        f"ReLU has {kept} parameters and buffers; {values['outputs_compared']} calls, as function "
-        f"and as class, in both frameworks, differ from max(0, x) by {difference:g}"
+    evidence = bullets(
+        f"parameters and buffers of ReLU: {kept} (of PReLU, for comparison: "
+        f"{values['torch_prelu_parameters']})",
+        f"largest difference from max(0, x) in {values['outputs_compared']} calls, as a function "
+        f"and as a class, in both frameworks: {difference:g}",
     )
+    if kept or difference:
+        return Verdict(FAILS, "ReLU keeps something, or is not max(0, x).", evidence)
     return Verdict(
-        FAILS if kept or difference else HOLDS,
-        f"{found} (PReLU, for comparison, has {values['torch_prelu_parameters']} parameter)",
+        HOLDS, "ReLU keeps nothing, and is max(0, x) as a function and as a class.", evidence
     )
 
 

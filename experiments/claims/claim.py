@@ -40,11 +40,14 @@ class Verdict:
     """A judgement of ``Values``.
 
     Attributes:
-        because: the caveat, the reason, or what was found, in one sentence that has the numbers.
+        finding: what was found, and why that is the verdict, in a few sentences for a reader who
+            sees nothing else.
+        evidence: the numbers behind it, in Markdown.
     """
 
     verdict: Literal["holds", "holds with a caveat", "does not hold here"]
-    because: str
+    finding: str
+    evidence: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from claims.accuracy import (
     tutorial_config,
 )
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.markdown import bullets, listed, table
 from claims.spread import difference, gain, noise, percent, spread_at, spread_of_shares
 from claims.study import Fitted, Study, some_of
 
@@ -101,15 +102,15 @@ def _permuted(dataset: Dataset) -> Dataset:
 
 
 def measure_dense(study: Study) -> Measured:
-    """Count the weights; then put all pixels at other places, and move images, and see who cares.
+    """Count the weights; then permute all pixels, and move images, and see what that costs.
 
     The weights of a Dense layer of 1,000 on 256x256x3. ``mlp`` and ``cnn`` trained (10,000 images,
-    8 epochs) and tested on images whose pixels are permuted, the same way in all. What a move by 4
-    pixels costs each. Refuted if the count is not 200 million to 2 %, if the MLP stands moves as
-    well as the CNN, or if it clearly loses a quarter as much by the permutation: it would know what
-    is next to what. By symmetry it loses nothing, as no pixel's first weights are special; that
-    there is something to lose the CNN shows, or the claim is refuted. Qualified if the seeds leave
-    it open. Full cost: 4 minutes, most of it shared with question 43.
+    8 epochs) and tested on images whose pixels are permuted, in all in the same way; and tested on
+    images moved by 4 pixels. The claim fails if the count is not 200 million to 2 %, if moves cost
+    the MLP no more than the CNN, or if permuting clearly costs it a quarter as much: it would then
+    use what is next to what. By symmetry it should lose nothing, as all pixels have the same
+    initial weights; that there is something to lose is shown by the CNN, or else the claim fails
+    too. A caveat if the seeds leave it open. Cost: 4 minutes, most of it shared with question 43.
     """
     inputs = jax.ShapeDtypeStruct((1, 256 * 256 * 3), jnp.float32)
     dense = jax.eval_shape(nn.Dense(1000).init, jax.random.key(0), inputs)
@@ -141,10 +142,27 @@ def measure_dense(study: Study) -> Measured:
 def judge_dense(values: Values) -> Verdict:
     mlp, cnn = values["mlp"], values["cnn"]
     weights = values["weights_of_the_dense_layer"]
-    found = f"{weights / 1e6:.1f} million weights, {values['memory_mb']:.0f} MB; " + "; ".join(
-        f"{name} gets {percent(value['test'])}, {percent(value['test_permuted'])} with all pixels "
-        f"permuted, {percent(value['test_moved_4_pixels'])} on images moved by 4 pixels"
-        for name, value in (("mlp", mlp), ("cnn", cnn))
+    evidence = table(
+        (
+            "test accuracy",
+            "images as they are",
+            "trained and tested with all pixels permuted",
+            "points lost by that",
+            "images moved by 4 pixels",
+        ),
+        [
+            (
+                f"`{name}`",
+                percent(value["test"]),
+                percent(value["test_permuted"]),
+                gain(value["test"], value["test_permuted"]),
+                percent(value["test_moved_4_pixels"]),
+            )
+            for name, value in (("mlp", mlp), ("cnn", cnn))
+        ],
+    )
+    evidence += "\n\n" + bullets(
+        f"weights of the Dense layer: {weights / 1e6:.1f} million, {values['memory_mb']:.0f} MB"
     )
     # What is left of the accuracy above chance: points alone would favour who has few to lose.
     kept = [
@@ -152,22 +170,30 @@ def judge_dense(values: Values) -> Verdict:
         / max(value["test"]["mean_percent"] - 10, 1e-9)
         for value in (mlp, cnn)
     ]
-    if abs(weights / 200e6 - 1) > 0.02 or kept[0] >= kept[1]:
-        return Verdict(FAILS, found)
+    if abs(weights / 200e6 - 1) > 0.02:
+        return Verdict(FAILS, f"The layer has {weights / 1e6:.0f} million weights.", evidence)
+    if kept[0] >= kept[1]:
+        return Verdict(FAILS, "Moved images cost an MLP no more than a CNN.", evidence)
     by_cnn, clear = difference(cnn["test"], cnn["test_permuted"])
     if not clear or by_cnn < 0:
-        return Verdict(FAILS, f"a CNN does not use what is next to what either: {found}")
+        return Verdict(FAILS, "A CNN does not use what is next to what either.", evidence)
     by_mlp, clear = difference(mlp["test"], mlp["test_permuted"])
     lost = (
-        f"permuted pixels cost an MLP {gain(mlp['test'], mlp['test_permuted'])} points and a CNN "
-        f"{gain(cnn['test'], cnn['test_permuted'])} points (95 %)"
+        "Permuting all pixels costs a CNN "
+        f"{gain(cnn['test'], cnn['test_permuted']).removeprefix('+')} points and an MLP "
+        f"{gain(mlp['test'], mlp['test_permuted']).removeprefix('+')}"
     )
     if clear and by_mlp > by_cnn / 4:
-        return Verdict(FAILS, f"an MLP too uses what is next to what: {lost}; {found}")
+        return Verdict(FAILS, f"{lost}: an MLP too uses what is next to what.", evidence)
     if by_mlp + noise(mlp["test"], mlp["test_permuted"]) > by_cnn / 4:
-        return Verdict(CAVEAT, f"whether an MLP uses neighbours is not clear: {lost}; {found}")
+        return Verdict(
+            CAVEAT, f"{lost}: whether an MLP uses what is next to what is not clear.", evidence
+        )
     return Verdict(
-        HOLDS, f"flattening keeps the pixels, but not which are neighbours: {lost}; {found}"
+        HOLDS,
+        f"The layer has {weights / 1e6:.0f} million weights. {lost}: flattening keeps the pixels, "
+        "but not which ones are neighbours.",
+        evidence,
     )
 
 
@@ -234,12 +260,13 @@ def _left_or_right(dataset: Dataset, n: int) -> Dataset:
 def measure_translation(study: Study) -> Measured:
     """Move test images by 0 to 8 pixels in four directions: accuracy, and changed answers.
 
-    ``mlp``, ``cnn`` and ``cnn-gap``, trained on 10,000 images without augmentation. For the first
-    layer of ``cnn``, how exactly its output moves with an image (equivariance), before and after
+    ``mlp``, ``cnn`` and ``cnn-gap``, trained on 10,000 images without augmentation. How exactly the
+    output of the first layer of ``cnn`` moves with the image (equivariance), before and after
     pooling. What pooling loses: the two CNNs learn, from 2,000 images of a white square in noise,
-    in which half it is (16 epochs). Refuted if the CNN loses as much as the MLP of what it gets
-    above chance; if a CNN changes its answers on more than 5 % of the images moved by one pixel, or
-    tells the halves apart on more than 55 %, it is not invariant: a caveat. Full cost: 8 minutes.
+    in which half it is (16 epochs). The claim fails if the CNN loses as much as the MLP of its
+    accuracy above chance. A caveat if a CNN changes its answers on more than 5 % of the images
+    moved by one pixel, or tells the halves apart on more than 55 %: then it is not invariant. Cost:
+    8 minutes.
     """
     test = some_of(study.dataset.test, study.scaled(4000, 200))
     shifts = (0, 1, 4) if study.quick else _SHIFTS
@@ -288,8 +315,10 @@ def measure_translation(study: Study) -> Measured:
 
 
 def judge_translation(values: Values) -> Verdict:
-    at = values["shifts_pixels"].index(4)
+    shifts = values["shifts_pixels"]
+    at = shifts.index(4)
     halves, gap_halves = (values[name]["left_or_right"] for name in ("cnn", "cnn_gap"))
+    names = {"mlp": "`mlp`", "cnn": "`cnn`", "cnn_gap": "`cnn-gap`"}
 
     def kept(name: str) -> float:
         before, after = (values[name]["accuracy"][i]["mean_percent"] - 10 for i in (0, at))
@@ -298,29 +327,49 @@ def judge_translation(values: Values) -> Verdict:
     def changed(name: str) -> float:
         return values[name]["changed_answers"][1]["mean_percent"]
 
-    found = (
-        f"moved by 1 pixel, mlp changes {changed('mlp'):.0f} %, cnn {changed('cnn'):.0f} % and "
-        f"cnn-gap {changed('cnn_gap'):.0f} % of its answers; by 4 pixels, they keep "
-        f"{kept('mlp'):.0f}, {kept('cnn'):.0f} and {kept('cnn_gap'):.0f} % of their accuracy above "
-        "chance; a convolution's output moves with the image to "
-        f"{values['convolution_equivariance_error']:.0e}, a pooled one's to "
-        f"{values['pooled_equivariance_error']:.0e} of its largest value; in which half of the "
-        f"image a square is, cnn tells in {percent(halves)} and cnn-gap in {percent(gap_halves)} "
-        f"({gain(gap_halves, halves)} points, 95 %)"
+    evidence = table(
+        (
+            "",
+            "answers changed by a move of 1 pixel",
+            "accuracy above chance kept after 4 pixels",
+            "tells in which half a square is",
+        ),
+        [
+            (
+                label,
+                f"{changed(name):.0f} %",
+                f"{kept(name):.0f} %",
+                percent(values[name]["left_or_right"]) if name != "mlp" else "",
+            )
+            for name, label in names.items()
+        ],
+    )
+    evidence += "\n\n" + bullets(
+        "how exactly the output of a convolution moves with the image: to "
+        f"{values['convolution_equivariance_error']:.1g} of its largest value; after pooling, to "
+        f"{values['pooled_equivariance_error']:.1g}"
     )
     if kept("cnn") <= kept("mlp") or values["convolution_equivariance_error"] > 1e-4:
-        return Verdict(FAILS, found)
+        return Verdict(
+            FAILS, "A CNN loses as much as an MLP, or a convolution does not move along.", evidence
+        )
     # Invariant is an answer that stays; one in twenty may be a tie.
     best = max(value["mean_percent"] for value in (halves, gap_halves))
     if max(changed("cnn"), changed("cnn_gap")) > 5 or best > 55:
         points, clear = difference(gap_halves, halves)
-        where = (
-            "global pooling does lose some of where a thing is"
-            if clear and points < 0
-            else "that global pooling loses where a thing is, is not seen"
+        where = ""
+        if clear and points < 0:
+            where = " Global pooling does lose some of where a thing is."
+        elif gap_halves["mean_percent"] > 55:
+            where = " Even with global pooling it tells in which half a square is."
+        return Verdict(
+            CAVEAT,
+            "A convolution moves with the image, and moves cost a CNN less than an MLP. But it "
+            f"is not invariant: a move by one pixel changes {changed('cnn'):.0f} % of its answers."
+            f"{where}",
+            evidence,
         )
-        return Verdict(CAVEAT, f"equivariant, more robust, but not invariant; {where}: {found}")
-    return Verdict(HOLDS, found)
+    return Verdict(HOLDS, "A CNN's answers do not depend on where things are.", evidence)
 
 
 # --- 3 and 39: what deeper layers know ------------------------------------------------------------
@@ -342,15 +391,16 @@ def _selectivity(activations: NDArray[np.float32], labels: NDArray[np.int32]) ->
 
 
 def measure_channels(study: Study) -> Measured:
-    """How much does a channel of each layer tell about the class, before and after training?
+    """How much does a channel of each layer know about the class, before and after training?
 
-    For each channel of ``cnn``, its mean over the image: the share of its variance over test images
+    For each channel of ``cnn``, averaged over the image: the share of its variance over test images
     that the ten classes explain, and the area under the curve (AUC) of its best class against the
-    rest; means over the channels of a layer that are not dead, zero on all these images. Refuted if
-    the classes clearly explain more than in the first convolution in no later one, or in the last
-    no more than before training; qualified if in some only. The units of the Dense layers are told
-    beside them: the claim is of channels. One that stands for one concept would have an AUC of 0.9
-    or more: if few have, a caveat. Full cost: half a minute after question 43.
+    rest; means over the channels of a layer that are not dead, that is, zero on all these images.
+    The units of the Dense layers stand beside them, but the claim is about channels. The claim
+    fails if the class explains clearly more than in the first convolution in no later one, or in
+    the last one no more than before training. A caveat if in some only, or if few channels of the
+    last one have an AUC of 0.9 or more, as one that stands for one concept would. Cost: half a
+    minute after question 43.
     """
     split = some_of(study.dataset.test, study.scaled(4000, 200))
     rows: dict[str, list[Any]] = {"trained": [], "untrained": []}
@@ -377,44 +427,39 @@ def measure_channels(study: Study) -> Measured:
     return Measured(values, n=len(study.seeds))
 
 
-def _by_layer(layers: list[str], spreads: list[Values]) -> str:
-    return ", ".join(
-        f"{name} {value['mean_percent']:.1f} %" for name, value in zip(layers, spreads, strict=True)
-    )
-
-
 def judge_channels(values: Values) -> Verdict:
     layers, trained = values["layers"], values["trained"]
-    explained = trained["explained_by_class"]
-    selective = trained["channels_of_one_class"]
+    explained, selective = trained["explained_by_class"], trained["channels_of_one_class"]
     later = [i for i, name in enumerate(layers) if name.startswith("Conv")][1:]
     steps = {i: difference(explained[i], explained[0]) for i in range(1, len(layers))}
     risen = [layers[i] for i in later if steps[i][1] and steps[i][0] > 0]
-    gained, learned = difference(
-        explained[later[-1]], values["untrained"]["explained_by_class"][later[-1]]
+    untrained = values["untrained"]["explained_by_class"]
+    evidence = table(
+        ("", *layers),
+        [
+            ("variance of a channel or unit that the class explains", *map(percent, explained)),
+            (
+                f"gain over {layers[0]}, points",
+                "",
+                *(gain(explained[i], explained[0]) for i in steps),
+            ),
+            ("before training", *map(percent, untrained)),
+            ("channels or units with an AUC above 0.9 for one class", *map(percent, selective)),
+            ("dead", *map(percent, trained["dead"])),
+        ],
     )
-    more = ", ".join(
-        f"{layers[i]} {gain(explained[i], explained[0])} points{'' if clear else ' (not clear)'}"
-        for i, (_, clear) in steps.items()
-    )
-    found = (
-        f"of the variance of a live channel, or unit, the class explains "
-        f"{_by_layer(layers, explained)} (untrained: "
-        f"{_by_layer(layers, values['untrained']['explained_by_class'])}), against {layers[0]} and "
-        f"with 95 % {more}; those that tell one class from the rest with an AUC above 0.9: "
-        f"{_by_layer(layers, selective)}; dead are {_by_layer(layers, trained['dead'])}"
-    )
+    gained, learned = difference(explained[later[-1]], untrained[later[-1]])
     if not risen or not learned or gained < 0:
-        return Verdict(FAILS, f"of the later convolutions none clearly knows more: {found}")
+        return Verdict(FAILS, "No later convolution clearly knows more of the class.", evidence)
+    told = listed([f"{value['mean_percent']:.0f}" for value in explained[: later[-1] + 1]])
+    finding = f"The class explains {told} % of a channel's variance in the three convolutions."
     caveats = []
     if len(risen) < len(later):
-        caveats.append(f"of the later convolutions only {', '.join(risen)} clearly knows more")
+        caveats.append(f"Only {listed(risen)} clearly knows more than the first one.")
     # "Each channel": at least half of those of the last convolution.
     if selective[later[-1]]["mean_percent"] < 50:
-        caveats.append("few channels of the last convolution stand for one class")
-    if caveats:
-        return Verdict(CAVEAT, f"{', and '.join(caveats)}: {found}")
-    return Verdict(HOLDS, found)
+        caveats.append("Few channels of the last one stand for one class.")
+    return Verdict(CAVEAT if caveats else HOLDS, " ".join([finding, *caveats]), evidence)
 
 
 def _low_level(split: Split) -> NDArray[np.float64]:
@@ -454,11 +499,11 @@ def _probe(train: Any, test: Any, targets: Any) -> NDArray[np.float64]:
 def measure_hierarchy(study: Study) -> Measured:
     """Linear probes: what can be read, linearly, from each layer of ``cnn``?
 
-    From each layer's output (averaged over a 4x4 grid), ridge regression on 4,000 validation
-    images: the class, in test accuracy; and colours and edges of the whole image, in R2. The same
-    for the network before training. Refuted if the class is not easier to read from each
-    convolution than from the one before, or if training does not matter; and if colours and edges
-    are not lost on the way, the layers add rather than replace: a caveat. Full cost: 1 minute after
+    From each layer's output (averaged over a 4x4 grid), ridge regression on 4,000 validation images
+    reads the class, as test accuracy, and colours and edges of the whole image, as R2. The same for
+    the network before training. The claim fails if the class is not easier to read from each
+    convolution than from the one before, or if training does not matter. A caveat if colours and
+    edges are not lost on the way: the layers then add rather than replace. Cost: 1 minute after
     question 43.
     """
     # Not training images: what a network has memorised reads better there than elsewhere.
@@ -503,22 +548,36 @@ def measure_hierarchy(study: Study) -> Measured:
 
 
 def judge_hierarchy(values: Values) -> Verdict:
-    layers, trained = values["layers"], values["trained"]
+    layers, trained, untrained = values["layers"], values["trained"], values["untrained"]
     convolutions = [i for i, name in enumerate(layers) if name.startswith("Conv")]
     first, last = convolutions[0], convolutions[-1]
+    evidence = table(
+        ("what a linear probe reads", *layers),
+        [
+            (what, *map(percent, network[key]))
+            for what, key, network in (
+                ("class, accuracy", "class", trained),
+                ("class before training", "class", untrained),
+                ("colours, R²", "colour_r2", trained),
+                ("edges, R²", "edges_r2", trained),
+            )
+        ],
+    )
     steps = [
         difference(trained["class"][b], trained["class"][a])
         for a, b in itertools.pairwise(convolutions)
     ]
-    learned, clear = difference(trained["class"][last], values["untrained"]["class"][last])
-    found = (
-        f"a probe reads the class with {_by_layer(layers, trained['class'])}; untrained "
-        f"{_by_layer(layers, values['untrained']['class'])}; colours with an R2 of "
-        f"{_by_layer(layers, trained['colour_r2'])}, edges {_by_layer(layers, trained['edges_r2'])}"
-    )
+    learned, clear = difference(trained["class"][last], untrained["class"][last])
     rises = all(points > 0 and differs for points, differs in steps)
     if not rises or not clear or learned < 0:
-        return Verdict(FAILS, found)
+        return Verdict(
+            FAILS, "The class is not easier to read with depth, or training adds nothing.", evidence
+        )
+    finding = (
+        "The class gets easier to read from convolution to convolution, from "
+        f"{trained['class'][first]['mean_percent']:.0f} to "
+        f"{trained['class'][last]['mean_percent']:.0f} %."
+    )
     # "Replaced" would be to lose a tenth of it or more.
     low = [
         trained[what][last]["mean_percent"] < 0.9 * trained[what][first]["mean_percent"]
@@ -527,10 +586,11 @@ def judge_hierarchy(values: Values) -> Verdict:
     if not all(low):
         return Verdict(
             CAVEAT,
-            "the class gets easier to read with depth, but colours and edges are still there "
-            f"in the last convolution: {found}",
+            f"{finding} But colours and edges are not replaced: they can still be read from the "
+            "last one.",
+            evidence,
         )
-    return Verdict(HOLDS, found)
+    return Verdict(HOLDS, finding, evidence)
 
 
 # --- 53: the first layer's filters ----------------------------------------------------------------
@@ -564,14 +624,15 @@ def _explained_by_gabor(kernel: NDArray[Any]) -> NDArray[np.float64]:
 def measure_filters(study: Study) -> Measured:
     """Fit Gabor functions to the first layer of ``cnn``, and to what training has added to it.
 
-    Each filter is approximated by the best of some 2,300 Gabors (12 orientations, 6 wavelengths, 8
-    phases, 4 sizes) times the best colour; the share of its energy explained, median over filters.
-    A network of real images is compared with one of the same pixels permuted, in which are colours
-    but no edges: noise would be no match for an update, which is smooth in either. Both are those
-    of question 1 (10,000 images, 8 epochs), from the same first weights. "Often look like" is half
-    of the filters explained to nine tenths. Refuted if neither the filters nor their updates are
-    clearly more like Gabors on real images; qualified if one of these is, but the filters do not
-    often look so. Full cost: seconds after question 1.
+    Each filter is approximated by the best of some 2,300 Gabor functions (12 orientations, 6
+    wavelengths, 8 phases, 4 sizes) times the best colour; the share of its energy explained, as
+    median over filters. A network of real images is compared with one of the same pixels permuted,
+    in which there are colours but no edges; noise would not be a fair comparison for an update,
+    which is smooth in either. Both are those of question 1 (10,000 images, 8 epochs), from the same
+    initial weights. "Look like" means that half of the filters are explained to nine tenths. The
+    claim fails if neither the filters nor their updates are clearly more like Gabor functions on
+    real images. A caveat if one of them is, but the filters do not look so. Cost: seconds after
+    question 1.
     """
     config = tutorial_config(study, "cnn", epochs=study.scaled(8, 1))
     n_train = study.scaled(SMALL, 500)
@@ -625,26 +686,37 @@ def measure_filters(study: Study) -> Measured:
 def judge_filters(values: Values) -> Verdict:
     real, permuted = values["real"], values["permuted"]
     shape = "x".join(str(size) for size in values["weights_shape"])
-    more = {what: difference(real[what], permuted[what]) for what in ("filters", "updates")}
+    kinds = {"filters": "the filters", "updates": "what training adds to them"}
+    more = {what: difference(real[what], permuted[what]) for what in kinds}
     clear = [what for what, (points, differs) in more.items() if differs and points > 0]
-    found = (
-        f"of the energy of a filter (weights {shape}, in Flax's order) the best Gabor explains "
-        f"{percent(real['filters'])} (median) after training, {percent(permuted['filters'])} with "
-        f"permuted pixels ({gain(real['filters'], permuted['filters'])} points, 95 %) and "
-        f"{percent(values['untrained'])} before; of what training adds, {percent(real['moved'])} "
-        f"of their norm, {percent(real['updates'])}, with permuted pixels "
-        f"{percent(permuted['updates'])} ({gain(real['updates'], permuted['updates'])} points); of "
-        f"{percent(real['filters_to_nine_tenths'])} of the filters it explains nine tenths"
+    evidence = table(
+        (
+            "energy that the best Gabor function explains",
+            "trained",
+            "with permuted pixels",
+            "points",
+        ),
+        [
+            (name, percent(real[what]), percent(permuted[what]), gain(real[what], permuted[what]))
+            for what, name in kinds.items()
+        ],
+    )
+    evidence += "\n\n" + bullets(
+        f"of the filters before training: {percent(values['untrained'])}",
+        f"training changes the weights by {percent(real['moved'])} of their norm",
+        f"filters that are explained to nine tenths: {percent(real['filters_to_nine_tenths'])}",
+        f"weights: {shape}, in Flax's order; medians over the filters",
     )
     if not clear:
-        return Verdict(FAILS, f"no more like Gabors than without edges to learn: {found}")
-    if real["filters_to_nine_tenths"]["mean_percent"] < 50:
-        kinds = {"filters": "the filters", "updates": "what training adds to them"}
-        which = " and ".join(kinds[what] for what in clear)
         return Verdict(
-            CAVEAT, f"few look so; but Gabors fit {which} better than without edges: {found}"
+            FAILS, "They look no more like Gabors than without edges to learn.", evidence
         )
-    return Verdict(HOLDS, found)
+    which = listed([kinds[what] for what in clear])
+    finding = f"Gabor functions fit {which} better than without edges to learn"
+    finding += f" ({', '.join(gain(real[what], permuted[what]) for what in clear)} points)."
+    if real["filters_to_nine_tenths"]["mean_percent"] < 50:
+        return Verdict(CAVEAT, f"Few filters look like one. But {finding}", evidence)
+    return Verdict(HOLDS, finding, evidence)
 
 
 # --- 60: sample efficiency ------------------------------------------------------------------------
@@ -653,10 +725,11 @@ def judge_filters(values: Values) -> Verdict:
 def measure_sample_efficiency(study: Study) -> Measured:
     """Train ``linear``, ``mlp`` and ``cnn`` on more and more images.
 
-    500, 2,000, 8,000 (24, 16 and 8 epochs of the tutorial's recipe) and all, 45,000 (6 epochs):
-    best validation accuracy by epoch, since each overfits at its own time. Refuted if the CNN is
-    not better at each size; "incredibly" is taken as matching the MLP with a fifth of its images.
-    Full cost: 6 minutes after question 20.
+    500, 2,000, 8,000 (24, 16 and 8 epochs of the tutorial's recipe) and all 45,000 (6 epochs): the
+    best validation accuracy by epoch, because each overfits at another time. The claim fails if the
+    CNN never gets as good as the MLP, is ahead at no size, or needs more than half of the images. A
+    caveat if it is not ahead at every size, or needs more than a fifth of the images. Cost: 6
+    minutes after question 20.
     """
     sizes = (200, 1000) if study.quick else (500, 2000, 8000, 45_000)
     epochs = (1,) if study.quick else (24, 16, 8)
@@ -697,30 +770,26 @@ def _images_needed(images: list[int], spreads: list[Values], wanted: float) -> f
 
 def judge_sample_efficiency(values: Values) -> Verdict:
     images, mlp, cnn = values["images"], values["mlp"], values["cnn"]
-    needed = _images_needed(images, cnn, mlp[-1]["mean_percent"])
-    found = "; ".join(
-        f"{name}: "
-        + ", ".join(
-            f"{percent(value)} from {n:,}" for n, value in zip(images, values[name], strict=True)
-        )
-        for name in ("linear", "mlp", "cnn")
+    evidence = table(
+        ("validation accuracy, by training images", *(f"{n:,}" for n in images)),
+        [(f"`{name}`", *map(percent, values[name])) for name in ("linear", "mlp", "cnn")],
     )
+    needed = _images_needed(images, cnn, mlp[-1]["mean_percent"])
     if needed is None:
-        return Verdict(FAILS, f"the CNN never reaches the MLP: {found}")
+        return Verdict(FAILS, "The CNN never gets as good as the MLP.", evidence)
     times = images[-1] / needed
     # Found on a line between sizes four times apart: no more than two digits of it mean anything.
     about = f"{float(f'{needed:.2g}'):,.0f}"
-    found = f"the CNN needs some {about} images for what the MLP gets from {images[-1]:,}; {found}"
+    finding = f"The CNN needs some {about} images for what the MLP gets from {images[-1]:,}."
     ahead = [difference(a, b) for a, b in zip(cnn, mlp, strict=True)]
     behind = [
         n for n, (points, clear) in zip(images, ahead, strict=True) if not clear or points < 0
     ]
     if len(behind) == len(images) or times < 2:
-        return Verdict(FAILS, found)
-    if behind or times < 5:
-        where = f", and is not clearly ahead with {behind[0]:,} images" if behind else ""
-        return Verdict(CAVEAT, f"it saves a factor of {times:.1f}{where}: {found}")
-    return Verdict(HOLDS, found)
+        return Verdict(FAILS, finding, evidence)
+    if behind:
+        finding += f" With {behind[0]:,} images it is not clearly ahead."
+    return Verdict(CAVEAT if behind or times < 5 else HOLDS, finding, evidence)
 
 
 _FIVE = ["pixels", "Conv_0", "Conv_1", "Conv_2", "Dense_0"]

@@ -35,6 +35,7 @@ from cifar_jax.parallel import compile_lowered
 from cifar_jax.pooling import max_pool
 from cifar_jax.train_step import normalize
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.markdown import bullets, listed, table
 from claims.spread import difference, gain, noise, percent, spread, spread_at
 from claims.study import Fitted, Study, score, some_of
 
@@ -88,12 +89,12 @@ class StridedNet(nn.Module):
 
 
 def measure_stride(study: Study) -> Measured:
-    """Convolve 32x32 images with stride 1 and 2; which pixels matter; train with strides for pools.
+    """Convolve with stride 1 and 2, see which pixels matter, and train with strides for pools.
 
-    A pixel is seen if the outputs' gradient at it is not zero. The stride-2 output is compared
-    with every other output of stride 1. Refuted if the sizes are not about 32 and 16; qualified if
-    stride 2 skips no pixel (but positions of the kernel only), or if strides in place of the pools
-    cost accuracy (10,000 images, 6 epochs). Full cost: four minutes of training.
+    A pixel is seen if the gradient of the outputs at it is not zero. The output with stride 2 is
+    compared with every other output of stride 1. The claim fails if the sides are not 32 and 16. A
+    caveat if stride 2 skips positions of the kernel and no pixels, or if strides instead of pools
+    cost accuracy (10,000 images, 6 epochs). Cost: four minutes of training.
     """
     images = jax.random.normal(jax.random.key(0), (1, 32, 32, 1))
 
@@ -136,31 +137,38 @@ def measure_stride(study: Study) -> Measured:
 
 def judge_stride(values: Values) -> Verdict:
     one, two = values["side_stride_1_pixels"], values["side_stride_2_pixels"]
-    if one != 32 or two != 16 or values["difference_from_every_other_output"] > 1e-5:
-        return Verdict(
-            FAILS, f"a 32x32 image gives {one}x{one} at stride 1 and {two}x{two} at stride 2"
-        )
     seen = values["pixels_seen_kernel_3_stride_2_percent"]
     strided, pooled = values["accuracy_with_strides"], values["accuracy_with_pools"]
-    worse = difference(strided, pooled)[1] and strided["mean_percent"] < pooled["mean_percent"]
-    found = f"32 pixels a side stay {one} at stride 1 and become {two} at stride 2"
+    evidence = table(
+        ("", "stride 1, then pool", "stride 2"),
+        [
+            ("side after one convolution of 32x32", str(one), str(two)),
+            (
+                "outputs computed",
+                "100 %",
+                f"{values['outputs_at_stride_2_percent']:.0f} %",
+            ),
+            ("pixels seen by a 3x3 kernel", "100 %", f"{seen:.0f} %"),
+            (
+                "pixels seen by a 1x1 kernel",
+                "100 %",
+                f"{values['pixels_seen_kernel_1_stride_2_percent']:.0f} %",
+            ),
+            ("validation accuracy", percent(pooled), percent(strided)),
+        ],
+    )
+    if one != 32 or two != 16 or values["difference_from_every_other_output"] > 1e-5:
+        return Verdict(FAILS, "Stride 2 does not give every other output of stride 1.", evidence)
+    finding = "Stride 2 halves the size."
     caveats = []
     if seen > 99:
+        caveats.append("It skips positions of the kernel, not pixels: a 3x3 kernel sees them all.")
+    points, clear = difference(strided, pooled)
+    if clear and points < 0:
         caveats.append(
-            f"what is skipped are positions of the kernel, not pixels: a 3x3 kernel still sees "
-            f"{seen:.0f} % of them (a 1x1 kernel "
-            f"{values['pixels_seen_kernel_1_stride_2_percent']:.0f} %)"
+            f"And as an alternative to pooling it costs accuracy: {gain(strided, pooled)} points."
         )
-    accuracies = (
-        f"{percent(strided)} validation accuracy with strides, {percent(pooled)} with pools after "
-        f"convolutions of stride 1 (strides compute {values['outputs_at_stride_2_percent']:.0f} % "
-        "of their outputs)"
-    )
-    if worse:
-        caveats.append(f"as an alternative it costs accuracy: {accuracies}")
-    if caveats:
-        return Verdict(CAVEAT, f"{found}; but {'; and '.join(caveats)}")
-    return Verdict(HOLDS, f"{found}; {accuracies}")
+    return Verdict(CAVEAT if caveats else HOLDS, " ".join([finding, *caveats]), evidence)
 
 
 # Question 7
@@ -197,14 +205,13 @@ def _shift_response(x: jax.Array, pool: Callable[[jax.Array], jax.Array], shift:
 
 
 def measure_max_pool(study: Study) -> Measured:
-    """Shift test images by 0 to 8 pixels and compare what each kind of pooling gives before and
-    after: of the pixels, and of what the first trained convolution with ReLU gives.
+    """Shift test images by 0 to 8 pixels, and compare what each kind of pooling gives.
 
-    Only windows away from the border count. "Changed" is not the same bits; how much is the root
-    mean square of the change in percent of that between two different images. Refuted if a shift by
-    one pixel changes more than a third of the pooled values (a coin would say 50 %), or if pooled
-    values move as much as unpooled ones; qualified above 5 %. Full cost: seconds, and the training
-    of question 6.
+    Of the pixels, and of the output of the first trained convolution with ReLU. Only windows away
+    from the border count. A value has changed if its bits differ; the size of the change is its
+    root mean square, in percent of that between two different images. The claim fails if a shift by
+    one pixel changes more than a third of the pooled values, or if pooled values change by as much
+    as unpooled ones. A caveat above 5 %. Cost: seconds, and the training of question 6.
     """
     images = _normalized(study, some_of(study.dataset.test, study.scaled(1000, 100)).pixels)
     shifts = list(range(9))
@@ -266,22 +273,38 @@ def judge_max_pool(values: Values) -> Verdict:
     changed, unpooled = values["changed_pooled_features"], values["changed_unpooled_features"]
     ratio = values["size_of_change_max_to_unpooled"]
     removed = values["values_removed_percent"]
-    found = (
-        f"pooling removes {removed:.0f} % of the values; a shift by 1 pixel changes "
-        f"{percent(changed)} of the pooled features of a trained first layer (unpooled "
-        f"{percent(unpooled)}; of pooled pixels "
-        f"{values['changed_pooled_pixels_percent']:.0f} %) by "
-        f"{percent(values['size_of_change_max'])} of the difference between two images (unpooled "
-        f"{percent(values['size_of_change_unpooled'])}, average pooling "
-        f"{percent(values['size_of_change_average'])}): a max-pool leaves {percent(ratio)} of the "
-        "unpooled change"
+    evidence = table(
+        ("after a shift by 1 pixel", "not pooled", "max-pooled", "average-pooled"),
+        [
+            ("features that change", percent(unpooled), percent(changed), ""),
+            (
+                "size of the change (100 %: another image)",
+                percent(values["size_of_change_unpooled"]),
+                percent(values["size_of_change_max"]),
+                percent(values["size_of_change_average"]),
+            ),
+            (
+                "pixels of the image itself that change",
+                f"{values['changed_unpooled_pixels_percent']:.0f} %",
+                f"{values['changed_pooled_pixels_percent']:.0f} %",
+                "",
+            ),
+        ],
     )
+    evidence += "\n\nFeatures are the outputs of the trained first convolution with ReLU."
     # By network, as the ratio is paired: their own levels differ more than pooling does.
     steadier = ratio["mean_percent"] + 2 * ratio["std_percent"] / ratio["n"] ** 0.5 < 100
     if removed != 75 or changed["mean_percent"] > 100 / 3 or not steadier:
-        return Verdict(FAILS, f"the maximum does not remain the same: {found}")
+        return Verdict(
+            FAILS,
+            f"Pooling removes {removed:.0f} % of the values. But a shift by one pixel changes "
+            f"{changed['mean_percent']:.0f} % of the maxima, almost as many as without pooling "
+            f"({unpooled['mean_percent']:.0f} %), and by {ratio['mean_percent']:.0f} % as much.",
+            evidence,
+        )
+    finding = f"A shift by one pixel changes {changed['mean_percent']:.0f} % of the maxima."
     # "The same" allows for the odd window, not for one in twenty.
-    return Verdict(CAVEAT if changed["mean_percent"] > 5 else HOLDS, found)
+    return Verdict(CAVEAT if changed["mean_percent"] > 5 else HOLDS, finding, evidence)
 
 
 # Question 8
@@ -305,11 +328,10 @@ def _central_side(energy: Floats, share: float) -> int:
 def measure_receptive_field(study: Study) -> Measured:
     """Differentiate single neurons with respect to the image, and count the pixels that matter.
 
-    First of 1 to 5 stacked 3x3 convolutions with random weights; then, in the tutorial's network as
-    trained for question 6, of a central neuron after each convolution and of a logit, over many
-    images, as each max-pool passes the gradient to one pixel of four. Refuted if the sides are not
-    3, 5, 7, 9, 11, or the logit of a network does not see every pixel. Full cost: seconds, and that
-    training.
+    First, 1 to 5 stacked 3x3 convolutions with random weights. Then, in the tutorial's network as
+    trained for question 6, a central neuron after each convolution, and a logit, over many images,
+    because each max-pool passes the gradient to one pixel of four. The claim fails if the sides are
+    not 3, 5, 7, 9 and 11, or if a logit does not see every pixel. Cost: seconds, and that training.
     """
     probe = jax.random.normal(jax.random.key(0), (1, 33, 33, 1))
 
@@ -381,22 +403,33 @@ def judge_receptive_field(values: Values) -> Verdict:
     stacked = values["sides_of_1_to_5_convolutions_pixels"]
     inside, theory = values["sides_in_cnn_by_convolution_pixels"], values["sides_by_theory_pixels"]
     seen = values["pixels_seen_by_a_logit_percent"]
-    found = (
-        f"1 to 5 stacked 3x3 convolutions see {stacked} pixels a side; in the tutorial's network, "
-        f"with pools, its convolutions see {inside} (by theory {theory}), and a logit {seen:.0f} % "
-        "of the pixels"
+    central = values["side_with_95_percent_of_a_logits_gradient_pixels"]
+    evidence = table(
+        ("pixels a side that a neuron sees", "measured", "by theory"),
+        [
+            ("after 1 to 5 stacked 3x3 convolutions", _listed(stacked), "3, 5, 7, 9, 11"),
+            ("after the three convolutions of `cnn`", _listed(inside), _listed(theory)),
+        ],
+    )
+    evidence += "\n\n" + bullets(
+        f"pixels that a logit sees: {seen:.0f} %",
+        f"95 % of a logit's squared gradient lies in the central {central}x{central} pixels",
     )
     if stacked != [3, 5, 7, 9, 11] or seen < 100:
-        return Verdict(FAILS, found)
-    if inside[-1] < 32:
-        found += (
-            f"; it is the Dense layers that see the whole image: the last convolution's neurons "
-            f"see {inside[-1]} of 32 pixels a side"
+        return Verdict(
+            FAILS, "The sides are others, or a logit does not see every pixel.", evidence
         )
-    central = values["side_with_95_percent_of_a_logits_gradient_pixels"]
-    return Verdict(
-        HOLDS, f"{found}; 95 % of a logit's squared gradient lie in the central {central}x{central}"
-    )
+    finding = "Stacked convolutions see what the claim says, and a logit sees the whole image."
+    if inside[-1] < 32:
+        finding += (
+            " That is thanks to the Dense layers: a neuron of the last convolution sees "
+            f"{inside[-1]} of 32 pixels a side."
+        )
+    return Verdict(HOLDS, finding, evidence)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 # Questions 10 and 25
@@ -411,13 +444,12 @@ def _imshow_takes(image: NDArray[Any]) -> bool:
 
 
 def measure_layout(study: Study) -> Measured:
-    """Ask each library for its order of axes: by a convolution, by its strides, by plotting.
+    """Ask each library for the order of its axes: by a convolution, by strides, by plotting.
 
-    An image of 3x32x32 and one of 32x32x3 go to each framework's convolution and to matplotlib.
-    Memory is told by the strides of a tensor, in elements, also of one that torch keeps
-    ``channels_last``. Refuted if PyTorch does not want NCHW, or TensorFlow and matplotlib not NHWC;
-    qualified if the order of the axes does not decide that in memory. Seconds, for importing
-    TensorFlow.
+    The order in memory is shown by a tensor's strides, in elements, also of one that torch keeps
+    ``channels_last``. The claim fails if PyTorch does not want NCHW, or TensorFlow and matplotlib
+    do not want NHWC. A caveat if the order of the axes does not decide that in memory. Cost:
+    seconds, to import TensorFlow.
     """
     import inspect
 
@@ -448,6 +480,17 @@ def measure_layout(study: Study) -> Measured:
 
 
 def judge_layout(values: Values) -> Verdict:
+    takes = {True: "plots it", False: "refuses it"}
+    last = values["torch_channels_last_strides"]
+    evidence = bullets(
+        f"a convolution of 2 images to 16 channels gives {values['torch_convolution_gives']} in "
+        f"PyTorch and {values['flax_convolution_gives']} in Flax",
+        f"TensorFlow's default is {values['tensorflow_default']}",
+        f"given [3, 32, 32], matplotlib {takes[values['imshow_takes_chw']]}; permuted, it "
+        f"{takes[values['imshow_takes_hwc']]}",
+        f"PyTorch's strides for [2, 3, 32, 32] are {values['torch_strides']}; as "
+        f"`channels_last`, with the shape {values['torch_channels_last_shape']}, they are {last}",
+    )
     right = (
         values["torch_convolution_gives"] == [2, 16, 32, 32]
         and values["flax_convolution_gives"] == [2, 32, 32, 16]
@@ -455,24 +498,17 @@ def judge_layout(values: Values) -> Verdict:
         and values["imshow_takes_hwc"]
         and not values["imshow_takes_chw"]
     )
-    found = (
-        f"a convolution gives {values['torch_convolution_gives']} in PyTorch and "
-        f"{values['flax_convolution_gives']} in Flax, TensorFlow's default is "
-        f"{values['tensorflow_default']}, matplotlib "
-        f"{'takes' if values['imshow_takes_chw'] else 'refuses'} [3, 32, 32] and "
-        f"{'takes' if values['imshow_takes_hwc'] else 'refuses'} it permuted"
-    )
     if not right:
-        return Verdict(FAILS, found)
-    last = values["torch_channels_last_strides"]
+        return Verdict(FAILS, "A library has another order of axes than claimed.", evidence)
     if last != values["torch_strides"]:
         return Verdict(
             CAVEAT,
-            f"{found}; but that is the order of the axes, not yet of the memory: PyTorch keeps "
-            f"{values['torch_channels_last_shape']} with strides {values['torch_strides']}, or as "
-            f"channels_last, of the same shape, with strides {last}",
+            "The libraries order the axes as claimed. But that is not the order in memory: as "
+            "`channels_last`, a PyTorch tensor has the same shape, and its channels are "
+            "nevertheless last in memory.",
+            evidence,
         )
-    return Verdict(HOLDS, found)
+    return Verdict(HOLDS, "The libraries order the axes as claimed.", evidence)
 
 
 def _median_us(run: Callable[[], Any], rounds: int) -> float:
@@ -485,12 +521,12 @@ def _median_us(run: Callable[[], Any], rounds: int) -> float:
 
 
 def measure_permute(study: Study) -> Measured:
-    """Permute images of 3x32x32 and of 3x2048x2048 in PyTorch, NumPy and JAX; time it.
+    """Permute images of 3x32x32 and 3x2048x2048 in PyTorch, NumPy and JAX, and time it.
 
     A view shares its memory with the original, and takes as long for a large image as for a small
-    one (medians of 30). Also counted: the pixels that are wrong if ``reshape`` is taken for it.
-    Refuted if axes do not go where the claim says or PyTorch copies; qualified if another library
-    does. Cost: a second or two, and an import of torch.
+    one (medians of 30). Also counted: the pixels that are wrong after ``reshape`` instead. The
+    claim fails if the axes go elsewhere or PyTorch copies. A caveat if another library copies.
+    Cost: a second or two, and an import of torch.
     """
     from cifar_jax.torch_reference import torch
 
@@ -535,27 +571,43 @@ def measure_permute(study: Study) -> Measured:
 
 
 def judge_permute(values: Values) -> Verdict:
-    small, large = values["torch_permute_small_and_large_us"]
-    found = (
-        f"PyTorch's permute takes {small:.1f} us for 3x32x32 and {large:.1f} us for 3x2048x2048 "
-        f"(with a copy {values['torch_copy_small_and_large_us'][1]:,.0f} us)"
-    )
-    # Of a view, the time does not know the size: 4,096 times the values, not 10 times the time.
-    if not values["axes_as_claimed"] or not values["torch_shares_memory"] or large > 10 * small:
-        return Verdict(FAILS, f"the axes go elsewhere, or PyTorch copies: {found}")
-    found += (
-        f"; reshape in its place would put {values['values_wrong_by_reshape_percent']:.0f} % of "
-        "the values wrong"
-    )
-    if not values["numpy_shares_memory"] or not values["jax_shares_memory"]:
-        ours = values["jax_transpose_small_and_large_us"]
-        return Verdict(
-            CAVEAT,
-            f"{found}; NumPy's transpose {'is' if values['numpy_shares_memory'] else 'is not'} a "
-            "view too, but JAX's makes a new array, "
-            f"{ours[0]:,.0f} us for the small and {ours[1]:,.0f} us for the large image",
+    wrong = values["values_wrong_by_reshape_percent"]
+    shares = {True: "a view", False: "a copy"}
+    rows = [
+        (
+            name,
+            kind,
+            *(f"{us:,.1f} µs" for us in values[f"{key}_small_and_large_us"]),
         )
-    return Verdict(HOLDS, found)
+        for name, key, kind in (
+            ("PyTorch `permute`", "torch_permute", shares[values["torch_shares_memory"]]),
+            ("PyTorch `permute` and `contiguous`", "torch_copy", "a copy"),
+            ("JAX `transpose`", "jax_transpose", shares[values["jax_shares_memory"]]),
+        )
+    ]
+    evidence = table(("", "", "3x32x32", "3x2048x2048"), rows)
+    evidence += "\n\n" + bullets(
+        f"NumPy's `transpose` is {shares[values['numpy_shares_memory']]}",
+        f"`reshape` instead of `permute` puts {wrong:.0f} % of the values in the wrong place",
+    )
+    small, large = values["torch_permute_small_and_large_us"]
+    # The time of a view does not depend on the size: 4,096 times the values, not 10 times the time.
+    if not values["axes_as_claimed"] or not values["torch_shares_memory"] or large > 10 * small:
+        return Verdict(FAILS, "The axes go elsewhere, or PyTorch copies.", evidence)
+    finding = (
+        f"PyTorch's permute takes {large:.1f} µs however large the image is, because it changes "
+        "only metadata."
+    )
+    copying = [
+        name
+        for name, key in (("NumPy's", "numpy"), ("JAX's", "jax"))
+        if not values[f"{key}_shares_memory"]
+    ]
+    if copying:
+        return Verdict(
+            CAVEAT, f"{finding} But {listed(copying)} transpose makes a new array.", evidence
+        )
+    return Verdict(HOLDS, finding, evidence)
 
 
 # Question 12
@@ -566,12 +618,12 @@ def _conv_macs(model: nn.Module) -> list[int]:
 
 
 def measure_doubling(study: Study) -> Measured:
-    """Widths that stay, double and quadruple at each pool: count work and numbers, then train.
+    """Let the widths stay, double or quadruple at each pool; count operations, then train.
 
-    Three networks of three convolutions and a Dense layer with about the same multiply-accumulates
-    in all; 10,000 images, 8 epochs. Refuted if doubling does not keep the work of the layers after
-    the first (which sees 3 channels) within 10 %; qualified if the number of activations is not
-    kept, or if doubling is not the most accurate. Full cost: ten minutes of training.
+    Three networks of three convolutions and a Dense layer with about equal operations in all;
+    10,000 images, 8 epochs. The claim fails if doubling does not keep the operations of the layers
+    after the first (which sees 3 channels) within 10 %. A caveat if the number of output values
+    falls, or if doubling is not the most accurate. Cost: ten minutes of training.
     """
     plans = {"constant": (27, 27, 27), "doubling": (16, 32, 64), "quadrupling": (7, 30, 120)}
     values: Values = {}
@@ -597,36 +649,46 @@ def measure_doubling(study: Study) -> Measured:
 def judge_doubling(values: Values) -> Verdict:
     doubling = values["doubling"]
     macs, activations = doubling["multiply_accumulates_by_layer"], doubling["activations_by_layer"]
-    millions = ", ".join(f"{count / 1e6:.2f}" for count in macs)
-    found = f"with widths {doubling['widths']} the layers take {millions} million MACs"
+    plans = ("constant", "doubling", "quadrupling")
+    evidence = table(
+        (
+            "channels at each pool",
+            "channels by layer",
+            "million multiply-accumulates by layer",
+            "in all",
+            "output values by layer",
+            "validation accuracy",
+        ),
+        [
+            (
+                plan,
+                " / ".join(map(str, values[plan]["widths"])),
+                " / ".join(f"{n / 1e6:.2f}" for n in values[plan]["multiply_accumulates_by_layer"]),
+                f"{sum(values[plan]['multiply_accumulates_by_layer']) / 1e6:.2f}",
+                " / ".join(f"{n:,}" for n in values[plan]["activations_by_layer"]),
+                percent(values[plan]["accuracy"]),
+            )
+            for plan in plans
+        ],
+    )
     if max(macs[1:]) > 1.1 * min(macs[1:]):
-        return Verdict(FAILS, found)
+        return Verdict(FAILS, "Doubling does not keep the work of the layers equal.", evidence)
+    finding = "With doubling, all layers after the first take the same work."
     caveats = []
     if activations[-1] < 0.9 * activations[0]:
-        caveats.append(f"not the numbers that hold the information, {activations} by layer")
-    others = {name: values[name]["accuracy"] for name in ("constant", "quadrupling")}
+        caveats.append(
+            f"But the numbers that hold the information fall from {activations[0]:,} to "
+            f"{activations[-1]:,}."
+        )
     better = [
-        name
-        for name, accuracy in others.items()
-        if difference(accuracy, doubling["accuracy"])[1]
-        and accuracy["mean_percent"] > doubling["accuracy"]["mean_percent"]
+        plan
+        for plan in plans
+        for points, clear in [difference(values[plan]["accuracy"], doubling["accuracy"])]
+        if clear and points > 0
     ]
     if better:
-        caveats.append(f"nor is it the most accurate for its work: {' and '.join(better)} is")
-    accuracies = ", ".join(
-        f"{percent(values[name]['accuracy'])} {name} ({sum(v) / 1e6:.2f} million)"
-        for name, v in (
-            (name, values[name]["multiply_accumulates_by_layer"])
-            for name in ("constant", "doubling", "quadrupling")
-        )
-    )
-    if caveats:
-        return Verdict(
-            CAVEAT,
-            f"{found}: after the first the work is kept; but {', '.join(caveats)}; validation "
-            f"accuracy at about equal work: {accuracies}",
-        )
-    return Verdict(HOLDS, f"{found}; validation accuracy at about equal work: {accuracies}")
+        caveats.append(f"For about equal work, {listed(better)} is more accurate.")
+    return Verdict(CAVEAT if caveats else HOLDS, " ".join([finding, *caveats]), evidence)
 
 
 # Question 37
@@ -673,15 +735,16 @@ def _blank(split: Split, top: int, left: int, dataset: Dataset) -> Split:
 def measure_corners(study: Study) -> Measured:
     """Count how often a 3x3 kernel covers each pixel; train with and without zeros at the border.
 
-    The gradient of a trained network's loss, root mean square over images and channels, in the 4x4
-    pixels of the corners against the central 4x4. The first layer's answer to a plain white image,
-    at its edge against its inside, tells the artefacts of zero padding; how much they matter, the
-    validation accuracy of the same network with the image mirrored beyond each border in place of
-    zeros. And where the objects are: accuracy with a block of 10x10 pixels in the mean colour, in
-    each corner and in the centre. Refuted if the corners are not covered less often, or padding
-    does not make it more equal; qualified if the zeros make a clear difference to the accuracy, or
-    one of more than 3 points is not ruled out, or if the centre does not clearly cost more than
-    each corner. Full cost: three minutes, and the training of question 6.
+    The gradient of a trained network's loss, as root mean square over images and channels, is
+    compared between the 4x4 pixels of the corners and of the centre. What zero padding adds is
+    shown by the first layer's output on a plain white image, at its edge and inside. How much that
+    matters is shown by the validation accuracy of a network that sees the mirrored image beyond
+    each border instead of zeros. Where the objects are is shown by the accuracy with a block of
+    10x10 pixels in the mean colour, in each corner and in the centre. The claim fails if the
+    corners are not covered less often, or if padding does not make it more equal. A caveat if zeros
+    clearly change the accuracy, if a change of more than 3 points is not ruled out, or if the
+    centre does not clearly cost more than each corner. Cost: three minutes, and the training of
+    question 6.
     """
     without, with_padding = _times_seen(0), _times_seen(1)
     corners = [f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")]
@@ -758,30 +821,62 @@ def judge_corners(values: Values) -> Verdict:
     corner, centre = values["corner_and_centre_seen_without_padding_times"]
     padded, padded_centre = values["corner_and_centre_seen_with_padding_times"]
     lost = values["accuracy_lost_without_a_block"]
-    corners = {place: points for place, points in lost.items() if place != "centre"}
     accuracy, mirrored = values["accuracy"], values["accuracy_with_mirrored_borders"]
-    found = (
-        f"a 3x3 kernel covers a corner pixel {corner} time(s) and a central one {centre} times; "
-        f"with padding 1, {padded} and {padded_centre}; the loss's gradient in the corners is "
-        f"{percent(values['gradient_in_corners_of_that_in_centre'])} of that in the centre; zero "
-        "padding puts the first layer's answer to plain white off by "
-        f"{percent(values['first_layer_at_the_edge_off_by'])} at the edge; with the image mirrored "
-        f"there in place of zeros a network gets {percent(mirrored)} instead of "
-        f"{percent(accuracy)} ({gain(mirrored, accuracy)} points, 95 %); blanking 10x10 pixels "
-        f"takes {percent(lost['centre'])} off in the centre, and "
-        + ", ".join(f"{percent(points)} {place}" for place, points in corners.items())
+    evidence = table(
+        ("positions of a 3x3 kernel that cover", "a corner pixel", "a central pixel"),
+        [
+            ("without padding", str(corner), str(centre)),
+            ("with padding 1", str(padded), str(padded_centre)),
+        ],
+    )
+    evidence += "\n\n" + table(
+        ("trained network", ""),
+        [
+            (
+                "gradient of the loss in the corners, relative to the centre",
+                percent(values["gradient_in_corners_of_that_in_centre"]),
+            ),
+            (
+                "by how much the first layer is off at the edge of a plain white image",
+                percent(values["first_layer_at_the_edge_off_by"]),
+            ),
+            ("accuracy with zeros beyond the border", percent(accuracy)),
+            ("accuracy with the mirrored image beyond it", percent(mirrored)),
+            ("difference, in points", gain(mirrored, accuracy)),
+        ],
+    )
+    evidence += "\n\n" + table(
+        ("blank 10x10 pixels", *lost), [("points lost", *map(_points, lost.values()))]
     )
     if corner >= centre or padded / padded_centre <= corner / centre:
-        return Verdict(FAILS, found)
+        return Verdict(
+            FAILS, "Corners are not seen less often, or padding does not help.", evidence
+        )
     points, clear = difference(mirrored, accuracy)
     if clear:
-        return Verdict(CAVEAT, f"the effects of the border are not negligible: {found}")
+        return Verdict(CAVEAT, "The effects of the border are not negligible.", evidence)
     if abs(points) + noise(mirrored, accuracy) > 3:
-        return Verdict(CAVEAT, f"whether the border's effects are negligible is not clear: {found}")
-    steps = [difference(lost["centre"], corner) for corner in corners.values()]
+        return Verdict(
+            CAVEAT, "Whether the effects of the border are negligible is not clear.", evidence
+        )
+    corners = [points for place, points in lost.items() if place != "centre"]
+    steps = [difference(lost["centre"], corner) for corner in corners]
     if not all(clear and points > 0 for points, clear in steps):
-        return Verdict(CAVEAT, f"but the centre does not matter more than each corner: {found}")
-    return Verdict(HOLDS, f"no effect of the zeros is seen: {found}")
+        return Verdict(
+            CAVEAT, "The centre does not clearly matter more than each corner.", evidence
+        )
+    least, most = (pick(c["mean_percent"] for c in corners) for pick in (min, max))
+    return Verdict(
+        HOLDS,
+        "Padding makes it more equal. Zeros and mirrored borders give the same accuracy "
+        f"({gain(mirrored, accuracy)} points), and blanking the centre costs "
+        f"{lost['centre']['mean_percent']:.1f} points, a corner {least:.1f} to {most:.1f}.",
+        evidence,
+    )
+
+
+def _points(spread: Values) -> str:
+    return percent(spread).removesuffix(" %")
 
 
 # Question 38
@@ -795,13 +890,13 @@ def _resized(split: Split, side: int) -> Split:
 
 
 def measure_sizes(study: Study) -> Measured:
-    """Show networks made for 32x32 images of other sizes: one that flattens, one that averages.
+    """Show networks made for 32x32 images other sizes: one flattens, one averages.
 
-    Which sides from 16 to 64 each accepts; and, trained on 10,000 images for 10 epochs, how right
-    the averaging one is on 2,000 test images resized (bilinear). Refuted if the network that
-    flattens takes any size, or the averaging one does not; qualified if the first takes some other
-    sizes, or the second loses more than 5 points at a size within a factor 2. Full cost: three
-    minutes of training.
+    Which sides from 16 to 64 does each accept? And how accurate is the averaging one, trained on
+    10,000 images for 10 epochs, on 2,000 resized test images (bilinear)? The claim fails if the
+    network that flattens accepts every size, or the averaging one does not. A caveat if the first
+    accepts some other sizes, or if the second loses more than 5 points at a size within a factor of
+    2. Cost: three minutes of training.
     """
     from cifar_jax.torch_reference import make_twin, torch
 
@@ -879,30 +974,36 @@ def judge_sizes(values: Values) -> Verdict:
     low, high = values["sides_tried_pixels"]
     refused = values["sides_refused_by_average_pooling"]
     tried = high - low + 1
-    if refused or len(flat) == tried or len(theirs) == tried:
-        return Verdict(
-            FAILS,
-            f"of {tried} sizes the network that flattens takes {len(flat)}, that with average "
-            f"pooling {tried - refused}",
-        )
     by_side = {found["side_pixels"]: found for found in values["accuracy_by_side"]}
-    worst = min(by_side, key=lambda side: by_side[side]["mean_percent"])
-    found = (
-        f"of the sides {low} to {high} the network with average pooling takes all, the one that "
-        f"flattens, made for 32, only {flat[0]} to {flat[-1]} (PyTorch: {theirs[0]} to "
-        f"{theirs[-1]})"
+    evidence = table(
+        (f"sides of {low} to {high} pixels that are accepted", ""),
+        [
+            ("global average pooling", f"{tried - refused} of {tried}"),
+            ("Flatten, made for 32", f"{flat[0]} to {flat[-1]}"),
+            ("the same in PyTorch", f"{theirs[0]} to {theirs[-1]}"),
+        ],
     )
+    evidence += "\n\n" + table(
+        ("side of the test images", *map(str, by_side)),
+        [("accuracy with global average pooling", *map(percent, by_side.values()))],
+    )
+    if refused or len(flat) == tried or len(theirs) == tried:
+        return Verdict(FAILS, "Flatten accepts every size, or average pooling does not.", evidence)
+    worst = min(by_side, key=lambda side: by_side[side]["mean_percent"])
+    finding = "With Flatten the image size is fixed, and with global average pooling it is free."
     caveats = []
     if len(flat) > 1:
-        caveats.append("Flatten takes some other sizes, as the pools drop odd rows")
+        caveats.append(
+            f"Flatten does accept sides of {flat[0]} to {flat[-1]}, because pools drop odd rows."
+        )
     if by_side[32]["mean_percent"] - by_side[worst]["mean_percent"] > 5:
         caveats.append(
-            f"to take a size is not to be right on it: accuracy is {percent(by_side[32])} at 32 "
-            f"pixels, {percent(by_side[16])} at 16 and {percent(by_side[64])} at 64"
+            "And accepting a size is not being right on it: accuracy falls from "
+            f"{by_side[32]['mean_percent']:.0f} % at 32 pixels to "
+            f"{by_side[16]['mean_percent']:.0f} % at 16 and {by_side[64]['mean_percent']:.0f} % "
+            "at 64."
         )
-    if caveats:
-        return Verdict(CAVEAT, f"{found}; but {'; and '.join(caveats)}")
-    return Verdict(HOLDS, f"{found}; accuracy stays within 5 points of {percent(by_side[32])}")
+    return Verdict(CAVEAT if caveats else HOLDS, " ".join([finding, *caveats]), evidence)
 
 
 # Question 42
@@ -976,13 +1077,13 @@ def print_conv_times() -> None:
 
 
 def measure_conv_cost(study: Study) -> Measured:
-    """Time one 3x3 convolution 64 -> 64 of 16 images of 32x32, and vary one number at a time.
+    """Time a 3x3 convolution 64 -> 64 of 16 images of 32x32, and vary one number at a time.
 
     Medians of 11 rounds in turn, in a process of its own, compiled as training is, and the
-    operations that the compiler counts; a straight line through the logarithms gives the exponent
-    of the side, the channels in, out and both, and the kernel. Refuted if an exponent of the
-    operations is off the claim's by more than 0.15 (those on padding are not counted); qualified if
-    one of the time is by more than 0.2. Full cost: half a minute.
+    operations that the compiler counts. A straight line through the logarithms gives the exponent
+    of the side, of the channels in, out and both, and of the kernel. The claim fails if an exponent
+    of the operations (without those on padding) differs from the claim's by more than 0.15. A
+    caveat if one of the time differs by more than 0.2. Cost: half a minute.
     """
     settings = _settings(study.quick)
     rounds = study.scaled(11, 3)
@@ -1027,25 +1128,37 @@ def measure_conv_cost(study: Study) -> Measured:
 
 
 def judge_conv_cost(values: Values) -> Verdict:
-    found = ", ".join(
-        f"{axis} {v['of_operations']:.2f} and {v['of_time']:.2f} ({v['claimed']:.0f})"
-        for axis, v in values.items()
+    evidence = table(
+        ("varied", "exponent claimed", "of the operations", "of the time"),
+        [
+            (axis, f"{v['claimed']:.0f}", f"{v['of_operations']:.2f}", f"{v['of_time']:.2f}")
+            for axis, v in values.items()
+        ],
     )
-    found = f"exponents found for the operations and for the time (as claimed): {found}"
 
     def off(axis: str, what: str) -> float:
         return abs(values[axis][what] - values[axis]["claimed"])
 
     wrong = [axis for axis in values if off(axis, "of_operations") > 0.15]
     if wrong:
-        return Verdict(FAILS, f"{found}; the operations do not grow as claimed with {wrong[0]}")
+        return Verdict(
+            FAILS, f"The operations do not grow as claimed with the {wrong[0]}.", evidence
+        )
     # 0.2 is a factor of 1.5 in time over a range of 8.
     slower = [axis for axis in values if off(axis, "of_time") > 0.2]
     if slower:
         return Verdict(
-            CAVEAT, f"{found}; true of the operations, not of the time with {', '.join(slower)}"
+            CAVEAT,
+            "The number of operations grows as claimed. The time does not with "
+            + " and ".join(
+                f"{axis} (exponent {values[axis]['of_time']:.2f}, "
+                f"not {values[axis]['claimed']:.0f})"
+                for axis in slower
+            )
+            + ".",
+            evidence,
         )
-    return Verdict(HOLDS, found)
+    return Verdict(HOLDS, "Operations and time grow as claimed.", evidence)
 
 
 def _plan(widths: list[int], macs: list[int], activations: list[int], mean: float) -> Values:

@@ -33,6 +33,7 @@ from cifar_jax.scores import calibration_error
 from cifar_jax.train_step import create_train_state, normalize, train_step
 from cifar_jax.trained import TrainedNetwork
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
+from claims.markdown import bullets, table
 from claims.spread import difference, gain, percent, spread, spread_at
 from claims.study import Study
 
@@ -78,13 +79,13 @@ def _raises(call: Callable[[], Any]) -> str:
 
 
 def measure_sequential(study: Study) -> Measured:
-    """Run a plain stack and a residual network as written by hand and as one ``nn.Sequential``.
+    """Run a plain stack and a residual network written by hand and as one ``nn.Sequential``.
 
-    The stack: the tutorial's, as container and layer by layer. The residual network: its own
-    ``forward``; the same layers in the same order in a ``nn.Sequential``; and a ``nn.Sequential``
-    in which each branch with its addition is one layer. Flax's resnet9, which is built so, has the
-    same weights. Refuted if the container changes what a stack gives, or if a residual network
-    survives being put in a row. Two small networks: seconds.
+    The stack is the tutorial's. The residual network: its own ``forward``; the same layers in a row
+    in one ``nn.Sequential``; and a ``nn.Sequential`` in which each branch with its addition is one
+    layer. Flax's resnet9, which is built so, has the same weights. The claim fails if the container
+    changes what a stack gives, or if a residual network can be put in a row. A caveat if branches
+    fit as layers. Cost: seconds.
     """
     from cifar_jax import torch_reference  # before torch
 
@@ -133,19 +134,34 @@ def measure_sequential(study: Study) -> Measured:
 def judge_sequential(values: Values) -> Verdict:
     stack, row = values["stack_container_difference"], values["residual_in_a_row_difference"]
     wrapped = values["residual_branches_as_layers_difference"]
+    evidence = table(
+        ("`nn.Sequential` of", "difference from the network written by hand"),
+        [
+            ("the layers of a plain stack", f"{stack:.2g}"),
+            ("the layers of a residual network", f"{row:.2g}"),
+            ("the same, each branch with its addition as one layer", f"{wrapped:.2g}"),
+            (
+                "Flax's resnet9, which is built so",
+                f"{values['flax_sequential_of_branches_difference']:.2g}",
+            ),
+        ],
+    )
+    evidence += "\n\nDifferences are relative to the largest logit."
     if stack > 0:
-        return Verdict(FAILS, f"the container changes what a plain stack gives, by {stack:.0e}")
+        return Verdict(FAILS, "The container changes what a plain stack gives.", evidence)
     if row < _ROUNDING:
-        return Verdict(FAILS, f"a residual network in a row differs by {row:.0e} only: no branch")
+        return Verdict(FAILS, "A residual network can be put in a row as it is.", evidence)
     if wrapped < _ROUNDING:
         return Verdict(
             CAVEAT,
-            f"a stack gives the same bits packed or not, and a residual network in a row is wrong "
-            f"by {100 * row:.0f} % of its largest logit; but branches fit too, once each is one "
-            f"layer with its addition (difference {wrapped:.0e}; Flax's resnet9 is built so: "
-            f"{values['flax_sequential_of_branches_difference']:.0e})",
+            "A plain stack gives the same bits in the container, and the layers of a residual "
+            f"network in a row are off by {100 * row:.0f} %. But networks with branches fit too, "
+            "if each branch with its addition is one layer.",
+            evidence,
         )
-    return Verdict(HOLDS, f"a stack can be packed; a residual network is off by {row:.2f}")
+    return Verdict(
+        HOLDS, "A plain stack can be put in the container, a residual network cannot.", evidence
+    )
 
 
 # ------------------------------------------------------------- 21: a function in a Sequential
@@ -154,7 +170,7 @@ def judge_sequential(values: Values) -> Verdict:
 def measure_function_in_sequential(study: Study) -> Measured:
     """Put the function and the module ReLU into ``nn.Sequential`` of PyTorch, and of Flax.
 
-    Refuted if PyTorch takes the function, or if the module gives anything else. Two layers: a
+    The claim fails if PyTorch accepts the function, or if the module gives anything else. Cost: a
     second.
     """
     import cifar_jax.torch_reference  # noqa: F401 - before torch
@@ -185,21 +201,22 @@ def measure_function_in_sequential(study: Study) -> Measured:
 
 
 def judge_function_in_sequential(values: Values) -> Verdict:
-    torch_raises = values["torch_sequential_of_function_raises"]
-    flax_raises = values["flax_sequential_of_function_raises"]
+    theirs = values["torch_sequential_of_function_raises"]
+    ours = values["flax_sequential_of_function_raises"]
     off = values["torch_function_against_module_difference"]
-    if not torch_raises:
-        return Verdict(FAILS, "PyTorch's nn.Sequential takes the function F.relu")
-    found = f"PyTorch's nn.Sequential raises {torch_raises} for F.relu"
+    evidence = bullets(
+        f"PyTorch, given the function: {theirs or 'no error'}",
+        f"difference of `nn.ReLU` in the container and the function: {off:.2g}",
+        f"Flax, given the function: {ours or 'no error'}",
+    )
+    if not theirs:
+        return Verdict(FAILS, "PyTorch's nn.Sequential takes the function F.relu.", evidence)
     if off > _ROUNDING:
-        return Verdict(FAILS, f"{found}, and nn.ReLU is off F.relu by {off:.0e}")
-    found += f", and nn.ReLU in it gives what F.relu does (difference {off:.0e})"
-    if not flax_raises and values["flax_smallest_output"] >= 0:
-        found += (
-            "; Flax's, of which the claim does not speak, takes any function, and nn.relu in it "
-            f"works (smallest output {values['flax_smallest_output']:.0f})"
-        )
-    return Verdict(HOLDS, found)
+        return Verdict(FAILS, "nn.ReLU does not give what F.relu does.", evidence)
+    finding = f"PyTorch raises {theirs} for the function and takes the module."
+    if not ours and values["flax_smallest_output"] >= 0:
+        finding += " Flax's nn.Sequential, of which the claim does not speak, takes any function."
+    return Verdict(HOLDS, finding, evidence)
 
 
 # ------------------------------------------------------------------ 31: __call__ and forward
@@ -208,9 +225,9 @@ def judge_function_in_sequential(values: Values) -> Verdict:
 def measure_call_and_forward(study: Study) -> Measured:
     """Count what a hook sees, and compare outputs and gradients, of ``model(x)`` and ``.forward``.
 
-    Flax's counterparts: a module is called inside ``apply`` only, and ``nn.intercept_methods`` sees
-    ``__call__`` and every other method. Refuted if ``forward`` runs the hooks too; "autodiff setup"
-    is refuted if the gradients are the same without it. A second.
+    Flax's counterparts: a module is called only inside ``apply``, and ``nn.intercept_methods`` sees
+    ``__call__`` and every other method. The claim fails if ``forward`` runs hooks too. A caveat if
+    the gradients are the same without the "set-up of autodiff". Cost: a second.
     """
     from cifar_jax import torch_reference  # before torch
 
@@ -273,18 +290,27 @@ def measure_call_and_forward(study: Study) -> Measured:
 def judge_call_and_forward(values: Values) -> Verdict:
     by_call, by_forward = values["hook_runs_by_call"], values["hook_runs_by_forward"]
     gradient = values["gradient_difference"]
+    evidence = table(
+        ("", "`model(x)`", "`model.forward(x)`"),
+        [("times that a hook runs", str(by_call), str(by_forward))],
+    )
+    evidence += "\n\n" + bullets(
+        f"difference of the outputs: {values['output_difference']:.2g}",
+        f"difference of the gradients: {gradient:.2g}",
+        "Flax has no second way: a call without `apply` raises "
+        f"{values['flax_call_without_apply_raises']}, and an interceptor sees "
+        f"{' and '.join(f'`{name}`' for name in values['flax_methods_intercepted'])}",
+    )
     if by_call != 1 or by_forward != 0:
-        return Verdict(FAILS, f"the hook ran {by_call} times by call, {by_forward} by forward")
+        return Verdict(FAILS, "Hooks do not depend on which of the two is called.", evidence)
     if gradient == 0:
         return Verdict(
             CAVEAT,
-            f"the hook runs {by_call} time by model(x) and {by_forward} by model.forward(x); but "
-            "autodiff needs no set-up there: output and every gradient are the same bits by either "
-            "(difference 0). Flax has no such second way: a call without apply raises "
-            f"{values['flax_call_without_apply_raises']}, and an interceptor sees "
-            f"{' and '.join(values['flax_methods_intercepted'])}",
+            "Only model(x) runs hooks. But autodiff needs no set-up there: by model.forward(x) the "
+            "output and all gradients have the same bits.",
+            evidence,
         )
-    return Verdict(HOLDS, f"forward runs no hook, and its gradients differ by {gradient:.0e}")
+    return Verdict(HOLDS, "Forward runs no hooks and gives other gradients.", evidence)
 
 
 # ------------------------------------------------------------ 44: cross-entropy, one or many
@@ -346,13 +372,13 @@ def _best_probabilities_of_two_tags(loss: Callable[[Any], Any], to: Callable[[An
 
 
 def measure_cross_entropies(study: Study) -> Measured:
-    """Both losses on two classes, on an image with two tags, and to train a network of ten classes.
+    """Compare both losses on two classes, on an image with two tags, and in training ten classes.
 
-    Two classes: softmax of (0, z) against the sigmoid of z, in PyTorch, float64. Two tags: the
-    logits are minimized over directly. Ten classes: the tutorial's convolutions with one Dense
-    layer on 10,000 images for 8 epochs, by each loss. Refuted if the two differ for two classes, or
-    if cross-entropy can give both tags; qualified unless cross-entropy is clearly the better one on
-    CIFAR-10. How far ten sigmoids are from a sum of 1 is told, and decides nothing. 3 minutes.
+    Two classes: softmax of (0, z) against the sigmoid of z, in PyTorch, in float64. Two tags: the
+    logits are minimised directly. Ten classes: the tutorial's convolutions with one Dense layer on
+    10,000 images for 8 epochs, by each loss. How far ten sigmoids miss a sum of 1 is shown, and
+    decides nothing. The claim fails if the losses differ for two classes, or if cross-entropy can
+    give both tags. A caveat unless cross-entropy is clearly better on CIFAR-10. Cost: 3 minutes.
     """
     import cifar_jax.torch_reference  # noqa: F401 - before torch
 
@@ -399,27 +425,40 @@ def judge_cross_entropies(values: Values) -> Verdict:
     two = values["two_classes_difference"]
     one_tag, both_tags = values["two_tags_cross_entropy_percent"], values["two_tags_binary_percent"]
     ours, other = values["trained_by_cross_entropy"], values["trained_by_binary_cross_entropy"]
+    off = values["sigmoids_sum_deviation"]
+    evidence = table(
+        ("", "cross-entropy", "binary cross-entropy"),
+        [
+            ("probability of each of two tags", f"{one_tag:.0f} %", f"{both_tags:.0f} %"),
+            ("validation accuracy, ten classes", percent(ours), percent(other)),
+            (
+                "how far the probabilities miss a sum of 1",
+                f"{values['softmax_sum_deviation']:.2g}",
+                f"{off:.2f}",
+            ),
+        ],
+    )
+    evidence += "\n\n" + bullets(f"difference of the two losses for two classes: {two:.2g}")
     if two > 1e-9:
-        return Verdict(FAILS, f"for two classes the losses differ by {two:.0e}")
+        return Verdict(FAILS, "For two classes the two are different losses.", evidence)
     if one_tag > 60 or both_tags < 90:  # 50 is the most for each of two that sum to 100
         return Verdict(
-            FAILS, f"two tags get {one_tag:.0f} % by softmax, {both_tags:.0f} % by sigmoid"
+            FAILS, "Cross-entropy gives both tags, or binary cross-entropy does not.", evidence
         )
-    found = (
-        f"{gain(ours, other)} points (95 %), as {percent(ours)} of the validation images are right "
-        f"by it and {percent(other)} by ten binary ones, whose sigmoids miss a sum of 1 by "
-        f"{values['sigmoids_sum_deviation']:.2f} on average"
-    )
-    same = (
-        f"for two classes they are one loss (difference {two:.0e}), and two tags of one image get "
-        f"{one_tag:.0f} % each by softmax, {both_tags:.0f} % by sigmoids"
-    )
+    finding = "For two classes the losses are the same, and for tags it must be the binary one."
     points, clear = difference(ours, other)
     if not clear or points < 0:
         return Verdict(
-            CAVEAT, f"{same}; but for ten classes cross-entropy is not clearly better: {found}"
+            CAVEAT,
+            f"{finding} But for ten classes cross-entropy is not clearly more accurate "
+            f"({gain(ours, other)} points).",
+            evidence,
         )
-    return Verdict(HOLDS, f"{same}; for ten classes cross-entropy is better: {found}")
+    return Verdict(
+        HOLDS,
+        f"{finding} For ten classes cross-entropy is more accurate ({gain(ours, other)} points).",
+        evidence,
+    )
 
 
 # ---------------------------------------------------------------- 49: the probability of a frog
@@ -428,12 +467,12 @@ def judge_cross_entropies(values: Values) -> Verdict:
 def measure_frog(study: Study) -> Measured:
     """``F.softmax(model(image), dim=1)[:, 6]`` of the trained tutorial's network, and ours.
 
-    The weights of the default run move to PyTorch. Which class has index 6; whether probabilities
-    sum to 1 and logits do not; whether a probability is a percentage, in that images with a
-    confidence of p are right in p of the cases (expected calibration error). Refuted if the
-    probabilities do not sum to 1, or are not those of JAX, or if logits sum to 1 as well; qualified
-    if index 6 is another class, as the tutorial only assumes that it is frog, or if percentages are
-    off by more than 5 points. The default run is shared; beside it, seconds.
+    The weights of the default run are moved to PyTorch. Which class has index 6? Do probabilities
+    sum to 1, and logits not? Is a probability a percentage: are images with a confidence of p right
+    in p of the cases (expected calibration error)? The claim fails if the probabilities do not sum
+    to 1 or are not JAX's, or if logits sum to 1 as well. A caveat if index 6 is another class, as
+    the tutorial only assumes that it is frog, or if percentages are off by more than 5 points.
+    Cost: seconds, after the default run, which is shared.
     """
     from cifar_jax import torch_reference
 
@@ -508,38 +547,38 @@ def judge_frog(values: Values) -> Verdict:
     name, off = values["class_of_index_6"], values["largest_difference_to_jax"]
     error, sums = values["calibration_error"], values["largest_deviation_of_sum_from_1"]
     of_logits = values["mean_deviation_of_logits_sum_from_1"]
-    summed = (
-        f"softmax's numbers miss a sum of 1 by {sums:.0e} at most, the logits by {of_logits:.1f} "
-        "on average"
+    evidence = bullets(
+        f"index 6: {name}; its mean probability is {percent(values['mean_of_images_of_class_6'])} "
+        f"on images of its class and {percent(values['mean_of_other_images'])} on others",
+        f"largest difference of PyTorch's probabilities and JAX's: {off:.2g}",
+        f"probabilities miss a sum of 1 by {sums:.2g} at most, logits by "
+        f"{of_logits:.1f} on average",
+        f"expected calibration error: {percent(error)}",
     )
     if max(off, sums) > _ROUNDING or of_logits < _ROUNDING:
-        return Verdict(FAILS, f"{summed}; the probabilities differ from JAX's by {off:.0e}")
+        return Verdict(
+            FAILS, "Softmax does not give probabilities, or logits already are some.", evidence
+        )
     if name != "frog":
-        return Verdict(CAVEAT, f"index 6 of these classes is {name}, not frog; {summed}")
-    found = (
-        f"index 6 is frog: {percent(values['mean_of_images_of_class_6'])} on frogs, "
-        f"{percent(values['mean_of_other_images'])} on others, and JAX differs by {off:.0e}; "
-        f"{summed}"
+        return Verdict(CAVEAT, f"Index 6 of these classes is {name}.", evidence)
+    finding = (
+        "Index 6 is frog. Softmax's numbers sum to 1, the logits do not, and PyTorch and JAX "
+        "agree. Read as percentages, they are off by "
+        f"{error['mean_percent']:.1f} points on average."
     )
     # By 5 points, "90 %" is as likely 85: too far to be read as a percentage.
-    if error["mean_percent"] > 5:
-        return Verdict(
-            CAVEAT,
-            f"{found}; but read as percentages, they are off by {percent(error)} on average "
-            "(expected calibration error)",
-        )
-    return Verdict(HOLDS, f"{found}; read as percentages, they are off by {percent(error)} only")
+    return Verdict(CAVEAT if error["mean_percent"] > 5 else HOLDS, finding, evidence)
 
 
 # -------------------------------------------------------------------- 50: plotting of tensors
 
 
 def measure_plotting(study: Study) -> Measured:
-    """Plot ten losses in each form that they come in, and see which raise.
+    """Plot ten losses in each form that they come in, and see which raise an error.
 
-    Beside it, what a list of losses keeps alive: the activations of their step, in PyTorch, unless
-    ``item()`` was called. A tensor on a GPU is not tried here. Refuted if plain tensors are
-    plotted, as one and as a list; qualified if one of the two is. A second.
+    Also, what a list of losses keeps alive in PyTorch: the activations of their steps, unless
+    ``item()`` was called. A tensor on a GPU is not tried. The claim fails if plain tensors are
+    plotted, alone and in a list. A caveat if one of the two is. Cost: a second.
     """
     import cifar_jax.torch_reference  # noqa: F401 - before torch
 
@@ -595,22 +634,32 @@ def measure_plotting(study: Study) -> Measured:
 
 def judge_plotting(values: Values) -> Verdict:
     plotted, raised = values["plotted"], values["raised"]
-    if "NumPy array" in raised or "list of floats" in raised:
-        return Verdict(FAILS, "a list or a NumPy array cannot be plotted")
-    found = (
-        f"of {len(raised) + len(plotted)} forms {len(raised)} raise: "
-        f"{'; '.join(f'{form} ({raised[form]})' for form in sorted(raised)) or 'none'}"
+    evidence = table(
+        ("form of the ten losses", ""),
+        [*((form, "plotted") for form in plotted), *sorted(raised.items())],
     )
-    if "tensor, requires_grad" in raised and "requires_grad, .cpu().numpy()" in raised:
-        found += "; where a gradient is in the way, it is in that of cpu().numpy() as well"
-    if values["kept_loss_keeps_activations"] and not values["kept_item_keeps_activations"]:
-        found += "; item() has another reason: a kept loss keeps its step's activations alive"
+    keeps = values["kept_loss_keeps_activations"]
+    if keeps and not values["kept_item_keeps_activations"]:
+        evidence += (
+            "\n\n`item()` has another use: a loss that is kept as a tensor keeps the activations "
+            "of its step in memory."
+        )
+    if "NumPy array" in raised or "list of floats" in raised:
+        return Verdict(FAILS, "A list or a NumPy array cannot be plotted.", evidence)
     plain = [form for form in ("tensor", "list of tensors") if form in plotted]
     if len(plain) == 2:
-        return Verdict(FAILS, f"a plain tensor on a CPU is plotted, alone or in a list; {found}")
+        finding = "Matplotlib plots a plain tensor on a CPU, alone or in a list."
+        if "tensor, requires_grad" in raised:
+            finding += " It refuses one that requires a gradient"
+            finding += (
+                ", but there cpu().numpy() fails as well."
+                if "requires_grad, .cpu().numpy()" in raised
+                else "."
+            )
+        return Verdict(FAILS, finding, evidence)
     if plain:
-        return Verdict(CAVEAT, f"a plain {plain[0]} is plotted; {found}")
-    return Verdict(HOLDS, f"no plain tensor is plotted; {found}")
+        return Verdict(CAVEAT, f"A plain {plain[0]} is plotted.", evidence)
+    return Verdict(HOLDS, "No plain tensor is plotted.", evidence)
 
 
 # --------------------------------------------------------------------- 51: what torch.save saves
@@ -633,8 +682,8 @@ print(sum(p.numel() for p in model.parameters()))
 def measure_torch_save(study: Study) -> Measured:
     """Save weights, and a whole model, in a program with a class that this one does not have.
 
-    Then read both here. Refuted if the class's code is in a file, or the model comes back without
-    the class; that the weights need the class is refuted if they come back. 3 seconds.
+    Then load both here. The claim fails if the class's code is in a file, or if the model can be
+    loaded without the class. A caveat if the weights can. Cost: 3 seconds.
     """
     import cifar_jax.torch_reference  # noqa: F401 - before torch
 
@@ -679,33 +728,58 @@ def measure_torch_save(study: Study) -> Measured:
 def judge_torch_save(values: Values) -> Verdict:
     model_raises = values["loading_model_without_class_raises"]
     weights_raise = values["loading_weights_without_class_raises"]
+    numbers, trainable = values["numbers_in_weights_file"], values["trainable_numbers_of_model"]
+    evidence = table(
+        ("", "file of the weights", "file of the whole model"),
+        [
+            (
+                "loading it without the class",
+                weights_raise or f"a dict of {len(values['tensors'])} tensors",
+                model_raises or "works",
+            ),
+            (
+                "names the class",
+                _yes_or_no(values["weights_file_names_the_class"]),
+                _yes_or_no(values["model_file_names_the_class"]),
+            ),
+            ("has its code", "", _yes_or_no(values["model_file_has_code"])),
+        ],
+    )
+    evidence += "\n\n" + bullets(
+        f"numbers in the file of the weights: {numbers}, of which {trainable} are weights and "
+        f"biases and {numbers - trainable} statistics of batch norm"
+    )
     if values["model_file_has_code"] or values["weights_file_names_the_class"]:
-        return Verdict(FAILS, "the class, or its code, is in the file")
+        return Verdict(FAILS, "The class, or its code, is in the file.", evidence)
     if not model_raises:
-        return Verdict(FAILS, "a whole model comes back where its class is not")
-    more = values["numbers_in_weights_file"] - values["trainable_numbers_of_model"]
+        return Verdict(FAILS, "A whole model can be loaded without its class.", evidence)
     if not weights_raise:
         return Verdict(
             CAVEAT,
-            f"no code is in the file, and a whole model without its class raises {model_raises}; "
-            f"but weights need no class: all {len(values['tensors'])} tensors come back as a dict "
-            f"where there is none, and {more} of their {values['numbers_in_weights_file']} numbers "
-            "are no weights or biases but batch norm's statistics",
+            "No code is in the file, and a whole model cannot be loaded without its class. But "
+            "weights can: they are a dict of tensors, which also has batch norm's statistics.",
+            evidence,
         )
-    return Verdict(HOLDS, f"without the class the weights raise {weights_raise}")
+    return Verdict(HOLDS, f"Without the class, loading weights raises {weights_raise}.", evidence)
+
+
+def _yes_or_no(answer: bool) -> str:
+    return "yes" if answer else "no"
 
 
 # ------------------------------------------------------------------ 54: gradient accumulation
 
 
 def measure_accumulation(study: Study) -> Measured:
-    """The gradient of 128 images at once, and of four times 32, without and with batch norm.
+    """Compare the gradient of 128 images with that of four times 32, without and with batch norm.
 
     In PyTorch by four ``backward()``, as the tutorial writes it and with each loss divided by 4; in
-    JAX by this project's ``train_step`` with ``accumulate=4``, whose step of SGD with rate 1 is the
-    gradient. Adam does not mind a factor: how far 20 steps as written move the weights from where
-    20 with divided losses do, by Adam and by SGD (rates 1e-3 and 1e-2), without batch norm. Refuted
-    if the gradients differ by more than rounding. Twenty seconds.
+    JAX by this project's ``train_step`` with ``accumulate=4``, where one step of SGD at rate 1 is
+    the gradient. Adam divides by the size of the gradient, so a factor should not matter to it: how
+    far apart are the weights after 20 steps, as written and with divided losses, by Adam and by SGD
+    (rates 1e-3 and 1e-2), without batch norm? The claim fails if the averaged gradients differ by
+    more than rounding. A caveat if they must be averaged, or differ with batch norm. Cost: twenty
+    seconds.
     """
     import torch  # isort: skip
 
@@ -786,22 +860,42 @@ def judge_accumulation(values: Values) -> Verdict:
     ratio = values["torch_summed_over_at_once"]
     plain = max(values["torch_divided_difference"], values["jax_difference"])
     normed = min(values["torch_batch_norm_difference"], values["jax_batch_norm_difference"])
+    adam, sgd = (100 * values[f"{name}_movement_difference"] for name in ("adam", "sgd"))
+    evidence = table(
+        ("difference of the gradients, 4 times 32 images and 128 at once", "PyTorch", "JAX"),
+        [
+            (
+                "each loss divided by 4",
+                f"{values['torch_divided_difference']:.2g}",
+                f"{values['jax_difference']:.2g}",
+            ),
+            (
+                "the same with batch norm",
+                f"{values['torch_batch_norm_difference']:.2g}",
+                f"{values['jax_batch_norm_difference']:.2g}",
+            ),
+        ],
+    )
+    evidence += "\n\n" + bullets(
+        f"as the tutorial writes it, the gradient is {ratio:.2f} times that of 128 images",
+        f"that moves the weights off in {values['steps']} steps by {sgd:.0f} % with SGD and by "
+        f"{adam:.1g} % with Adam, which divides by the size of the gradient",
+    )
     if plain > _ROUNDING:
-        return Verdict(FAILS, f"four times 32 differ from 128 by {plain:.0e}, even averaged")
+        return Verdict(FAILS, "Even averaged, they give other gradients.", evidence)
     caveats = []
     if abs(ratio - 1) > 0.01:
-        adam, sgd = (values[f"{name}_movement_difference"] for name in ("adam", "sgd"))
         caveats.append(
-            f"only with each loss divided by 4: as written the gradient is {ratio:.2f}x, and "
-            f"{values['steps']} steps of SGD move the weights off by {100 * sgd:.0f} %; of Adam, "
-            f"which divides by the gradient's size, by {100 * adam:.1g} %"
+            f"As the tutorial writes it, the gradient is {ratio:.0f} times as large, which matters "
+            "to SGD and hardly to Adam."
         )
     if normed > _ROUNDING:
-        caveats.append(f"not with batch norm, whose gradients differ by {100 * normed:.0f} %")
-    found = f"four times 32 give the gradient of 128 up to rounding (difference {plain:.0e})"
-    if caveats:
-        return Verdict(CAVEAT, f"{found}, but {', and '.join(caveats)}")
-    return Verdict(HOLDS, found)
+        caveats.append(
+            "With batch norm, which normalises each 32 images on their own, it is another gradient "
+            f"({100 * normed:.0f} % off)."
+        )
+    finding = "Up to rounding, the mean over four times 32 images is the gradient of 128."
+    return Verdict(CAVEAT if caveats else HOLDS, " ".join([finding, *caveats]), evidence)
 
 
 # ------------------------------------------------------------------------ 58: the ending .pth
@@ -810,7 +904,7 @@ def judge_accumulation(values: Values) -> Verdict:
 def measure_ending(study: Study) -> Measured:
     """Save the same weights under five names, and read them with PyTorch and with this project.
 
-    Refuted if PyTorch refuses a name or reads other numbers. A second.
+    The claim fails if PyTorch refuses a name or reads other numbers. Cost: a second.
     """
     import cifar_jax.torch_reference  # noqa: F401 - before torch
 
@@ -840,24 +934,29 @@ def measure_ending(study: Study) -> Measured:
 
 def judge_ending(values: Values) -> Verdict:
     same, tried = values["torch_reads_the_same"], values["endings_tried"]
-    if len(same) < tried:
-        return Verdict(FAILS, f"PyTorch reads {len(same)} of {tried} names")
-    found = f"PyTorch writes and reads the same bits under all {tried} names"
     refused = [ending or "none" for ending in values["cifar_jax_refuses"]]
+    evidence = bullets(
+        "PyTorch reads the same bits from a file with the ending "
+        + ", ".join(f"`{ending}`" if ending else "none" for ending in same),
+        f"`cifar_jax.convert` refuses {', '.join(refused) or 'none'}",
+    )
+    if len(same) < tried:
+        return Verdict(FAILS, f"PyTorch reads {len(same)} of {tried} names.", evidence)
+    finding = f"PyTorch writes and reads the same bits under all {tried} names."
     if refused:
-        found += f"; tools that tell formats by them care: cifar_jax.convert refuses {refused}"
-    return Verdict(HOLDS, found)
+        finding += " Tools that tell formats by the ending do care, such as this project's."
+    return Verdict(HOLDS, finding, evidence)
 
 
 # --------------------------------------------------------------------------- 59: zero_grad
 
 
 def measure_zero_grad(study: Study) -> Measured:
-    """Gradients after one and two ``backward()``, and training with and without ``zero_grad()``.
+    """Compare gradients after one and two ``backward()``, and training with and without clearing.
 
     In JAX, ``jax.grad`` twice. Training: a small network, SGD at 0.05, 200 batches of 128, the mean
-    loss of the last 20. Refuted if the second gradient is not twice the first, or if training
-    without is as good. Half a minute.
+    loss of the last 20, with and without ``zero_grad()``. The claim fails if the second gradient is
+    not twice the first. A caveat if training without clearing is as good. Cost: half a minute.
     """
     import torch  # isort: skip
 
@@ -915,17 +1014,25 @@ def measure_zero_grad(study: Study) -> Measured:
 def judge_zero_grad(values: Values) -> Verdict:
     ratio, jax_ratio = (values[f"{f}_second_over_first_gradient"] for f in ("torch", "jax"))
     cleared, mixed = values["loss_with_zero_grad_nats"], values["loss_without_zero_grad_nats"]
-    if abs(ratio - 2) > _ROUNDING:
-        return Verdict(FAILS, f"the second backward() gives {ratio:.3f} times the gradient, not 2")
-    found = (
-        f"the second backward() leaves {ratio:.3f} times the gradient (jax.grad, which has no "
-        f"buffer, {jax_ratio:.3f}); after training the loss is {np.mean(cleared):.2f} with "
-        f"zero_grad and {np.mean(mixed):.2f} without"
+    evidence = bullets(
+        f"after the second `backward()`, PyTorch's gradient is {ratio:.3f} times the first; that "
+        f"of `jax.grad`, which has no buffer, {jax_ratio:.3f} times",
+        f"training loss with `zero_grad()`: {np.mean(cleared):.2f} nats; without: "
+        f"{np.mean(mixed):.2f}",
     )
+    if abs(ratio - 2) > _ROUNDING:
+        return Verdict(FAILS, "The second backward() does not add to the first.", evidence)
     # NaN, which a run that blows up ends in, is worse than any number.
     if max(cleared) < min(mixed) or np.isnan(mixed).any():
-        return Verdict(HOLDS, found)
-    return Verdict(CAVEAT, f"{found}: training bears the mixture")
+        return Verdict(
+            HOLDS,
+            "The second backward() doubles the gradient, and without zero_grad() the loss ends at "
+            f"{np.mean(mixed):.2f} instead of {np.mean(cleared):.2f}.",
+            evidence,
+        )
+    return Verdict(
+        CAVEAT, "The second backward() doubles the gradient, but training hardly minds.", evidence
+    )
 
 
 CLAIMS = [

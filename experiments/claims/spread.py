@@ -48,10 +48,11 @@ def difference(a: Values, b: Values) -> tuple[float, bool]:
 
 
 def gain(a: Values, b: Values) -> str:
-    """``-1.0 +- 4.4``: of ``a`` over ``b`` in points, and their :func:`noise`."""
-    return f"{difference(a, b)[0]:+.1f} +- {noise(a, b):.1f}"
+    """``-1.0 ± 4.4``: ``a - b`` in points, and their :func:`noise`."""
+    points = round(difference(a, b)[0], 1) + 0.0  # not -0.0
+    return f"{points:+.1f} ± {noise(a, b):.1f}"
 
 
 def percent(a: Values) -> str:
-    """``77.4 +- 0.2 %``."""
-    return f"{a['mean_percent']:.1f} +- {a['std_percent']:.1f} %"
+    """``77.4 ± 0.2 %``."""
+    return f"{a['mean_percent']:.1f} ± {a['std_percent']:.1f} %"
