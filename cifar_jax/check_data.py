@@ -96,6 +96,8 @@ def check_data(data: str, options: CheckOptions) -> None:
     print(f"{'class':20s}{'train':>10s}{'val':>10s}{'test':>10s}")
     for class_name, row in zip(found.class_names, zip(*counts, strict=True), strict=True):
         print(f"{class_name:20s}" + "".join(f"{count:10,d}" for count in row))
+        if not row[0]:
+            print(f"warning: no image of {class_name} to train on")
     print(
         f"{n_bad:,} bad file(s), {len(of_another_size):,} image(s) of another size, "
         f"{len(twice):,} image(s) that are there twice"

@@ -250,9 +250,12 @@ class TrainConfig(Options):
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov with --momentum 0", fix="give --momentum 0.9, for example")
         for name, (models, why, fix) in _HAS_NO_USE_FOR.items():
-            is_given = getattr(self, name) != getattr(TrainConfig, name)  # its default
-            if is_given and self.model in models:
-                raise UsageError(f"{flag(name)} with --model {self.model}, which {why}", fix=fix)
+            value = getattr(self, name)
+            if value != getattr(TrainConfig, name) and self.model in models:
+                given = flag(name)
+                if value == getattr(PRESETS[self.preset], name):
+                    given += f" (set by --preset {self.preset})"
+                raise UsageError(f"{given} with --model {self.model}, which {why}", fix=fix)
         if self.dropout and self.model == "cnn-gap" and not self.hidden:
             raise UsageError(
                 "--dropout with --model cnn-gap, which has no hidden Dense layer of its own",

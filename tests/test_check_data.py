@@ -58,6 +58,21 @@ def test_images_that_are_there_twice_are_named(
     )
 
 
+def test_a_class_without_training_images_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(30):  # one image each, and a fifth of them is held out
+        folder = tmp_path / f"class{i}"
+        folder.mkdir()
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / "0.png")
+    main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    held_out = [x.split()[0] for x in lines if x.startswith("class") and x.split()[1] == "0"]
+    assert len(held_out) == 6
+    warnings = [line for line in lines if "warning" in line]
+    assert warnings == [f"warning: no image of {name} to train on" for name in held_out]
+
+
 @pytest.mark.fault("C1", "C2", "C9", "C22")
 def test_every_bad_file_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(data / "train" / "cat" / "007.png")

@@ -78,8 +78,18 @@ def parse(*argv: str) -> TrainConfig:
             "--patch-size 1",
         ),
         (
+            ["--preset", "fast", "--model", "resnet9"],
+            "--patch-size (set by --preset fast) with --model resnet9",
+            "--patch-size 1",
+        ),
+        (
+            ["--preset", "fast", "--patch-size", "3", "--model", "resnet9"],
+            "--patch-size with --model resnet9",
+            "--patch-size 1",
+        ),
+        (
             ["--preset", "fast", "--model", "mlp"],
-            "--batch-norm with --model mlp",
+            "--batch-norm (set by --preset fast) with --model mlp",
             "--no-batch-norm",
         ),
         (["--model", "mlp", "--widths", "8"], "--widths with --model mlp", "drop --widths"),

@@ -280,6 +280,24 @@ def test_a_sender_who_leaves_leaves_no_trace(trained_run: Path) -> None:
         assert "cifar_jax: stopped by SIGTERM" in stderr
 
 
+def test_a_sender_who_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_MAX_SECONDS", 0.2)
+    with serving_here(linear(("a", "b"))) as (url, _, _):
+        host, port = url.split("/")[2].split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        connection.putrequest("POST", "/predict?file=slow.png")
+        connection.putheader("Content-Type", "image/png")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b"abc")
+        answer = connection.getresponse()
+        assert answer.status == 408
+        assert json.load(answer) == {
+            "error": "slow.png did not arrive within 0.2 s. Fix: try again."
+        }
+        connection.close()
+        assert ask(f"{url}predict", noise_file())[0] == 200
+
+
 def test_other_sites_are_kept_out(url: str) -> None:
     host, port = url.split("/")[2].split(":")
 

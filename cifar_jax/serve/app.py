@@ -40,6 +40,7 @@ from cifar_jax.trained import TrainedNetwork
 MAX_BYTES = 10 * 2**20
 # A body over the limit is still read up to here, as most clients read the reply only after sending.
 _MAX_BYTES_READ = 10 * MAX_BYTES
+_MAX_SECONDS = 60  # for a body to arrive
 _MAX_SAMPLES = 12
 
 Predict = Callable[[bytes, str], dict[str, Any]]
@@ -82,9 +83,12 @@ def make_app(network: TrainedNetwork, hosts: Sequence[str]) -> Starlette:
         if not kind.startswith(("image/", "application/octet-stream")):
             return refuse(415, "the body is not an image. Fix: give Content-Type: image/jpeg, say.")
         try:
-            content = await _body(request)
+            async with asyncio.timeout(_MAX_SECONDS):
+                content = await _body(request)
         except ClientDisconnect:
             return Response()  # the client is gone
+        except TimeoutError:
+            return refuse(408, f"{name} did not arrive within {_MAX_SECONDS} s. Fix: try again.")
         if content is None:
             return refuse(413, f"{name} has over {MAX_BYTES >> 20} MiB. Fix: make it smaller.")
         try:
