@@ -11,6 +11,7 @@ import contextlib
 import errno
 import importlib
 import os
+import sys
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -37,8 +38,9 @@ _keras = os.environ.get("TF_USE_LEGACY_KERAS", "")
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 # Triton comes with pip's usual PyTorch for Linux. If it is imported after TensorFlow, as PyTorch's
 # optimizers do, the process crashes (3.7 beside 2.21); if it is imported before, it does not.
-with contextlib.suppress(Exception):
-    importlib.import_module("triton")
+if "tensorflow" not in sys.modules:
+    with contextlib.suppress(Exception):
+        importlib.import_module("triton")
 import tensorflow as tf
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = _level
@@ -187,13 +189,18 @@ def _decoder(files: ImageFiles, refused: Refused) -> Callable[[tf.Tensor], tf.Te
         return tf.map_fn(decode, contents, fn_output_signature=spec)
 
     def decode_in_groups(paths: tf.Tensor) -> tf.Tensor:
+        def decode_group(i: tf.Tensor, groups: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+            images = decode_together(paths[i * _GROUP : (i + 1) * _GROUP])
+            return i + 1, groups.write(i, images)
+
+        n_groups = -(-tf.size(paths) // _GROUP)
         groups = tf.TensorArray(
-            tf.uint8, 0, dynamic_size=True, infer_shape=False, element_shape=(None, *files.shape)
+            tf.uint8, n_groups, infer_shape=False, element_shape=(None, *files.shape)
         )
-        for group in tf.range(0, tf.size(paths), _GROUP):
-            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
-            images = decode_together(paths[group : group + _GROUP])
-            groups = groups.write(group // _GROUP, images)
+        # Not a loop in Python: on 3.13 its conversion by AutoGraph warns.
+        _, groups = tf.while_loop(
+            lambda i, _: i < n_groups, decode_group, (0, groups), parallel_iterations=1
+        )
         return groups.concat()
 
     # Images that are resized may be photographs, and a whole batch of them take gigabytes.

@@ -975,7 +975,9 @@ def test_commands_that_do_not_train_say_so_too(trained_run: Path, tmp_path: Path
 
 
 @pytest.mark.fault("B14")
-def test_tensorflow_is_kept_off_the_accelerators() -> None:
+def test_tensorflow_is_kept_off_the_accelerators(tmp_path: Path) -> None:
+    """Also where it was imported before, and Triton, after it, would crash the process."""
+    (tmp_path / "triton.py").write_text("raise SystemExit('after TensorFlow')")
     program = """if True:
         import tensorflow as tf
         calls = []
@@ -983,7 +985,10 @@ def test_tensorflow_is_kept_off_the_accelerators() -> None:
         from cifar_jax import input_pipeline
         assert calls == [([], "GPU")], calls
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 
