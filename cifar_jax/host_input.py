@@ -12,6 +12,7 @@ import numpy as np
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset, Split
+from cifar_jax.input_pipeline import decode as decode  # which device_input has of its own
 from cifar_jax.input_pipeline import eval_batches, train_batches
 from cifar_jax.layout import Variables
 from cifar_jax.metrics import RunningSums

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from cifar_jax import checkpoint, trained
 from cifar_jax.augment import check_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
-from cifar_jax.dataset import Dataset, ImageFiles, Split
+from cifar_jax.dataset import Dataset, ImageFiles
 from cifar_jax.distributed import check_agreement, is_first, wait_for_all
 from cifar_jax.errors import CheckpointError, ResourceError, UsageError
 from cifar_jax.initializers import whiten, whitening_stride
@@ -24,7 +25,14 @@ from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.options import flag
-from cifar_jax.parallel import AXIS_NAME, compile_lowered, place_state, select_devices
+from cifar_jax.parallel import (
+    AXIS_NAME,
+    Advance,
+    Evaluate,
+    compile_lowered,
+    place_state,
+    select_devices,
+)
 from cifar_jax.run import Progress, Run, versions, write_config
 from cifar_jax.sources import load_dataset
 from cifar_jax.stop_signals import signals_held
@@ -84,15 +92,12 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
     print("compiling the steps ...", end=" ", flush=True)
     started = time.perf_counter()
     step = make_train_step(config, model, tx, dataset.mean, dataset.std, AXIS_NAME)
-    if config.input == "device":
-        from cifar_jax import device_input as image_input
-    else:
-        from cifar_jax import host_input as image_input  # type: ignore[no-redef]
-    advance = image_input.make_advance(
+    image_input = _image_input(config)
+    advance: Advance = image_input.make_advance(
         _with_signal(step), state, dataset.train, config, devices, progress.step
     )
     scored_model = create_model(config, len(dataset.class_names))
-    evaluate = image_input.make_evaluate(
+    evaluate: Evaluate = image_input.make_evaluate(
         scored_model,
         dataset,
         state.variables,
@@ -103,6 +108,18 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
     progress.state = place_state(progress.state, devices)
     print(f"{time.perf_counter() - started:.1f} s")
     return Run(config, workdir, dataset, devices, schedule, advance, evaluate), progress
+
+
+def _image_input(config: TrainConfig) -> types.ModuleType:
+    """The module of ``config.input``, with ``decode``, ``make_advance`` and ``make_evaluate``."""
+    # Imported late, as only one of them needs TensorFlow.
+    if config.input == "device":
+        from cifar_jax import device_input
+
+        return device_input
+    from cifar_jax import host_input
+
+    return host_input
 
 
 def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
@@ -119,21 +136,12 @@ def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
         val_fraction=config.val_fraction,
         max_train_examples=config.max_train_examples,
         cache_mb=cache_mb,
-        decode=_decoder(config),
+        decode=_image_input(config).decode,
         seed=config.seed,
     )
     if config.input == "device":
         check_fits(dataset, cache_mb)
     return dataset
-
-
-def _decoder(config: TrainConfig) -> Callable[[Split], Split]:
-    """The decoder of a split, as ``config.input`` requires."""
-    if config.input == "device":
-        from cifar_jax.device_input import decode
-    else:
-        from cifar_jax.input_pipeline import decode
-    return decode
 
 
 def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,7 +247,7 @@ def _whitened(state: TrainState, dataset: Dataset, config: TrainConfig) -> Train
     train = dataset.train
     some = train.take(np.arange(0, len(train), whitening_stride(len(train))))
     if isinstance(some.images, ImageFiles):
-        some = _decoder(config)(some)
+        some = _image_input(config).decode(some)
 
     def params_for(params: Any, pixels: Any) -> Any:
         return whiten(params, normalize(pixels, dataset.mean, dataset.std))

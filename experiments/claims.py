@@ -190,12 +190,12 @@ def page(rows: list[dict[str, Any]], output: Path) -> str:
         "# What the tutorial claims, measured",
         f"Each claim was tested by an experiment. Of {len(rows)} claims, {counts}. "
         "This page is written by `python experiments/claims.py`.",
-        f"Measured on {of_all(row['data_name'] for row in rows)} (`cifar10.tar.gz` is a JPEG copy "
-        f"of CIFAR-10), {' to '.join(sorted({min(dates), max(dates)}))}, with "
+        f"Measured on {of_all(row['data_name'] for row in rows)}, "
+        f"{' to '.join(sorted({min(dates), max(dates)}))}, with "
         f"jax {of_all(row['versions']['jax'] for row in rows)}, "
         f"torch {of_all(row['versions']['torch'] for row in rows)} and "
         f"Python {of_all(row['versions']['python'] for row in rows)}; the machine stands with each "
-        "claim.",
+        "claim. `cifar10.tar.gz` is a JPEG copy of CIFAR-10.",
         "In what follows, 77.4 ± 0.2 % is a mean and standard deviation over n repetitions (seeds, "
         "rounds or resamplings, by the claim), and a difference, such as +2.5 ± 2.3 points, comes "
         "with half of its 95 % interval.",

@@ -9,7 +9,7 @@ from cifar_jax.files import try_to_write, writing
 
 
 def check_output(output: Path) -> None:
-    """Make the folder of ``output``: what keeps it from being written is told before the work.
+    """Create the folder of ``output``, and check before the work that a file can be written there.
 
     Raises:
         UsageError: it is a folder.

@@ -271,7 +271,7 @@ def _write(found: dict[str, Any], output: Path) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise now what would otherwise be found after minutes."""
+    """Check now what would otherwise fail after minutes."""
     for option, value in (("--runs", arguments.runs), ("--beside-runs", arguments.beside_runs)):
         if value < 1:
             raise UsageError(f"{option} {value} is out of range", fix="give 1 or more")
@@ -309,7 +309,7 @@ def _described(found: dict[str, Any]) -> str:
 
 
 def _load(source: str, arguments: argparse.Namespace) -> tuple[Split, Split, str, int]:
-    """Decoded: what to train on, what to score, the name of the data, the number of classes."""
+    """The decoded splits to train on and to score, the data's name, and the number of classes."""
     found = load_splits(source, data_dir=arguments.data_dir)
     if found.notice:
         print(found.notice)

@@ -118,7 +118,7 @@ def test_a_row_keeps_when_and_with_what_it_was_measured(tmp_path: Path) -> None:
     assert new["versions"]["jax"] == jax.__version__
     assert new["date"] == datetime.date.today().isoformat()
     page = output.with_suffix(".md").read_text()
-    assert "Measured on other or shapes (" in page
+    assert "Measured on other or shapes, 2001-02-03 to " in page
     assert f"jax 0.0.1 or {jax.__version__}, torch " in page
     assert f", 2001-02-03 to {new['date']}, " in page
 

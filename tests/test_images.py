@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from conftest import GREY, RGB
 from numpy.typing import NDArray
@@ -77,6 +78,8 @@ def test_each_orientation_is_exifs_own(
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV", "F", "I", "I;16", "1", "P", "PA"])
 def test_every_mode_is_read(mode: str, tmp_path: Path) -> None:
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 cannot read such a TIFF, which it writes itself")
     if mode == "F":
         image = Image.fromarray(GREY.astype(np.float32) / 255)
     elif mode.startswith("I"):

@@ -105,7 +105,7 @@ def measure_dense(study: Study) -> Measured:
     """Count the weights; then permute all pixels, and move images, and see what that costs.
 
     The weights of a Dense layer of 1,000 on 256x256x3. ``mlp`` and ``cnn`` trained (10,000 images,
-    8 epochs) and tested on images whose pixels are permuted, in all in the same way; and tested on
+    8 epochs) and tested on images whose pixels are permuted, all in the same way; and tested on
     images moved by 4 pixels. The claim fails if the count is not 200 million to 2 %, if moves cost
     the MLP no more than the CNN, or if permuting clearly costs it a quarter as much: it would then
     use what is next to what. By symmetry it should lose nothing, as all pixels have the same
