@@ -35,7 +35,7 @@ class Timing:
     Attributes:
         spec: the worker's, with the program's name as ``pass``.
         step_ms: of each round, the mean time of a step in milliseconds.
-        info: what the worker told about itself: its device, its memory.
+        info: what the worker reported of itself: its device, its memory.
     """
 
     spec: Spec
