@@ -23,6 +23,8 @@ from cifar_jax.dataset import Split
 from cifar_jax.errors import CifarJaxError
 from claims import CLAIMS, code
 from claims.claim import CAVEAT, FAILS, HOLDS, from_json, to_json
+from claims.markdown import bullets, listed, table
+from claims.spread import spread_at
 from claims.study import some_of
 
 BY_QUESTION = {claim.question: claim for claim in CLAIMS}
@@ -121,6 +123,33 @@ def test_a_row_keeps_when_and_with_what_it_was_measured(tmp_path: Path) -> None:
     assert "Measured on other or shapes, 2001-02-03 to " in page
     assert f"jax 0.0.1 or {jax.__version__}, torch " in page
     assert f", 2001-02-03 to {new['date']}, " in page
+
+
+def test_markdown_is_what_it_shows() -> None:
+    assert table(("a", "b|c"), [("1", "2*3")]) == "| a | b\\|c |\n|---|---|\n| 1 | 2\\*3 |"
+    with pytest.raises(AssertionError):
+        table(("a", "b"), [("1",)])
+    assert bullets("one", "two") == "- one\n- two"
+    assert [listed(range(n)) for n in (1, 2, 3)] == ["0", "0 and 1", "0, 1 and 2"]
+
+
+def test_evidence_has_each_value_in_its_place() -> None:
+    names = ("test", "test_permuted", "test_moved_4_pixels")
+    values = {
+        "weights_of_the_dense_layer": 196_608_000,
+        "memory_mb": 786.4,
+        "mlp": {name: spread_at(40 + i) for i, name in enumerate(names)},
+        "cnn": {name: spread_at(60 - 8 * i) for i, name in enumerate(names)},
+    }
+    verdict = BY_QUESTION[1].judge(values)
+    assert verdict.evidence.splitlines()[2:] == [
+        "| `mlp` | 40.0 ± 0.5 % | 41.0 ± 0.5 % | -1.0 ± 1.1 | 42.0 ± 0.5 % |",
+        "| `cnn` | 60.0 ± 0.5 % | 52.0 ± 0.5 % | +8.0 ± 1.1 | 44.0 ± 0.5 % |",
+        "",
+        "- weights of the Dense layer: 196.6 million, 786 MB",
+    ]
+    assert verdict.verdict == FAILS  # moved images cost the MLP less
+    assert verdict.finding == "Moved images cost an MLP no more than a CNN."
 
 
 def test_a_run_that_diverged_is_named_and_is_json() -> None:
