@@ -57,6 +57,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
     dataset = _load(config, devices)
     if dataset.notice:
         _print_banner(dataset.notice)
+    _warn_of_absent_classes(dataset)
     if config.batch_size > len(dataset.train):
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(dataset.train)} images to "
@@ -142,6 +143,14 @@ def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
     if config.input == "device":
         check_fits(dataset, cache_mb)
     return dataset
+
+
+def _warn_of_absent_classes(dataset: Dataset) -> None:
+    labels = set(dataset.train.labels.tolist())
+    absent = [name for label, name in enumerate(dataset.class_names) if label not in labels]
+    if absent:
+        more = " and others" if len(absent) > 5 else ""
+        print(f"warning: no image of {', '.join(absent[:5])}{more} to train on")
 
 
 def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -58,6 +58,7 @@ def test_images_that_are_there_twice_are_named(
     )
 
 
+@pytest.mark.fault("C26")
 def test_a_class_without_training_images_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

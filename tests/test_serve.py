@@ -262,6 +262,7 @@ def test_what_is_too_large_is_refused(url: str) -> None:
     connection.close()
 
 
+@pytest.mark.fault("A23")
 def test_a_sender_who_leaves_leaves_no_trace(trained_run: Path) -> None:
     """Nor does one who stalls keep the server from ending."""
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
@@ -280,6 +281,7 @@ def test_a_sender_who_leaves_leaves_no_trace(trained_run: Path) -> None:
         assert "cifar_jax: stopped by SIGTERM" in stderr
 
 
+@pytest.mark.fault("A23")
 def test_a_sender_who_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "_MAX_SECONDS", 0.2)
     with serving_here(linear(("a", "b"))) as (url, _, _):

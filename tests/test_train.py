@@ -195,6 +195,21 @@ def test_the_seed_and_the_options_of_data_reach_the_run(image_folder: Path, tmp_
     assert row["val_loss"] == pytest.approx(loss, rel=1e-5), "the split is the seed's"
 
 
+@pytest.mark.fault("C26")
+def test_a_class_without_training_images_is_warned_of(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the three classes, two keep an image each."""
+    config = TrainConfig(
+        data=str(image_folder), input="device", model="linear", batch_size=2, epochs=1,
+        max_train_examples=2,
+    )  # fmt: skip
+    train_and_evaluate(config, tmp_path)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert re.fullmatch("warning: no image of (bird|cat|frog) to train on", warnings[0])
+
+
 def test_bfloat16_is_trained_in_and_not_scored_in(image_folder: Path, tmp_path: Path) -> None:
     config = TrainConfig(
         data=str(image_folder), model="mlp", hidden=(8,), batch_size=27, epochs=1, dtype="bfloat16"
