@@ -94,7 +94,8 @@ def check_data(data: str, options: CheckOptions) -> None:
         print(f"the same image: {', '.join(described(*place) for place in x)}")
     counts = [np.bincount(x.labels, minlength=len(found.class_names)) for x in splits.values()]
     print(f"{'class':20s}{'train':>10s}{'val':>10s}{'test':>10s}")
-    for class_name, row in zip(found.class_names, zip(*counts, strict=True), strict=True):
+    class_names = map(shown, found.class_names)
+    for class_name, row in zip(class_names, zip(*counts, strict=True), strict=True):
         print(f"{class_name:20s}" + "".join(f"{count:10,d}" for count in row))
         if not row[0]:
             print(f"warning: no image of {class_name} to train on")

@@ -19,7 +19,7 @@ from cifar_jax.augment import check_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset, ImageFiles
 from cifar_jax.distributed import check_agreement, is_first, wait_for_all
-from cifar_jax.errors import CheckpointError, ResourceError, UsageError
+from cifar_jax.errors import CheckpointError, ResourceError, UsageError, shown
 from cifar_jax.initializers import whiten, whitening_stride
 from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
@@ -150,7 +150,7 @@ def _warn_of_absent_classes(dataset: Dataset) -> None:
     absent = [name for label, name in enumerate(dataset.class_names) if label not in labels]
     if absent:
         more = " and others" if len(absent) > 5 else ""
-        print(f"warning: no image of {', '.join(absent[:5])}{more} to train on")
+        print(f"warning: no image of {', '.join(map(shown, absent[:5]))}{more} to train on")
 
 
 def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -430,7 +430,7 @@ def judge_normalisation(values: Values) -> Verdict:
     if not all(owed):
         reasons.append("a filter's gradients mostly have one sign without them too")
     if reasons:
-        finding += f" The tutorial's reasons are not seen: {', and '.join(reasons)}."
+        finding += f" As for the tutorial's reasons, {', and '.join(reasons)}."
     caveat = not all(helped) or first < n_pairs or reasons
     return Verdict(CAVEAT if caveat else HOLDS, finding, evidence)
 
