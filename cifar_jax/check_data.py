@@ -48,7 +48,7 @@ def check_data(data: str, options: CheckOptions) -> None:
 
     from cifar_jax.dataset import ImageFiles
     from cifar_jax.images import decode_file
-    from cifar_jax.sources import check_source, load_splits
+    from cifar_jax.sources import check_source, load_splits, warn_of_absent_classes
 
     def look(place: tuple[str, int]) -> bytes | tuple[CifarJaxError, bool]:
         """A digest of the image; or the error, and whether only its size is wrong."""
@@ -97,8 +97,7 @@ def check_data(data: str, options: CheckOptions) -> None:
     class_names = map(shown, found.class_names)
     for class_name, row in zip(class_names, zip(*counts, strict=True), strict=True):
         print(f"{class_name:20s}" + "".join(f"{count:10,d}" for count in row))
-        if not row[0]:
-            print(f"warning: no image of {class_name} to train on")
+    warn_of_absent_classes(found)
     print(
         f"{n_bad:,} bad file(s), {len(of_another_size):,} image(s) of another size, "
         f"{len(twice):,} image(s) that are there twice"

@@ -217,6 +217,15 @@ def load_dataset(
     )
 
 
+def warn_of_absent_classes(data: Source | Dataset) -> None:
+    """Print a warning if there is a class without an image to train on."""
+    counts = np.bincount(data.train.labels, minlength=len(data.class_names))
+    absent = [shown(data.class_names[label]) for label in np.flatnonzero(counts == 0)]
+    if absent:
+        more = " and others" if len(absent) > 5 else ""
+        print(f"warning: no image of {', '.join(absent[:5])}{more} to train on")
+
+
 def _check_trainable(source: str, splits: Source, image_size: int | None) -> None:
     if image_size is not None and not isinstance(splits.train.images, ImageFiles):
         raise _not_resized(source, image_size, splits.train.image_shape[:2])

@@ -19,7 +19,7 @@ from cifar_jax.augment import check_augmentation
 from cifar_jax.config import TrainConfig, check_batch_divides, to_json
 from cifar_jax.dataset import Dataset, ImageFiles
 from cifar_jax.distributed import check_agreement, is_first, wait_for_all
-from cifar_jax.errors import CheckpointError, ResourceError, UsageError, shown
+from cifar_jax.errors import CheckpointError, ResourceError, UsageError
 from cifar_jax.initializers import whiten, whitening_stride
 from cifar_jax.metrics import RunningSums
 from cifar_jax.models import create_model
@@ -34,7 +34,7 @@ from cifar_jax.parallel import (
     select_devices,
 )
 from cifar_jax.run import Progress, Run, versions, write_config
-from cifar_jax.sources import load_dataset
+from cifar_jax.sources import load_dataset, warn_of_absent_classes
 from cifar_jax.stop_signals import signals_held
 from cifar_jax.train_step import (
     Batch,
@@ -57,7 +57,7 @@ def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:
     dataset = _load(config, devices)
     if dataset.notice:
         _print_banner(dataset.notice)
-    _warn_of_absent_classes(dataset)
+    warn_of_absent_classes(dataset)
     if config.batch_size > len(dataset.train):
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(dataset.train)} images to "
@@ -143,14 +143,6 @@ def _load(config: TrainConfig, devices: Sequence[jax.Device]) -> Dataset:
     if config.input == "device":
         check_fits(dataset, cache_mb)
     return dataset
-
-
-def _warn_of_absent_classes(dataset: Dataset) -> None:
-    labels = set(dataset.train.labels.tolist())
-    absent = [name for label, name in enumerate(dataset.class_names) if label not in labels]
-    if absent:
-        more = " and others" if len(absent) > 5 else ""
-        print(f"warning: no image of {', '.join(map(shown, absent[:5]))}{more} to train on")
 
 
 def _with_signal(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,7 +71,8 @@ def test_a_class_without_training_images_is_named(
     held_out = [x.split()[0] for x in lines if x.startswith("class") and x.split()[1] == "0"]
     assert len(held_out) == 6
     warnings = [line for line in lines if "warning" in line]
-    assert warnings == [f"warning: no image of {name} to train on" for name in held_out]
+    first = ", ".join(held_out[:5])
+    assert warnings == [f"warning: no image of {first} and others to train on"]
 
 
 @pytest.mark.fault("C1", "C2", "C9", "C22")

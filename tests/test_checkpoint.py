@@ -282,6 +282,17 @@ def test_a_text_is_on_the_disk_before_it_takes_the_place_of_another(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    script = (
+        "import sys; from pathlib import Path; from cifar_jax.files import write_atomically;"
+        "write_atomically(Path(sys.argv[1]), '\\u00b1')"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
+    assert path.read_bytes() == "\u00b1".encode()
+
+
 @pytest.mark.fault("A6")
 @pytest.mark.parametrize("limit", [0, 100, 2000])
 def test_a_full_disk_leaves_the_older_checkpoints_and_says_what_is_needed(
