@@ -100,7 +100,6 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
     if source.is_dir():
         step_folder(source)  # fail early: trained.load would refuse it too, seconds later
     from cifar_jax import trained
-    from cifar_jax.network_metadata import metadata_of
     from cifar_jax.parallel import select_devices
     from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict
 
@@ -115,7 +114,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
     network = _read(source, options)
     with new_path(destination, "DESTINATION") as path:
         if ending in ENDINGS:
-            write_state_dict(path, network.state_dict(), metadata_of(network))
+            write_state_dict(path, network.state_dict(), network.metadata())
         else:
             trained.save(network, path, source=f"converted from {source.name}")
     print(

@@ -32,12 +32,13 @@ from cifar_jax.metrics import (
     epochs_without_progress,
     table_row,
 )
-from cifar_jax.network_metadata import describe
+from cifar_jax.network_metadata import Description, describe
 from cifar_jax.parallel import sum_on_host
-from cifar_jax.run import Progress, Run, diverged, versions, write_config
+from cifar_jax.run import Progress, Run, diverged, versions
 from cifar_jax.start import start
 from cifar_jax.stop_signals import StopSignals
 from cifar_jax.train_step import Sums
+from cifar_jax.workdir import write_config
 
 # Steps in flight before the host blocks on the oldest: enough to keep a device busy.
 _STEPS_IN_FLIGHT = 2
@@ -192,9 +193,13 @@ def _save(run: Run, progress: Progress) -> Path:
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
         # The loss does not show this yet: it was computed before the update.
         raise diverged(run, f"a parameter is not finite after step {progress.step}")
+    dataset = run.dataset
+    description = Description(
+        run.config, dataset.class_names, dataset.image_shape, dataset.mean, dataset.std
+    )
     metadata = {
-        **describe(run.config, run.dataset),
-        "data": {"name": run.dataset.name, "digest": run.dataset.digest},
+        **describe(description),
+        "data": {"name": dataset.name, "digest": dataset.digest},
         "history": progress.history,
         "sums": dataclasses.asdict(progress.sums),
         "seconds": progress.seconds,

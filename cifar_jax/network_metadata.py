@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from cifar_jax.config import NOT_PART_OF_THE_RUN, TrainConfig, from_json, to_json
-from cifar_jax.dataset import Dataset, ImageShape
+from cifar_jax.config import TrainConfig, from_json, to_json
+from cifar_jax.dataset import ImageShape
 from cifar_jax.errors import CheckpointError, CifarJaxError, first_line
 from cifar_jax.images import MAX_PIXELS
 
-if TYPE_CHECKING:
-    from cifar_jax.trained import TrainedNetwork
-
 # Raised by the parser for values of wrong types, or out of range.
 _WRONG_VALUES = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
-_OF_THIS_MACHINE = NOT_PART_OF_THE_RUN | {"initial_weights"}
 
 
 class Description(NamedTuple):
-    """A :class:`cifar_jax.trained.TrainedNetwork` without its weights and data."""
+    """A network and the meaning of its inputs and outputs, without its weights.
+
+    Attributes:
+        class_names: the name of each label, in label order.
+        image_shape: ``(H, W, C)`` of the training images.
+        mean, std: of each channel, in units of 0..1; images are normalised by them.
+    """
 
     config: TrainConfig
     class_names: tuple[str, ...]
@@ -32,22 +33,9 @@ class Description(NamedTuple):
     std: tuple[float, ...]
 
 
-def describe(config: TrainConfig, network: Dataset | TrainedNetwork) -> dict[str, Any]:
-    """A network of ``config`` for the images and classes of ``network``, as JSON values."""
-    return {
-        "config": to_json(config),
-        "class_names": network.class_names,
-        "image_shape": network.image_shape,
-        "mean": network.mean,
-        "std": network.std,
-    }
-
-
-def metadata_of(network: TrainedNetwork) -> dict[str, str]:
-    """:func:`describe` with each value as JSON text, without paths of this machine."""
-    values = describe(network.config, network)
-    config = {name: v for name, v in values["config"].items() if name not in _OF_THIS_MACHINE}
-    return {name: json.dumps(value) for name, value in {**values, "config": config}.items()}
+def describe(description: Description) -> dict[str, Any]:
+    """``description`` as JSON values."""
+    return {**description._asdict(), "config": to_json(description.config)}
 
 
 @contextlib.contextmanager

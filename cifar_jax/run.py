@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ import jax
 import optax
 
 from cifar_jax import __version__
-from cifar_jax.config import TrainConfig, to_json
+from cifar_jax.config import TrainConfig
 from cifar_jax.dataset import Dataset
 from cifar_jax.errors import NumericsError
-from cifar_jax.files import write_atomically
 from cifar_jax.metrics import EpochRow, RunningSums
 from cifar_jax.parallel import Advance, Evaluate
 from cifar_jax.train_step import TrainState
@@ -73,11 +71,6 @@ def diverged(run: Run, what: str) -> NumericsError:
         f"{what}; " + (f"step {saved[-1]} is saved" if saved else "nothing is saved yet"),
         fix="start again with a lower --learning-rate, or with --clip-norm 1",
     )
-
-
-def write_config(config: TrainConfig, workdir: Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

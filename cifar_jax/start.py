@@ -33,7 +33,7 @@ from cifar_jax.parallel import (
     place_state,
     select_devices,
 )
-from cifar_jax.run import Progress, Run, versions, write_config
+from cifar_jax.run import Progress, Run, versions
 from cifar_jax.sources import load_dataset, warn_of_absent_classes
 from cifar_jax.stop_signals import signals_held
 from cifar_jax.train_step import (
@@ -44,7 +44,7 @@ from cifar_jax.train_step import (
     make_train_step,
     normalize,
 )
-from cifar_jax.workdir import checkpoints_of
+from cifar_jax.workdir import checkpoints_of, write_config
 
 
 def start(config: TrainConfig, workdir: Path) -> tuple[Run, Progress]:

@@ -241,7 +241,7 @@ def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> T
     """The network in the file ``path``, as its own ``metadata`` describes it; both are untrusted.
 
     Args:
-        metadata: from :func:`cifar_jax.network_metadata.metadata_of`; other keys are ignored.
+        metadata: from :meth:`cifar_jax.trained.TrainedNetwork.metadata`; other keys are ignored.
 
     Raises:
         CheckpointError: the metadata describes no network, or one of other tensors.

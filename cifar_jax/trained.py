@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from cifar_jax import checkpoint
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import NOT_PART_OF_THE_RUN, TrainConfig
 from cifar_jax.dataset import ImageShape
 from cifar_jax.layout import StateDict, Variables, to_torch
 from cifar_jax.metrics import RunningSums
@@ -18,21 +19,18 @@ from cifar_jax.models import create_model, torch_layout
 from cifar_jax.network_metadata import Description, describe, parse_description, refusing
 from cifar_jax.optim import make_optimizer, make_schedule
 from cifar_jax.parallel import select_devices
-from cifar_jax.run import write_config
 from cifar_jax.train_step import TrainState, initial_train_state
-from cifar_jax.workdir import checkpoints_of, step_folder
+from cifar_jax.workdir import checkpoints_of, step_folder, write_config
 
 UNKNOWN_DATA = "unknown"  # as the digest of what a converted network was trained on
+_OF_THIS_MACHINE = NOT_PART_OF_THE_RUN | {"initial_weights"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedNetwork:
-    """A network, its weights, and the meaning of its inputs and outputs.
+    """A network with its weights; the first five fields are its :class:`Description`.
 
     Attributes:
-        class_names: the name of each label, in label order.
-        image_shape: ``(H, W, C)`` of the training images.
-        mean, std: of each channel, in units of 0..1; images are normalised by them.
         variables: ``params`` and ``batch_stats`` with NumPy leaves.
         data_digest: identifies the training data, as in ``Dataset``.
     """
@@ -50,8 +48,21 @@ class TrainedNetwork:
         return create_model(self.config, len(self.class_names))
 
     @property
+    def description(self) -> Description:
+        return Description(self.config, self.class_names, self.image_shape, self.mean, self.std)
+
+    @property
     def n_params(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+
+    def metadata(self) -> dict[str, str]:
+        """What the tensors do not say, as JSON texts to store beside them in another file.
+
+        Paths of this machine are left out.
+        """
+        values = describe(self.description)
+        config = {name: v for name, v in values["config"].items() if name not in _OF_THIS_MACHINE}
+        return {name: json.dumps(value) for name, value in {**values, "config": config}.items()}
 
     def state_dict(self) -> StateDict:
         """The variables under PyTorch's names and in its layout.
@@ -113,7 +124,7 @@ def save(network: TrainedNetwork, workdir: Path, *, source: str) -> None:
         opt_state=make_optimizer(network.config, make_schedule(network.config, 1)).init(params),
     )
     metadata = {
-        **describe(network.config, network),
+        **describe(network.description),
         "data": {"name": f"unknown data ({source})", "digest": UNKNOWN_DATA},
         "history": [],
         "sums": dataclasses.asdict(RunningSums()),

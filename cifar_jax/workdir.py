@@ -1,14 +1,23 @@
-"""The checkpoints of a run: where they are, and which one to use. Quick: no NumPy, no JAX."""
+"""The folder of a run: its config, and where its checkpoints are. Quick: no NumPy, no JAX."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+from cifar_jax.config import TrainConfig, to_json
 from cifar_jax.errors import CheckpointError, UsageError
+from cifar_jax.files import write_atomically
 from cifar_jax.metrics import best_row, read_history
 
 MANIFEST = "manifest.json"  # written last: a step's folder without one is not a checkpoint
+
+
+def write_config(config: TrainConfig, workdir: Path) -> None:
+    """Write ``config`` to ``workdir``, which is made if there is none."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
 
 
 def checkpoints_of(workdir: Path) -> Path:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from cifar_jax.config import ExportFormat
 from cifar_jax.inference import make_logits, softmax
 from cifar_jax.layout import StateDict, nhwc_to_nchw
-from cifar_jax.network_metadata import metadata_of
 from cifar_jax.state_dicts import network_of, read_state_dict, write_state_dict
 from cifar_jax.train_step import exact_logits
 from cifar_jax.trained import TrainedNetwork
@@ -59,7 +58,7 @@ def _write_onnx(network: TrainedNetwork, path: Path) -> None:
     from cifar_jax.torch_reference import write_onnx
 
     twin = _twin(network, network.state_dict())
-    write_onnx(path, twin, network.image_shape, network.mean, network.std, metadata_of(network))
+    write_onnx(path, twin, network.image_shape, network.mean, network.std, network.metadata())
 
 
 def _read_onnx(network: TrainedNetwork, path: Path) -> Classify:
@@ -70,7 +69,7 @@ def _read_onnx(network: TrainedNetwork, path: Path) -> Classify:
 
 
 def _write_state_dict(network: TrainedNetwork, path: Path) -> None:
-    write_state_dict(path, network.state_dict(), metadata_of(network))
+    write_state_dict(path, network.state_dict(), network.metadata())
 
 
 def _read_safetensors(network: TrainedNetwork, path: Path) -> Classify:
