@@ -46,9 +46,9 @@ def check_data(data: str, options: CheckOptions) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from cifar_jax.dataset import ImageFiles
-    from cifar_jax.images import decode_file
-    from cifar_jax.sources import check_source, load_splits, warn_of_absent_classes
+    from cifar_jax.data.dataset import ImageFiles
+    from cifar_jax.data.images import decode_file
+    from cifar_jax.data.sources import check_source, load_splits, warn_of_absent_classes
 
     def look(place: tuple[str, int]) -> bytes | tuple[CifarJaxError, bool]:
         """A digest of the image; or the error, and whether only its size is wrong."""

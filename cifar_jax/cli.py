@@ -27,8 +27,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cifar_jax import __version__
-from cifar_jax.allocator import keep_freed_memory
-from cifar_jax.compilation_cache import use_compilation_cache
 from cifar_jax.errors import (
     CifarJaxError,
     ExitCode,
@@ -45,6 +43,8 @@ from cifar_jax.options import (
     flag,
     wrong_type,
 )
+from cifar_jax.system.allocator import keep_freed_memory
+from cifar_jax.system.compilation_cache import use_compilation_cache
 
 _DEBUG = "--debug"
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_jax import cli
+from cifar_jax.checkpoints.workdir import step_folder
 from cifar_jax.config import ModelName
 from cifar_jax.errors import CheckpointError, UsageError
-from cifar_jax.files import check_is_new, new_path
 from cifar_jax.options import Options, flag, option
-from cifar_jax.workdir import step_folder
+from cifar_jax.system.files import check_is_new, new_path
 
 if TYPE_CHECKING:  # slow to import: wrong options are reported before
+    from cifar_jax.checkpoints.trained import TrainedNetwork
     from cifar_jax.layout import StateDict
-    from cifar_jax.trained import TrainedNetwork
 
 DESCRIPTION = """\
 Convert a trained network between PyTorch and JAX, exactly: float32 weights keep every bit.
@@ -99,9 +99,9 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
         raise CheckpointError(f"SOURCE {source} does not exist", fix="check the path")
     if source.is_dir():
         step_folder(source)  # fail early: trained.load would refuse it too, seconds later
-    from cifar_jax import trained
-    from cifar_jax.parallel import select_devices
+    from cifar_jax.checkpoints import trained
     from cifar_jax.state_dicts import ENDINGS, SAFETENSORS_ENDING, write_state_dict
+    from cifar_jax.steps.parallel import select_devices
 
     ending = destination.suffix.lower()
     if ending not in ENDINGS and ending[1:].isidentifier():  # runs/v1.2 is a folder's name
@@ -132,7 +132,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 
 
 def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
-    from cifar_jax import trained
+    from cifar_jax.checkpoints import trained
     from cifar_jax.state_dicts import check_numbers, network_of, read_state_dict
 
     if source.is_dir():
@@ -153,9 +153,9 @@ def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
 
 def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) -> TrainedNetwork:
     """The network with these tensors; what they do not say comes from ``options`` or is assumed."""
+    from cifar_jax.checkpoints.trained import TrainedNetwork
     from cifar_jax.layout import fold_bias_into_batch_norm
     from cifar_jax.state_dicts import identify, takes_one_size, variables_of
-    from cifar_jax.trained import TrainedNetwork
 
     network = identify(state_dict, model=options.model, image_size=options.image_size)
     variables = variables_of(state_dict, network, path)

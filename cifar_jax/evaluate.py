@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
+from cifar_jax.checkpoints.workdir import step_folder, workdir_of
 from cifar_jax.config import SplitName
-from cifar_jax.files import write_atomically, writing
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
-from cifar_jax.workdir import step_folder, workdir_of
+from cifar_jax.system.files import write_atomically, writing
 
 if TYPE_CHECKING:  # slow to import: wrong options are reported before
-    from cifar_jax.scores import Scores
+    from cifar_jax.scoring.scores import Scores
 
 DESCRIPTION = """\
 Score a trained network on labelled images: loss, accuracy with its 95 % interval, precision and
@@ -61,10 +61,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     checkpoint = Path(options.checkpoint)
     step = step_folder(checkpoint)  # fail early, before the slow imports of trained.load
     output = Path(options.output or workdir_of(checkpoint))
-    from cifar_jax import trained
-    from cifar_jax.labelled import load_labelled, logits_of
-    from cifar_jax.plots import save_calibration, save_confusion, save_mistakes
-    from cifar_jax.scores import score
+    from cifar_jax.checkpoints import trained
+    from cifar_jax.scoring.labelled import load_labelled, logits_of
+    from cifar_jax.scoring.plots import save_calibration, save_confusion, save_mistakes
+    from cifar_jax.scoring.scores import score
 
     network = trained.load(step)
     print(f"the network of {step}")

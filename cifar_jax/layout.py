@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_jax.dataset import ImageShape
+from cifar_jax.data.dataset import ImageShape
 
 Array = NDArray[Any]
 Variables = dict[str, Any]  # {"params": {layer: {leaf: array}}, "batch_stats": the same}

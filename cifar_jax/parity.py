@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from cifar_jax import layout, torch_reference
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import ImageShape
+from cifar_jax.data.dataset import ImageShape
 from cifar_jax.layout import Array, Variables
-from cifar_jax.models import Model
-from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import compile_step, shard, sum_on_host
-from cifar_jax.train_step import TrainState, make_train_step, normalize
+from cifar_jax.networks.models import Model
+from cifar_jax.steps.optim import make_optimizer, make_schedule
+from cifar_jax.steps.parallel import compile_step, shard, sum_on_host
+from cifar_jax.steps.train_step import TrainState, make_train_step, normalize
 
 
 def relative_difference(ours: Array, theirs: Array) -> float:
@@ -138,7 +138,7 @@ def train_in_lockstep(
             dropout, whose masks differ between frameworks.
         batches: images ``[B, H, W, C]`` of one size and labels ``[B]``, for one step each.
         total_steps: the length of the schedule.
-        mean, std: for :func:`cifar_jax.train_step.normalize`.
+        mean, std: for :func:`cifar_jax.steps.train_step.normalize`.
 
     Yields:
         After each step: our state, whose memory the next step reuses, our loss, and PyTorch's loss.

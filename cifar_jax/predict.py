@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
+from cifar_jax.checkpoints.workdir import step_folder
 from cifar_jax.config import FitName
 from cifar_jax.errors import CifarJaxError, DataError, shown
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
-from cifar_jax.workdir import step_folder
 
 if TYPE_CHECKING:  # slow to import: wrong options are reported before
-    from cifar_jax.inference import Logits
-    from cifar_jax.trained import TrainedNetwork
+    from cifar_jax.checkpoints.trained import TrainedNetwork
+    from cifar_jax.scoring.inference import Logits
 
 DESCRIPTION = """\
 Classify images with a trained network: the probability of each class.
@@ -61,7 +61,7 @@ def predict(
     """What ``--json`` prints for each image in ``files``, in order.
 
     Args:
-        logits: of ``network``, from :func:`cifar_jax.inference.make_logits`.
+        logits: of ``network``, from :func:`cifar_jax.scoring.inference.make_logits`.
         files: paths; ``-`` is standard input.
 
     Yields:
@@ -69,8 +69,8 @@ def predict(
     """
     import numpy as np
 
-    from cifar_jax.images import read_image
-    from cifar_jax.inference import softmax
+    from cifar_jax.data.images import read_image
+    from cifar_jax.scoring.inference import softmax
 
     for start in range(0, len(files), BATCH_SIZE):
         batch = files[start : start + BATCH_SIZE]
@@ -102,7 +102,7 @@ def find_images(names: Sequence[str]) -> list[str]:
     Raises:
         DataError: a folder contains no image.
     """
-    from cifar_jax.images import image_suffixes
+    from cifar_jax.data.images import image_suffixes
 
     suffixes = image_suffixes()
     files: list[str] = []
@@ -135,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     step_folder(Path(options.checkpoint))  # fail early, before the slow imports of trained.load
     import numpy as np
 
-    from cifar_jax import trained
-    from cifar_jax.inference import make_logits
+    from cifar_jax.checkpoints import trained
+    from cifar_jax.scoring.inference import make_logits
 
     files = find_images(names)
     network = trained.load(Path(options.checkpoint))

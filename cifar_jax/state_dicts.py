@@ -17,11 +17,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cifar_jax.airbench import Airbench
+from cifar_jax.checkpoints.network_metadata import Description, parse_description, refusing
+from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import ModelName, TrainConfig
-from cifar_jax.dataset import ImageShape
+from cifar_jax.data.dataset import ImageShape
 from cifar_jax.errors import CheckpointError, CifarJaxError, ResourceError, UsageError
-from cifar_jax.initializers import WHITENING_SIDE
 from cifar_jax.layout import (
     StateDict,
     TorchLayout,
@@ -30,9 +30,9 @@ from cifar_jax.layout import (
     from_torch,
     to_torch,
 )
-from cifar_jax.models import ConvNet, Model, create_model, torch_layout
-from cifar_jax.network_metadata import Description, parse_description, refusing
-from cifar_jax.trained import TrainedNetwork
+from cifar_jax.networks.airbench import Airbench
+from cifar_jax.networks.initializers import WHITENING_SIDE
+from cifar_jax.networks.models import ConvNet, Model, create_model, torch_layout
 
 Shape = tuple[int, ...]
 
@@ -241,7 +241,8 @@ def network_of(path: Path, state_dict: StateDict, metadata: dict[str, str]) -> T
     """The network in the file ``path``, as its own ``metadata`` describes it; both are untrusted.
 
     Args:
-        metadata: from :meth:`cifar_jax.trained.TrainedNetwork.metadata`; other keys are ignored.
+        metadata: from :meth:`cifar_jax.checkpoints.trained.TrainedNetwork.metadata`; other
+            keys are ignored.
 
     Raises:
         CheckpointError: the metadata describes no network, or one of other tensors.

@@ -72,19 +72,19 @@ class SummaryOptions(Options):
 def summarize(options: SummaryOptions) -> dict[str, Any]:
     """What ``--json`` prints.
 
-    ``layers`` (the fields of :class:`cifar_jax.layer_table.LayerRow`), ``total_params``,
+    ``layers`` (the fields of :class:`cifar_jax.networks.layer_table.LayerRow`), ``total_params``,
     ``total_macs`` of one image, ``total_activation_bytes``, ``training`` (bytes, see
-    :class:`cifar_jax.step_memory.StepMemory`) and ``largest_batch``, None unless asked for.
+    :class:`cifar_jax.steps.step_memory.StepMemory`) and ``largest_batch``, None unless asked for.
 
     Raises:
         DataError: the images are too small for the network.
     """
     import jax
 
-    from cifar_jax.layer_table import layer_table
-    from cifar_jax.models import create_model
-    from cifar_jax.parallel import select_devices
-    from cifar_jax.step_memory import largest_batch, step_memory
+    from cifar_jax.networks.layer_table import layer_table
+    from cifar_jax.networks.models import create_model
+    from cifar_jax.steps.parallel import select_devices
+    from cifar_jax.steps.step_memory import largest_batch, step_memory
 
     select_devices("all")  # raises if there are none
     image_shape = (options.image_size, options.image_size, options.channels)

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from cifar_jax.airbench import Airbench
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import ImageShape
+from cifar_jax.data.dataset import ImageShape
 from cifar_jax.errors import CheckpointError, CifarJaxError, ResourceError, UsageError
-from cifar_jax.initializers import WHITENING_SIDE
 from cifar_jax.layout import StateDict
-from cifar_jax.models import ConvNet, Model, ResNet9
+from cifar_jax.networks.airbench import Airbench
+from cifar_jax.networks.initializers import WHITENING_SIDE
+from cifar_jax.networks.models import ConvNet, Model, ResNet9
 
 
 class Network(nn.Module):
@@ -246,7 +246,7 @@ def loss_and_gradients(
 def make_optimizer(
     twin: nn.Module, config: TrainConfig, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """The optimizer of :mod:`cifar_jax.optim` for ``config``, in PyTorch.
+    """The optimizer of :mod:`cifar_jax.steps.optim` for ``config``, in PyTorch.
 
     Raises:
         ValueError: the optimizer is Muon, which has no twin here.

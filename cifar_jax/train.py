@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax import __version__, cli
-from cifar_jax.allocator import keep_freed_memory
+from cifar_jax.checkpoints.workdir import checkpoints_of, is_converted, saved_steps, step_folder
 from cifar_jax.config import (
     OF_THIS_START,
     PRESETS,
@@ -23,9 +23,9 @@ from cifar_jax.config import (
     from_json,
 )
 from cifar_jax.errors import CheckpointError, ResourceError, UsageError
-from cifar_jax.lock import locked
-from cifar_jax.stop_signals import signals_held
-from cifar_jax.workdir import checkpoints_of, is_converted, saved_steps, step_folder
+from cifar_jax.system.allocator import keep_freed_memory
+from cifar_jax.system.lock import locked
+from cifar_jax.system.stop_signals import signals_held
 
 DESCRIPTION = """\
 Train a network on CIFAR-10, or on a folder of images of your own, and score it on the test set.
@@ -75,13 +75,13 @@ def train_and_evaluate(config: TrainConfig, workdir: str | Path) -> dict[str, An
         if config.coordinator is None:
             run.enter_context(locked(workdir))
         # Late imports, so that wrong options are reported before NumPy, JAX and TensorFlow start.
-        from cifar_jax.sources import check_source
+        from cifar_jax.data.sources import check_source
 
         check_source(config.data, config.image_size)
         _prepare_runtime(config)
         with signals_held():  # an exception during JAX's import can abort the process
-            from cifar_jax.distributed import is_first, joined
-            from cifar_jax.loop import train_and_test
+            from cifar_jax.training.distributed import is_first, joined
+            from cifar_jax.training.loop import train_and_test
 
         run.enter_context(joined(config, workdir))
         if config.coordinator is not None and is_first():

@@ -33,8 +33,8 @@ import first_step
 from bench import steps, whole
 from bench.figure import draw
 from cifar_jax import cli
-from cifar_jax.files import write_atomically
-from cifar_jax.sources import check_source
+from cifar_jax.data.sources import check_source
+from cifar_jax.system.files import write_atomically
 from machine import environment
 from output import check_output
 

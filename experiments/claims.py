@@ -24,9 +24,9 @@ from typing import Any
 import jax
 
 from cifar_jax import cli
+from cifar_jax.data.sources import NAMES, check_source
 from cifar_jax.errors import UsageError
-from cifar_jax.files import write_atomically
-from cifar_jax.sources import NAMES, check_source
+from cifar_jax.system.files import write_atomically
 from claims import CLAIMS, markdown
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Values, from_json, to_json
 from claims.code import code_of

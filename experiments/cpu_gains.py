@@ -22,8 +22,10 @@ from flax import linen as nn
 
 import paired_timing
 from bench import steps
-from cifar_jax import cli, convolution, models, parallel, winograd
-from cifar_jax.files import write_atomically
+from cifar_jax import cli
+from cifar_jax.networks import convolution, models, winograd
+from cifar_jax.steps import parallel
+from cifar_jax.system.files import write_atomically
 from machine import environment
 from output import check_output
 

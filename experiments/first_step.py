@@ -11,8 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cifar_jax.data.sources import NAMES
 from cifar_jax.errors import ResourceError
-from cifar_jax.sources import NAMES
 
 
 def data_options(source: str, data_dir: str | None) -> list[str]:

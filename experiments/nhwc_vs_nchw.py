@@ -31,9 +31,9 @@ from typing import Any
 import jax
 
 from cifar_jax import cli
+from cifar_jax.data.sources import check_source
 from cifar_jax.errors import UsageError
-from cifar_jax.files import write_atomically
-from cifar_jax.sources import check_source
+from cifar_jax.system.files import write_atomically
 from layouts.figure import draw
 from layouts.hlo import inspect_hlo
 from layouts.models import compare_models, compare_optimizers

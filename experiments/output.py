@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cifar_jax.errors import UsageError
-from cifar_jax.files import try_to_write, writing
+from cifar_jax.system.files import try_to_write, writing
 
 
 def check_output(output: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax import cli
-from cifar_jax.files import write_atomically
+from cifar_jax.system.files import write_atomically
 from machine import environment
 from output import check_output
 

@@ -26,19 +26,19 @@ from matplotlib.figure import Figure
 
 from cifar_jax import cli
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import ImageShape
-from cifar_jax.files import write_atomically
-from cifar_jax.models import create_model
-from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import (
+from cifar_jax.data.dataset import ImageShape
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps.optim import make_optimizer, make_schedule
+from cifar_jax.steps.parallel import (
     AXIS_NAME,
     compile_step,
     empty_batch,
     replicate,
     select_devices,
 )
-from cifar_jax.step_memory import step_memory
-from cifar_jax.train_step import create_train_state, make_train_step
+from cifar_jax.steps.step_memory import step_memory
+from cifar_jax.steps.train_step import create_train_state, make_train_step
+from cifar_jax.system.files import write_atomically
 from machine import environment
 from output import check_output
 

@@ -25,10 +25,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from cifar_jax import __version__, cli, shapes
+from cifar_jax import __version__, cli
+from cifar_jax.data import shapes
+from cifar_jax.data.images import png
 from cifar_jax.errors import ExitCode
-from cifar_jax.files import write_atomically
-from cifar_jax.images import png
+from cifar_jax.system.files import write_atomically
 from machine import environment
 from output import check_output
 from processes import losses, start

@@ -38,10 +38,10 @@ import numpy as np
 
 from airbench.recipe import RECIPES, Recipe
 from cifar_jax import cli
-from cifar_jax.dataset import ImageFiles, Split, array_digest, stratified_choice
+from cifar_jax.data.dataset import ImageFiles, Split, array_digest, stratified_choice
+from cifar_jax.data.sources import check_source, load_splits
 from cifar_jax.errors import DataError, NumericsError, ResourceError, UsageError, first_line
-from cifar_jax.files import check_is_new, write_atomically
-from cifar_jax.sources import check_source, load_splits
+from cifar_jax.system.files import check_is_new, write_atomically
 from machine import environment
 from output import check_output
 
@@ -328,7 +328,7 @@ def _load(source: str, arguments: argparse.Namespace) -> tuple[Split, Split, str
 
 
 def _decoded(split: Split) -> Split:
-    from cifar_jax import images
+    from cifar_jax.data import images
 
     return images.decode(split) if isinstance(split.images, ImageFiles) else split
 

@@ -25,14 +25,15 @@ import numpy as np
 from airbench.measure import make_setting, takes_kernels
 from airbench.recipe import Recipe
 from airbench.run import Setting, draw_batches, reflect_pad, train_step
-from cifar_jax import cli, shapes
-from cifar_jax.dataset import Split
+from cifar_jax import cli
+from cifar_jax.data import shapes
+from cifar_jax.data.dataset import Split
 from cifar_jax.errors import NumericsError
-from cifar_jax.files import check_is_new, write_atomically
-from cifar_jax.initializers import whiten
-from cifar_jax.parallel import compile_lowered
+from cifar_jax.networks.initializers import whiten
 from cifar_jax.parity import relative_difference
-from cifar_jax.train_step import TrainState, initial_train_state, normalize
+from cifar_jax.steps.parallel import compile_lowered
+from cifar_jax.steps.train_step import TrainState, initial_train_state, normalize
+from cifar_jax.system.files import check_is_new, write_atomically
 from machine import environment
 from output import check_output
 

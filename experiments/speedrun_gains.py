@@ -28,14 +28,16 @@ from jax import lax
 from airbench.measure import make_setting, takes_kernels
 from airbench.recipe import Recipe
 from airbench.run import draw_batches, reflect_pad, train_step
-from cifar_jax import blocks, cli, convolution, muon
-from cifar_jax.convolution import conv3x3
-from cifar_jax.dataset import Split
+from cifar_jax import cli
+from cifar_jax.data.dataset import Split
 from cifar_jax.errors import UsageError
-from cifar_jax.files import check_is_new, write_atomically
-from cifar_jax.parallel import compile_lowered
-from cifar_jax.train_step import initial_train_state
-from cifar_jax.winograd import Padding
+from cifar_jax.networks import blocks, convolution
+from cifar_jax.networks.convolution import conv3x3
+from cifar_jax.networks.winograd import Padding
+from cifar_jax.steps import muon
+from cifar_jax.steps.parallel import compile_lowered
+from cifar_jax.steps.train_step import initial_train_state
+from cifar_jax.system.files import check_is_new, write_atomically
 from machine import environment
 from output import check_output
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 import first_step
 from cifar_jax import cli
-from cifar_jax.files import write_atomically
+from cifar_jax.system.files import write_atomically
 from machine import environment
 from output import check_output
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import first_step
 from cifar_jax import cli
+from cifar_jax.data.sources import check_source
 from cifar_jax.errors import UsageError
-from cifar_jax.files import write_atomically
-from cifar_jax.sources import check_source
+from cifar_jax.system.files import write_atomically
 from machine import environment
 from output import check_output
 

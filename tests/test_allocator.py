@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.parallel import aligned, shard
-from cifar_jax.start import start
-from cifar_jax.train_step import TrainState
+from cifar_jax.steps.parallel import aligned, shard
+from cifar_jax.steps.train_step import TrainState
+from cifar_jax.training.start import start
 
 TWICE = """if True:
     import resource, sys
@@ -52,8 +52,8 @@ def test_memory_that_was_freed_is_used_again_without_asking_for_its_pages() -> N
 COMPILED = """if True:
     import sys
     import jax
-    from cifar_jax.allocator import keep_freed_memory
-    from cifar_jax.parallel import compile_lowered
+    from cifar_jax.system.allocator import keep_freed_memory
+    from cifar_jax.steps.parallel import compile_lowered
     def resident():
         return int(open("/proc/self/statm").read().split()[1]) * 4096
     keep_freed_memory()
@@ -90,8 +90,8 @@ def addresses(state: TrainState) -> list[int]:
 IN_PLACE = """if True:
     import sys
     from pathlib import Path
-    from cifar_jax import trained
-    from cifar_jax.parallel import aligned, select_devices
+    from cifar_jax.checkpoints import trained
+    from cifar_jax.steps.parallel import aligned, select_devices
     if sys.argv[1] == "training":
         select_devices(1)
     elif sys.argv[1] == "a network":

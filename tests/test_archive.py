@@ -33,11 +33,11 @@ import numpy as np
 import pytest
 from conftest import CIFAR10_NAMES, write_images
 
-from cifar_jax import archive, cifar10_archive, listing, sources
-from cifar_jax.dataset import Split
+from cifar_jax.data import archive, cifar10_archive, listing, sources
+from cifar_jax.data.dataset import Split
+from cifar_jax.data.listing import list_images
+from cifar_jax.data.sources import load_dataset
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.listing import list_images
-from cifar_jax.sources import load_dataset
 from cifar_jax.state_dicts import (
     check_numbers,
     identify,
@@ -418,7 +418,8 @@ def start(program: str, *arguments: Any, **options: Any) -> subprocess.Popen[str
     program = f"""if True:
         import os, resource, signal, sys
         from pathlib import Path
-        from cifar_jax import archive, cli
+        from cifar_jax import cli
+        from cifar_jax.data import archive
         path, into = map(Path, sys.argv[1:3])
         {program}
         cli.run(lambda: print(archive.extract_once(path, into)))
@@ -456,7 +457,7 @@ def test_of_two_processes_one_extracts_and_the_other_waits(
     path, into = tgz_of(image_folder, tmp_path / "images.tar.gz"), tmp_path / "into"
     into.mkdir()
     program = """
-        from cifar_jax import lock
+        from cifar_jax.system import lock
         lock._QUIET_SECONDS = 0.1
         extract = archive._extract
         archive._extract = lambda *arguments: print("extracting") or extract(*arguments)"""
@@ -761,7 +762,7 @@ def tfds_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 def test_a_download_that_fails_is_told_in_one_line_and_can_be_tried_again(
     tmp_path: Path, tfds_from: Any, kind: str, reasons: list[str]
 ) -> None:
-    from cifar_jax.input_pipeline import read_cifar10
+    from cifar_jax.data.input_pipeline import read_cifar10
 
     tfds_from(kind)
     with pytest.raises(CifarJaxError) as caught:
@@ -781,7 +782,7 @@ def test_a_download_that_fails_is_told_in_one_line_and_can_be_tried_again(
 def test_a_disk_that_is_full_while_cifar10_is_prepared(
     writer: str, tmp_path: Path, tfds_from: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cifar_jax.input_pipeline import read_cifar10, tf
+    from cifar_jax.data.input_pipeline import read_cifar10, tf
 
     def full(*_: Any) -> None:  # as a real one raises
         raise tf.errors.ResourceExhaustedError(None, None, "x.tfrecord; No space left on device")
@@ -833,7 +834,7 @@ def test_of_two_processes_one_prepares_cifar10(
             info.touch()
         return {"train": split, "test": split}, tuple(CIFAR10_NAMES)
 
-    monkeypatch.setattr("cifar_jax.input_pipeline.read_cifar10", read_cifar10)
+    monkeypatch.setattr("cifar_jax.data.input_pipeline.read_cifar10", read_cifar10)
     monkeypatch.setattr(sources, "_download_obstacle", lambda: None)
     with ThreadPoolExecutor(2) as pool:
         load = functools.partial(load_dataset, "cifar10", data_dir=str(tmp_path / "data"))

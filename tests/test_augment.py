@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax.augment import (
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import CifarJaxError
+from cifar_jax.steps.augment import (
     check_augmentation,
     cutout,
     make_augmentation,
     random_crop,
     random_flip,
 )
-from cifar_jax.config import TrainConfig
-from cifar_jax.errors import CifarJaxError
 
 IMAGE = np.arange(6 * 6 * 2, dtype=np.uint8).reshape(6, 6, 2)
 KEYS = jax.random.split(jax.random.key(0), 200)

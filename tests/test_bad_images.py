@@ -27,15 +27,16 @@ from conftest import GREY, RGB, write_images
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin
 
-from cifar_jax import host_input, images, input_pipeline
+from cifar_jax.checkpoints.workdir import saved_steps
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import ImageFiles, ImageShape, Split
+from cifar_jax.data import images, input_pipeline
+from cifar_jax.data.dataset import ImageFiles, ImageShape, Split
+from cifar_jax.data.images import probe_shape, read_image
+from cifar_jax.data.listing import list_images
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.evaluate import EvaluateOptions, evaluate
-from cifar_jax.images import probe_shape, read_image
-from cifar_jax.listing import list_images
+from cifar_jax.steps import host_input
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.workdir import saved_steps
 
 THREE_GREY = np.dstack([GREY] * 3)
 ALPHA = GREY[:, ::-1]

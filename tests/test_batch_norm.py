@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax.batch_norm import BatchNorm
+from cifar_jax.networks.batch_norm import BatchNorm
 
 OPTIONS: dict[str, Any] = {"momentum": 0.8, "epsilon": 1e-3}
 

@@ -16,7 +16,7 @@ from bench import pipeline, steps, whole
 from bench.figure import draw
 from bench.steps import _flops
 from cifar_jax.config import TrainConfig
-from cifar_jax.optim import make_schedule
+from cifar_jax.steps.optim import make_schedule
 from paired_timing import Spec, Timing
 
 

@@ -116,7 +116,7 @@ def test_sound_images_of_other_sizes_are_not_called_bad(
 
 def test_it_runs_without_tensorflow(image_folder: Path) -> None:
     script = (
-        "import sys; from cifar_jax import shapes; from cifar_jax.check_data import main;"
+        "import sys; from cifar_jax.data import shapes; from cifar_jax.check_data import main;"
         "shapes.N_TRAIN = 100; main([sys.argv[1]]); main(['shapes']);"
         "assert not {'tensorflow', 'jax'} & set(sys.modules)"
     )

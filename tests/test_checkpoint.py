@@ -22,12 +22,12 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 
-from cifar_jax import checkpoint
-from cifar_jax.checkpoint import restore, restore_newest, save, tree_sha256
+from cifar_jax.checkpoints import checkpoint
+from cifar_jax.checkpoints.checkpoint import restore, restore_newest, save, tree_sha256
+from cifar_jax.checkpoints.workdir import saved_steps
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
-from cifar_jax.files import write_atomically
-from cifar_jax.train_step import TrainState
-from cifar_jax.workdir import saved_steps
+from cifar_jax.steps.train_step import TrainState
+from cifar_jax.system.files import write_atomically
 
 
 def make_state(step: int, width: int = 3) -> TrainState:
@@ -193,7 +193,7 @@ SAVE = """if True:
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from test_checkpoint import make_state, save_steps
-    from cifar_jax import checkpoint
+    from cifar_jax.checkpoints import checkpoint
     folder = Path(sys.argv[2])
     save_steps(folder, 5, 10)
     def die(*args):
@@ -285,7 +285,7 @@ def test_a_text_is_on_the_disk_before_it_takes_the_place_of_another(
 def test_a_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     script = (
-        "import sys; from pathlib import Path; from cifar_jax.files import write_atomically;"
+        "import sys; from pathlib import Path; from cifar_jax.system.files import write_atomically;"
         "write_atomically(Path(sys.argv[1]), '\\u00b1')"
     )
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

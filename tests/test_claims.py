@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import EXPERIMENTS
 
-from cifar_jax.dataset import Split
+from cifar_jax.data.dataset import Split
 from cifar_jax.errors import CifarJaxError
 from claims import CLAIMS, code
 from claims.claim import CAVEAT, FAILS, HOLDS, from_json, to_json

@@ -10,12 +10,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from cifar_jax import compilation_cache
-from cifar_jax.compilation_cache import use_compilation_cache
+from cifar_jax.data.sources import check_source
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.sources import check_source
+from cifar_jax.system import compilation_cache
+from cifar_jax.system.compilation_cache import use_compilation_cache
 
-SET_UP = "from cifar_jax.compilation_cache import use_compilation_cache; use_compilation_cache()"
+SET_UP = (
+    "from cifar_jax.system.compilation_cache import use_compilation_cache; use_compilation_cache()"
+)
 COMPUTE = "print(jax.jit(lambda x: 2 * x + 1)(20.5))"
 PROGRAM = f"{SET_UP}; import jax; {COMPUTE}"
 JAX_FIRST = f"import jax; {SET_UP}; {COMPUTE}"
@@ -54,7 +56,7 @@ def test_programs_are_kept_for_the_next_command(
 
 SEVERAL_DEVICES = """if True:
     import numpy as np
-    from cifar_jax.parallel import AXIS_NAME, compile_step, select_devices
+    from cifar_jax.steps.parallel import AXIS_NAME, compile_step, select_devices
     import jax
     def step(state, batch):
         return jax.lax.pmean(state + batch["x"].mean(), AXIS_NAME)
@@ -138,7 +140,7 @@ def test_a_named_folder_that_others_have_filled_is_read(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "theirs"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     program = (
-        "import errno, os, sys; from cifar_jax import compilation_cache\n"
+        "import errno, os, sys; from cifar_jax.system import compilation_cache\n"
         "def refuse(folder): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))\n"
         "if sys.argv[1:]: compilation_cache.try_to_write = refuse\n"
         f"{SET_UP}\nimport jax\n"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from cifar_jax import winograd
-from cifar_jax.blocks import Conv
-from cifar_jax.convolution import conv3x3, paired_conv
-from cifar_jax.winograd import Padding
+from cifar_jax.networks import winograd
+from cifar_jax.networks.blocks import Conv
+from cifar_jax.networks.convolution import conv3x3, paired_conv
+from cifar_jax.networks.winograd import Padding
 
 ALL_ROUND: Padding = ((1, 1), (1, 1))
 PADDINGS: list[Padding] = [ALL_ROUND, ((1, 0), (1, 0)), ((1, 1), (1, 0)), ((1, 0), (1, 1))]

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cifar_jax import shapes
-from cifar_jax.dataset import (
+from cifar_jax.data import shapes
+from cifar_jax.data.dataset import (
     Split,
     array_digest,
     channel_statistics,

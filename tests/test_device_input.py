@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 from jax import lax
 
-from cifar_jax import device_input, host_input, input_pipeline
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, Split
+from cifar_jax.data import input_pipeline
+from cifar_jax.data.dataset import Dataset, Split
+from cifar_jax.data.sources import load_dataset, load_splits
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.models import create_model
-from cifar_jax.parallel import AXIS_NAME, select_devices
-from cifar_jax.sources import load_dataset, load_splits
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps import device_input, host_input
+from cifar_jax.steps.augment import make_augmentation
+from cifar_jax.steps.parallel import AXIS_NAME, select_devices
+from cifar_jax.steps.train_step import augment_batch
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.train_step import augment_batch
 
 RNG = np.random.default_rng(0)
 SPLIT = Split(

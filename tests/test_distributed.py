@@ -18,16 +18,16 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import distributed
-from cifar_jax import start as start_module
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, Split
+from cifar_jax.data.dataset import Dataset, Split
 from cifar_jax.errors import CifarJaxError, DataError, ExitCode, Stopped
 from cifar_jax.evaluate import EvaluateOptions, evaluate
-from cifar_jax.parallel import local_devices, local_rows, select_devices
-from cifar_jax.run import Progress
+from cifar_jax.steps.parallel import local_devices, local_rows, select_devices
+from cifar_jax.steps.train_step import TrainState
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.train_step import TrainState
+from cifar_jax.training import distributed
+from cifar_jax.training import start as start_module
+from cifar_jax.training.run import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ("--model", "linear", "--batch-size", "16", "--epochs", "2", "--input", "device")
@@ -36,7 +36,8 @@ RUN = ("--model", "linear", "--batch-size", "16", "--epochs", "2", "--input", "d
 # `cifar_jax.train`, with less patience with the silence of others.
 PATIENCE_SECONDS = 10
 LAUNCH = f"""if True:
-    from cifar_jax import cli, distributed, train
+    from cifar_jax import cli, train
+    from cifar_jax.training import distributed
     distributed._HEARTBEAT_SECONDS = {PATIENCE_SECONDS}
     cli.run(train.main)
 """
@@ -228,7 +229,8 @@ def test_all_processes_score_the_same_network(
     """Also where one of them cannot read the best checkpoint."""
     launch = f"""if True:
         import sys
-        from cifar_jax import checkpoint, cli, train
+        from cifar_jax import cli, train
+        from cifar_jax.checkpoints import checkpoint
         from cifar_jax.errors import CheckpointError
         def unreadable(*arguments, **options):
             raise CheckpointError("it cannot be read", fix="wait")
@@ -307,7 +309,7 @@ def test_one_that_leaves_alone_has_the_exit_status_of_its_error(
     error: BaseException, status: int, tmp_path: Path
 ) -> None:
     script = (
-        "import sys, threading; from cifar_jax import distributed;"
+        "import sys, threading; from cifar_jax.training import distributed;"
         "distributed._leave_alone_after(0.2, int(sys.argv[1])); print('the end');"
         "threading.Thread(target=threading.Event().wait).start()"  # never ends: as a lost peer
     )
@@ -322,7 +324,8 @@ def test_two_processes_on_one_gpu_are_told_so_and_not_to_start_again(tmp_path: P
         "warning(error) log entry (may be unrelated) 'Duplicate GPU detected : rank 1 and rank 0'"
     )
     script = (
-        "import sys, jax; from pathlib import Path; from cifar_jax import config, distributed\n"
+        "import sys, jax; from pathlib import Path; from cifar_jax import config\n"
+        "from cifar_jax.training import distributed\n"
         "address, workdir, message = sys.argv[1:]\n"
         "c = config.TrainConfig(coordinator=address, num_processes=1, process_id=0)\n"
         "try:\n"
@@ -443,7 +446,7 @@ def test_a_task_may_be_alone_with_its_gpus(environment: dict[str, str], alone: b
 def test_a_task_that_is_alone_with_its_gpus_uses_all_of_them(nodes: str, used: str) -> None:
     """The task is number 1 on its machine, and JAX by itself would take GPU 1."""
     script = (
-        "import jax; from cifar_jax import config, distributed;"
+        "import jax; from cifar_jax import config; from cifar_jax.training import distributed;"
         "distributed._meet(config.TrainConfig(coordinator='auto'));"
         "print(jax.config.read('jax_cuda_visible_devices'))"
     )

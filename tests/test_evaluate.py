@@ -14,13 +14,15 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from cifar_jax import plots, shapes, trained
+from cifar_jax.checkpoints import trained
+from cifar_jax.data import shapes
+from cifar_jax.data.sources import load_splits
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.evaluate import EvaluateOptions, describe, evaluate, main
-from cifar_jax.inference import make_logits
-from cifar_jax.labelled import load_labelled
-from cifar_jax.scores import score
-from cifar_jax.sources import load_splits
+from cifar_jax.scoring import plots
+from cifar_jax.scoring.inference import make_logits
+from cifar_jax.scoring.labelled import load_labelled
+from cifar_jax.scoring.scores import score
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +274,7 @@ def test_the_picture_of_calibration_has_accuracy_over_confidence(
 
 
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
-    from cifar_jax.plots import save_confusion, save_mistakes
+    from cifar_jax.scoring.plots import save_confusion, save_mistakes
 
     scores = score(np.eye(2), np.array([0, 1], np.int32))
     save_confusion(scores, ["$\\x$", "b"], "$\\x$", tmp_path / "a.png")
@@ -285,7 +287,7 @@ def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
 
 def test_pictures_stay_small_whatever_the_classes_are(tmp_path: Path) -> None:
     """Matplotlib's warnings, as of labels that leave no room, would be errors here."""
-    from cifar_jax.plots import save_confusion, save_mistakes
+    from cifar_jax.scoring.plots import save_confusion, save_mistakes
 
     names = ["\N{CJK UNIFIED IDEOGRAPH-718A}", "a" * 200]
     save_confusion(score(np.eye(2), np.array([0, 1], np.int32)), names, "two", tmp_path / "a.png")
@@ -313,8 +315,8 @@ def test_an_output_that_cannot_be_written_is_said_behind_the_scores(
 def test_one_epoch_is_drawn_at_a_whole_number(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cifar_jax import plots
-    from cifar_jax.metrics import read_history
+    from cifar_jax.scoring import plots
+    from cifar_jax.steps.metrics import read_history
 
     figures: list[Any] = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.data.input_pipeline import tf
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.input_pipeline import tf
 from cifar_jax.train import train_and_evaluate
 
 

@@ -23,24 +23,25 @@ import onnxruntime
 import pytest
 import torch
 
-from cifar_jax import shapes, trained
+from cifar_jax.checkpoints import trained
+from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import ExportFormat, TrainConfig
 from cifar_jax.convert import ConvertOptions, convert
+from cifar_jax.data import shapes
 from cifar_jax.errors import CifarJaxError, ExitCode
 from cifar_jax.export import __main__ as command
 from cifar_jax.export import formats
 from cifar_jax.export.__main__ import TOLERANCE, export_network, main
-from cifar_jax.inference import make_logits
-from cifar_jax.models import create_model
+from cifar_jax.networks.models import create_model
+from cifar_jax.scoring.inference import make_logits
 from cifar_jax.state_dicts import read_state_dict
 from cifar_jax.torch_reference import make_twin
-from cifar_jax.trained import TrainedNetwork
 
 FORMATS: tuple[ExportFormat, ...] = ("stablehlo", "onnx", "safetensors", "pth")
 ZOO = {
     "linear": (TrainConfig(model="linear"), (8, 8, 3)),
     "mlp": (TrainConfig(model="mlp", hidden=(6, 5), dropout=0.5), (6, 9, 3)),
-    # Of so many channels, and 4 pixels wide, is what cifar_jax.winograd computes on a CPU.
+    # Of so many channels, and 4 pixels wide, is what cifar_jax.networks.winograd computes on a CPU.
     "cnn": (TrainConfig(model="cnn", widths=(32, 33, 6), hidden=(7,)), (8, 8, 3)),
     "cnn-norm-grey": (
         TrainConfig(model="cnn", widths=(4, 5), hidden=(7,), batch_norm=True),

@@ -13,11 +13,11 @@ from conftest import GREY, RGB
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifar_jax import images
-from cifar_jax.dataset import ImageFiles, Split
+from cifar_jax.data import images
+from cifar_jax.data.dataset import ImageFiles, Split
+from cifar_jax.data.images import image_suffixes, read_image
+from cifar_jax.data.input_pipeline import decode
 from cifar_jax.errors import CifarJaxError, DataError, ExitCode
-from cifar_jax.images import image_suffixes, read_image
-from cifar_jax.input_pipeline import decode
 
 RNG = np.random.default_rng(0)
 

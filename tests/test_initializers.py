@@ -9,8 +9,14 @@ import pytest
 import torch
 from jax import lax
 
-from cifar_jax.airbench import Whitening
-from cifar_jax.initializers import partly_identity, uniform, unit_std, whiten, whitening_kernel
+from cifar_jax.networks.airbench import Whitening
+from cifar_jax.networks.initializers import (
+    partly_identity,
+    uniform,
+    unit_std,
+    whiten,
+    whitening_kernel,
+)
 
 
 def correlated_images(n: int = 40, size: int = 9) -> np.ndarray:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_jax import images, input_pipeline
-from cifar_jax.dataset import ImageFiles, Split, epoch_order
+from cifar_jax.data import images, input_pipeline
+from cifar_jax.data.dataset import ImageFiles, Split, epoch_order
+from cifar_jax.data.images import probe_shape, read_checked, undecodable
+from cifar_jax.data.input_pipeline import decode, eval_batches, tf, train_batches
+from cifar_jax.data.sources import load_dataset, load_splits
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.images import probe_shape, read_checked, undecodable
-from cifar_jax.input_pipeline import decode, eval_batches, tf, train_batches
-from cifar_jax.sources import load_dataset, load_splits
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +249,9 @@ def test_a_command_ends_while_images_are_read_ahead(image_folder: Path) -> None:
     """However a pipeline was left: threads that call Python would wait for it for ever."""
     script = f"""
 import sys, time
-from cifar_jax import input_pipeline
+from cifar_jax.data import input_pipeline
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.sources import load_splits
+from cifar_jax.data.sources import load_splits
 
 read_checked = input_pipeline.read_checked
 def slowly(files, path):
@@ -280,7 +280,7 @@ def test_triton_is_loaded_before_tensorflow(tmp_path: Path) -> None:
     (tmp_path / "triton.py").write_text(
         "import sys; print('tensorflow' in sys.modules); raise RuntimeError('no driver')"
     )
-    command = [sys.executable, "-c", "import cifar_jax.input_pipeline; print('loaded')"]
+    command = [sys.executable, "-c", "import cifar_jax.data.input_pipeline; print('loaded')"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines() == ["False", "loaded"]

@@ -10,8 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from airbench import kernels
 from airbench.kernels import norm_gelu
-from cifar_jax.airbench import gelu
-from cifar_jax.pooling import max_pool
+from cifar_jax.networks.airbench import gelu
+from cifar_jax.networks.pooling import max_pool
 
 # Pooled or not, with one block to a program or several: B, H, W (pooled), C, programs at most.
 CASES = [

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from test_checkpoint import assert_equal, make_state, save_steps
 
-from cifar_jax.checkpoint import restore, restore_newest
+from cifar_jax.checkpoints.checkpoint import restore, restore_newest
 from cifar_jax.config import from_json
 from cifar_jax.errors import CifarJaxError
 from cifar_jax.train import train_and_evaluate

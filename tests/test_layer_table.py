@@ -16,9 +16,9 @@ from test_layout import random_variables
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.layer_table import LayerRow, layer_table
-from cifar_jax.layers import trace_layers
-from cifar_jax.models import MODELS, create_model
+from cifar_jax.networks.layer_table import LayerRow, layer_table
+from cifar_jax.networks.layers import trace_layers
+from cifar_jax.networks.models import MODELS, create_model
 
 CONFIGS = {name: TrainConfig(model=name) for name in MODELS} | {  # type: ignore[arg-type]
     "cnn with options": TrainConfig(model="cnn", batch_norm=True, dropout=0.1, widths=(5, 7)),

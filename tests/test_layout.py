@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cifar_jax import layout, torch_reference
 from cifar_jax.config import TrainConfig
-from cifar_jax.models import create_model, space_to_depth
+from cifar_jax.networks.models import create_model, space_to_depth
 
 # Every model with every option that changes its layers. The images are oblong, so that a height
 # taken for a width shows; one has odd sides, of which pooling drops the last row or column.

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cifar_jax import listing
+from cifar_jax.data import listing
+from cifar_jax.data.listing import Listing, list_images
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.listing import Listing, list_images
 
 
 def same(a: Listing, b: Listing) -> bool:

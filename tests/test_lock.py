@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from cifar_jax import lock
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.lock import alone_in, locked
+from cifar_jax.system import lock
+from cifar_jax.system.lock import alone_in, locked
 
 HOLD = """if True:
     import sys, time
     from pathlib import Path
-    from cifar_jax.lock import locked
+    from cifar_jax.system.lock import locked
     with locked(Path(sys.argv[1])):
         print("locked", flush=True)
         time.sleep(100)
@@ -26,7 +26,7 @@ COUNT = """if True:
     import sys
     from pathlib import Path
     from cifar_jax.errors import CifarJaxError
-    from cifar_jax.lock import locked
+    from cifar_jax.system.lock import locked
     counter, left = Path(sys.argv[1]) / "counter", 50
     while left:
         try:

@@ -10,7 +10,7 @@ import pytest
 
 from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.models import MODELS, create_model
+from cifar_jax.networks.models import MODELS, create_model
 from cifar_jax.state_dicts import identify
 
 CNN_CONVS = (

@@ -19,10 +19,10 @@ import nhwc_vs_nchw
 import paired_timing
 from cifar_jax import layout, parity, torch_reference
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, Split
+from cifar_jax.data.dataset import Dataset, Split
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.models import create_model
-from cifar_jax.train_step import normalize
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps.train_step import normalize
 from layouts import models, nchw_program, timings, training
 from layouts.figure import draw
 from layouts.hlo import count_moves

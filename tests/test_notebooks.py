@@ -15,11 +15,12 @@ import pytest
 from nbclient import NotebookClient
 
 import cifar_jax.train
-from cifar_jax import shapes, trained
+from cifar_jax.checkpoints import trained
+from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import TrainConfig
 from cifar_jax.convert import ConvertOptions, convert
-from cifar_jax.shapes import CLASS_NAMES
-from cifar_jax.trained import TrainedNetwork
+from cifar_jax.data import shapes
+from cifar_jax.data.shapes import CLASS_NAMES
 
 # Runs, images and steps, which are there for the pictures and the figures, give way to few: what
 # runs is every line. Each stands in some notebook.
@@ -31,7 +32,7 @@ SMALLER = {
     r"range\(41\)": "range(11)",  # steps, of which each tenth is printed
     r"range\(10\)": "range(1)",  # epochs beside PyTorch
 }
-FEW_SHAPES = "from cifar_jax import shapes; shapes.N_TRAIN, shapes.N_TEST = 300, 100"
+FEW_SHAPES = "from cifar_jax.data import shapes; shapes.N_TRAIN, shapes.N_TEST = 300, 100"
 
 README = Path(__file__).parent.parent / "README.md"
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))

@@ -10,8 +10,8 @@ import pytest
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.muon import orthogonalize
-from cifar_jax.optim import make_optimizer, make_schedule
+from cifar_jax.steps.muon import orthogonalize
+from cifar_jax.steps.optim import make_optimizer, make_schedule
 
 PARAMS = {"Conv_0": {"kernel": jnp.array([2.0, -1.0]), "bias": jnp.array([3.0])}}
 GRADS = {"Conv_0": {"kernel": jnp.array([0.5, 0.25]), "bias": jnp.array([-1.0])}}

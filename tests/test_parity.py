@@ -19,9 +19,9 @@ from test_layout import CASES, random_variables
 
 from cifar_jax import layout, torch_reference
 from cifar_jax.config import PRESETS, TrainConfig
-from cifar_jax.models import create_model
-from cifar_jax.optim import make_schedule
+from cifar_jax.networks.models import create_model
 from cifar_jax.parity import Drift, Pair, measure_drift, relative_difference
+from cifar_jax.steps.optim import make_schedule
 
 # The largest relative differences. float64 rounds at 1e-16, float32 at 6e-8.
 LAYER = {

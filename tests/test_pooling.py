@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.pooling import max_pool
+from cifar_jax.networks.pooling import max_pool
 
 
 def linen_max_pool(x: jax.Array) -> jax.Array:

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_jax import inference, parallel, trained
+from cifar_jax.checkpoints import trained
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.inference import make_logits, softmax
 from cifar_jax.predict import BATCH_SIZE, _describe, find_images, main, predict
+from cifar_jax.scoring import inference
+from cifar_jax.scoring.inference import make_logits, softmax
+from cifar_jax.steps import parallel
 
 
 def run(

@@ -20,21 +20,21 @@ from jax import lax
 from PIL import Image
 from test_trained import rewrite_metadata
 
-from cifar_jax import checkpoint, trained
+from cifar_jax.checkpoints import checkpoint, trained
+from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.inference import make_logits
-from cifar_jax.labelled import load_labelled
-from cifar_jax.layers import trace_layers
-from cifar_jax.metrics import best_row
-from cifar_jax.models import create_model, space_to_depth
+from cifar_jax.networks.layers import trace_layers
+from cifar_jax.networks.models import create_model, space_to_depth
 from cifar_jax.report import figures as report_figures
 from cifar_jax.report import html
 from cifar_jax.report import page as report_page
 from cifar_jax.report.__main__ import ReportOptions, main, write_report
 from cifar_jax.report.run import read_run
-from cifar_jax.scores import wilson_interval
-from cifar_jax.trained import TrainedNetwork
+from cifar_jax.scoring.inference import make_logits
+from cifar_jax.scoring.labelled import load_labelled
+from cifar_jax.scoring.scores import wilson_interval
+from cifar_jax.steps.metrics import best_row
 
 HOSTILE = ("<b>bold", "<img src=x onerror=alert(1)>", "{{ 7 * 7 }} & 'so' \"on\"")
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from cifar_jax.inference import log_softmax, softmax
-from cifar_jax.scores import calibration_error, score, wilson_interval
+from cifar_jax.scoring.inference import log_softmax, softmax
+from cifar_jax.scoring.scores import calibration_error, score, wilson_interval
 
 LOGITS = np.log([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
 LABELS = np.array([0, 1, 1, 1], np.int32)

@@ -29,16 +29,17 @@ import uvicorn
 from conftest import pixels_of
 from PIL import Image
 
-from cifar_jax import shapes, trained
+from cifar_jax.checkpoints import trained
+from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import TrainConfig
+from cifar_jax.data import shapes
+from cifar_jax.data.images import read_image
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.images import read_image
-from cifar_jax.inference import make_logits, softmax
+from cifar_jax.scoring.inference import make_logits, softmax
 from cifar_jax.serve import __main__ as command
 from cifar_jax.serve import app
 from cifar_jax.serve.__main__ import main
 from cifar_jax.serve.app import MAX_BYTES, _stretched, find_samples, make_predict
-from cifar_jax.trained import TrainedNetwork
 
 SCRIPT = "<script>alert(1)</script>"
 MARKUP = "<img src=x onerror=alert(2)>"

@@ -12,10 +12,10 @@ import pytest
 from conftest import CIFAR10_NAMES, write_images
 from PIL import Image
 
-from cifar_jax import images, shapes, sources
-from cifar_jax.dataset import Dataset, ImageFiles, Split
+from cifar_jax.data import images, shapes, sources
+from cifar_jax.data.dataset import Dataset, ImageFiles, Split
+from cifar_jax.data.sources import load_dataset, load_splits
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.sources import load_dataset, load_splits
 
 
 @pytest.fixture

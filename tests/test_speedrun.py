@@ -46,13 +46,15 @@ from airbench.run import (
     train_whole,
     views,
 )
-from cifar_jax import blocks, layout, shapes, torch_reference
-from cifar_jax.airbench import Airbench, gelu
-from cifar_jax.dataset import Split
+from cifar_jax import layout, torch_reference
+from cifar_jax.data import shapes
+from cifar_jax.data.dataset import Split
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.layer_table import layer_table
-from cifar_jax.train_step import TrainState, initial_train_state, normalize
-from cifar_jax.winograd import Padding
+from cifar_jax.networks import blocks
+from cifar_jax.networks.airbench import Airbench, gelu
+from cifar_jax.networks.layer_table import layer_table
+from cifar_jax.networks.winograd import Padding
+from cifar_jax.steps.train_step import TrainState, initial_train_state, normalize
 
 SMALL = Recipe(widths=(4, 8), epochs=3, batch_size=20, whitening_epochs=2, dtype="float32")
 DEEP = dataclasses.replace(SMALL, deep=True, whitening_epochs=3, crop=3, cutout=5)
@@ -241,7 +243,7 @@ def test_the_scan_is_a_loop_over_steps_and_is_decided_by_its_key() -> None:
     np.testing.assert_array_equal(losses, again)
     assert not np.array_equal(losses, other)
     # The same, step by step.
-    from cifar_jax.initializers import whiten
+    from cifar_jax.networks.initializers import whiten
 
     images = normalize(examples.images, setting.mean, setting.std)
     start = state

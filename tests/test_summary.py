@@ -11,11 +11,11 @@ import jax
 import optax
 import pytest
 
-from cifar_jax import step_memory as module
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.models import create_model
-from cifar_jax.step_memory import largest_batch, step_memory
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps import step_memory as module
+from cifar_jax.steps.step_memory import largest_batch, step_memory
 from cifar_jax.summary import SummaryOptions, describe, main, summarize
 
 SHAPE = (8, 8, 3)

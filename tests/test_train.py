@@ -24,14 +24,19 @@ import pytest
 from conftest import write_images
 from jax import lax
 
-from cifar_jax import checkpoint, cli, host_input, plots, trained
-from cifar_jax import start as start_module
+from cifar_jax import cli
 from cifar_jax.__main__ import COMMANDS
+from cifar_jax.checkpoints import checkpoint, trained
+from cifar_jax.checkpoints.workdir import saved_steps
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.convert import main as convert_main
+from cifar_jax.data.sources import load_dataset
 from cifar_jax.errors import CifarJaxError, ExitCode, Stopped
-from cifar_jax.labelled import load_labelled, logits_of
-from cifar_jax.metrics import (
+from cifar_jax.scoring import plots
+from cifar_jax.scoring.labelled import load_labelled, logits_of
+from cifar_jax.scoring.scores import score
+from cifar_jax.steps import host_input
+from cifar_jax.steps.metrics import (
     TABLE_HEADER,
     EpochRow,
     RunningSums,
@@ -39,13 +44,11 @@ from cifar_jax.metrics import (
     epochs_without_progress,
     table_row,
 )
-from cifar_jax.parallel import select_devices
-from cifar_jax.scores import score
-from cifar_jax.sources import load_dataset
-from cifar_jax.stop_signals import signals_held
+from cifar_jax.steps.parallel import select_devices
+from cifar_jax.steps.train_step import normalize
+from cifar_jax.system.stop_signals import signals_held
 from cifar_jax.train import _saved_report, main, train_and_evaluate
-from cifar_jax.train_step import normalize
-from cifar_jax.workdir import saved_steps
+from cifar_jax.training import start as start_module
 
 STEPS_PER_EPOCH = 5  # of 16 images: 81 are trained on, of 90
 
@@ -103,7 +106,7 @@ def test_an_epoch_is_saved_before_it_is_told(
     def gone(row: EpochRow) -> str:
         raise BrokenPipeError
 
-    monkeypatch.setattr("cifar_jax.loop.table_row", gone)
+    monkeypatch.setattr("cifar_jax.training.loop.table_row", gone)
     with pytest.raises(BrokenPipeError):
         train_and_evaluate(config, tmp_path / "run")
     assert saved_steps(tmp_path / "run" / "checkpoints") == [STEPS_PER_EPOCH]
@@ -782,12 +785,12 @@ def launch(
 @pytest.mark.parametrize(
     ("where", "signum", "said"),
     [
-        ("cifar_jax.start.load_dataset", signal.SIGTERM, "nothing more was saved"),
-        ("cifar_jax.device_input.make_advance", signal.SIGTERM, "nothing more was saved"),
-        ("cifar_jax.loop._validate", signal.SIGTERM, "step 5 is saved"),
-        ("cifar_jax.checkpoint.save", signal.SIGINT, "step 5 is saved"),
-        ("cifar_jax.loop.test_and_report", signal.SIGTERM, "training is saved"),
-        ("cifar_jax.loop.test_and_report", signal.SIGINT, "--resume --workdir"),
+        ("cifar_jax.training.start.load_dataset", signal.SIGTERM, "nothing more was saved"),
+        ("cifar_jax.steps.device_input.make_advance", signal.SIGTERM, "nothing more was saved"),
+        ("cifar_jax.training.loop._validate", signal.SIGTERM, "step 5 is saved"),
+        ("cifar_jax.checkpoints.checkpoint.save", signal.SIGINT, "step 5 is saved"),
+        ("cifar_jax.training.loop.test_and_report", signal.SIGTERM, "training is saved"),
+        ("cifar_jax.training.loop.test_and_report", signal.SIGINT, "--resume --workdir"),
     ],
 )
 def test_a_signal_in_any_phase_ends_the_run_cleanly(
@@ -845,12 +848,12 @@ def test_a_signal_waits_for_the_import_of_jax(image_folder: Path, tmp_path: Path
         from cifar_jax import cli, train
         class Finder:
             def find_spec(self, name, path, target=None):
-                if name == "cifar_jax.loop":
+                if name == "cifar_jax.training.loop":
                     signal.raise_signal(signal.SIGTERM)
         sys.meta_path.insert(0, Finder())
         options = ["--data", {str(image_folder)!r}, "--workdir", {str(tmp_path / "run")!r}]
         def main():
-            atexit.register(lambda: print("cifar_jax.loop" in sys.modules, flush=True))
+            atexit.register(lambda: print("cifar_jax.training.loop" in sys.modules, flush=True))
             train.main(options)
         cli.run(main)
     """
@@ -864,7 +867,7 @@ def test_a_signal_waits_for_the_import_of_jax(image_folder: Path, tmp_path: Path
 def test_what_does_not_fit_into_memory_is_said(image_folder: Path, tmp_path: Path) -> None:
     """As a GPU says it: of a CPU, Linux promises more memory than there is."""
     accident = "import jax; raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')"
-    where = "cifar_jax.device_input.make_advance"
+    where = "cifar_jax.steps.device_input.make_advance"
     done = launch(image_folder, tmp_path / "run", where, accident)
     assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
     assert "out of memory: RESOURCE_EXHAUSTED: Out of memory" in done.stderr
@@ -997,7 +1000,7 @@ def test_tensorflow_is_kept_off_the_accelerators(tmp_path: Path) -> None:
         import tensorflow as tf
         calls = []
         tf.config.set_visible_devices = lambda *args: calls.append(args)
-        from cifar_jax import input_pipeline
+        from cifar_jax.data import input_pipeline
         assert calls == [([], "GPU")], calls
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
@@ -1011,7 +1014,7 @@ def test_tensorflow_is_imported_without_keras() -> None:
     """Which it would not need, and takes a fifth of its import's time; who asks for it gets it."""
     program = """if True:
         import sys
-        from cifar_jax import input_pipeline
+        from cifar_jax.data import input_pipeline
         assert "keras" not in sys.modules
         assert input_pipeline.tf.keras.__version__.startswith("3.")
     """
@@ -1026,7 +1029,9 @@ def test_airbench_whitens_its_own_training_images(
     where: dict[str, Any], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decoded beforehand or not; training leaves that kernel as it is, and so does resuming."""
-    monkeypatch.setattr("cifar_jax.start.whitening_stride", lambda n: 3)  # as of many images
+    monkeypatch.setattr(
+        "cifar_jax.training.start.whitening_stride", lambda n: 3
+    )  # as of many images
     preset = PRESETS["airbench"]
     config = dataclasses.replace(
         preset, data=str(image_folder), widths=(4,), batch_size=16, epochs=2, **where

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, Split
-from cifar_jax.host_input import make_evaluate
-from cifar_jax.metrics import RunningSums
-from cifar_jax.models import create_model
-from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import (
+from cifar_jax.data.dataset import Dataset, Split
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps.host_input import make_evaluate
+from cifar_jax.steps.metrics import RunningSums
+from cifar_jax.steps.optim import make_optimizer, make_schedule
+from cifar_jax.steps.parallel import (
     AXIS_NAME,
     CPU_COMPILER_OPTIONS,
     compile_step,
@@ -27,7 +27,7 @@ from cifar_jax.parallel import (
     shard,
     sum_on_host,
 )
-from cifar_jax.train_step import (
+from cifar_jax.steps.train_step import (
     TrainState,
     classification_sums,
     create_train_state,
@@ -178,7 +178,7 @@ def test_devices_do_not_change_the_losses(config: TrainConfig) -> None:
 def test_without_pmean_the_losses_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the test above can fail."""
     one, _ = run_steps(SMALL, 1, n_steps=20)
-    monkeypatch.setattr("cifar_jax.train_step.lax.pmean", lambda x, axis_name: x)
+    monkeypatch.setattr("cifar_jax.steps.train_step.lax.pmean", lambda x, axis_name: x)
     two, _ = run_steps(SMALL, 2, n_steps=20, compiled=compile_for(SMALL, 2))
     assert not np.allclose(two, one, rtol=1e-5)
 

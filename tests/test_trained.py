@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-from cifar_jax import checkpoint
+from cifar_jax.checkpoints import checkpoint
+from cifar_jax.checkpoints.trained import TrainedNetwork, load, save
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.metrics import EpochRow
-from cifar_jax.models import create_model
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps.metrics import EpochRow
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.trained import TrainedNetwork, load, save
 
 
 def make_network(value: float = 0.5, channels: int = 1) -> TrainedNetwork:

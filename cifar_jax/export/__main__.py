@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_jax import cli
+from cifar_jax.checkpoints.workdir import step_folder, workdir_of
 from cifar_jax.config import ExportFormat
 from cifar_jax.errors import CifarJaxError, NumericsError, ResourceError, UsageError
-from cifar_jax.files import check_is_new, new_path
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
-from cifar_jax.workdir import step_folder, workdir_of
+from cifar_jax.system.files import check_is_new, new_path
 
 if TYPE_CHECKING:  # slow to import: wrong options are reported before
     import numpy as np
     from numpy.typing import NDArray
 
+    from cifar_jax.checkpoints.trained import TrainedNetwork
     from cifar_jax.export.formats import Classify
-    from cifar_jax.trained import TrainedNetwork
 
 DESCRIPTION = """\
 Write a trained network as one file for other programs, and verify it: the file is loaded back and
@@ -99,7 +99,7 @@ def export_network(
     check_is_new(output, "--output")
     step = step_folder(checkpoint)  # fail early, before the slow imports of trained.load
     _check_installed(format)
-    from cifar_jax import trained
+    from cifar_jax.checkpoints import trained
     from cifar_jax.export.formats import FORMATS, classify_here, how_to_use
 
     print(f"reading the checkpoint {step}", flush=True)
@@ -155,10 +155,10 @@ def _images_to_check_on(
     """At most 1,000 test images, stratified by class, and what to call them."""
     import numpy as np
 
-    from cifar_jax import shapes
-    from cifar_jax.dataset import stratified_choice
-    from cifar_jax.labelled import load_labelled
-    from cifar_jax.sources import is_here
+    from cifar_jax.data import shapes
+    from cifar_jax.data.dataset import stratified_choice
+    from cifar_jax.data.sources import is_here
+    from cifar_jax.scoring.labelled import load_labelled
 
     config = network.config
     if data or (config.data != "shapes" and is_here(config.data, data_dir or config.data_dir)):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from cifar_jax import cli
 from cifar_jax.errors import UsageError
-from cifar_jax.files import try_to_write, write_atomically, writing
 from cifar_jax.options import Options, flag, option
 from cifar_jax.report.run import read_run
+from cifar_jax.system.files import try_to_write, write_atomically, writing
 
 DESCRIPTION = """\
 Show a run of cifar_jax.train as a single HTML file, which needs no network connection and no other

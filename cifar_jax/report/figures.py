@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifar_jax.images import png_uri
-from cifar_jax.metrics import EpochRow
+from cifar_jax.data.images import png_uri
+from cifar_jax.steps.metrics import EpochRow
 
 # Placeholders: Matplotlib draws in these colours, which are then replaced by the names that the
 # style sheet defines for light and dark pages.

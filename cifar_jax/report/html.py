@@ -12,7 +12,7 @@ from cifar_jax.config import to_json
 from cifar_jax.options import flag
 from cifar_jax.report import figures
 from cifar_jax.report.page import Comparison, RunPage, Summary, images_with_maps
-from cifar_jax.scores import Scores
+from cifar_jax.scoring.scores import Scores
 
 _MOST_CLASSES_IN_A_TABLE = 20  # of the confusion matrix; more are a picture
 _NBSP = "\N{NO-BREAK SPACE}"

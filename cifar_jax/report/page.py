@@ -13,18 +13,18 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_jax import checkpoint, trained
-from cifar_jax.dataset import ImageShape, stratified_choice
+from cifar_jax.checkpoints import checkpoint, trained
+from cifar_jax.checkpoints.trained import TrainedNetwork
+from cifar_jax.checkpoints.workdir import checkpoints_of, saved_steps
+from cifar_jax.data.dataset import ImageShape, stratified_choice
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.labelled import LabelledImages, load_labelled, logits_of
-from cifar_jax.layer_table import layer_table
-from cifar_jax.layers import ACTIVATIONS, Layer, params_of, trace_layers
-from cifar_jax.parallel import compile_lowered
+from cifar_jax.networks.layer_table import layer_table
+from cifar_jax.networks.layers import ACTIVATIONS, Layer, params_of, trace_layers
 from cifar_jax.report.run import StoredRun
-from cifar_jax.scores import Scores, score, wilson_interval
-from cifar_jax.train_step import normalize
-from cifar_jax.trained import TrainedNetwork
-from cifar_jax.workdir import checkpoints_of, saved_steps
+from cifar_jax.scoring.labelled import LabelledImages, load_labelled, logits_of
+from cifar_jax.scoring.scores import Scores, score, wilson_interval
+from cifar_jax.steps.parallel import compile_lowered
+from cifar_jax.steps.train_step import normalize
 
 _SAMPLES = 20
 _MISTAKES = 12

@@ -10,10 +10,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.checkpoints.workdir import is_converted
 from cifar_jax.config import TrainConfig, from_json
 from cifar_jax.errors import CheckpointError, CifarJaxError
-from cifar_jax.metrics import EpochRow, best_row, read_history
-from cifar_jax.workdir import is_converted
+from cifar_jax.steps.metrics import EpochRow, best_row, read_history
 
 _REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data", "versions"), dict),

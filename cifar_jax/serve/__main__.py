@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax import cli
+from cifar_jax.checkpoints.workdir import step_folder
 from cifar_jax.errors import ResourceError
 from cifar_jax.options import CHECKPOINT_HELP, REQUIRED, Options, option
-from cifar_jax.workdir import step_folder
 
 DESCRIPTION = """\
 Try a trained network in a browser: drop, paste or choose an image, and see the class, all
@@ -57,7 +57,7 @@ def serve(options: ServeOptions) -> None:
             fix="pip install starlette uvicorn",
         ) from error
     with _listen(options.host, options.port) as listener:  # before the seconds that loading takes
-        from cifar_jax import trained
+        from cifar_jax.checkpoints import trained
         from cifar_jax.serve.app import make_app
 
         address, port = listener.getsockname()[:2]

@@ -26,16 +26,16 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cifar_jax import shapes
+from cifar_jax.checkpoints.trained import TrainedNetwork
+from cifar_jax.data import shapes
+from cifar_jax.data.images import png, png_uri, read_image
+from cifar_jax.data.sources import is_here
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.images import png, png_uri, read_image
-from cifar_jax.inference import make_logits, softmax
-from cifar_jax.labelled import load_labelled
-from cifar_jax.layers import ACTIVATIONS, trace_layers
-from cifar_jax.parallel import compile_lowered
-from cifar_jax.sources import is_here
-from cifar_jax.train_step import normalize
-from cifar_jax.trained import TrainedNetwork
+from cifar_jax.networks.layers import ACTIVATIONS, trace_layers
+from cifar_jax.scoring.inference import make_logits, softmax
+from cifar_jax.scoring.labelled import load_labelled
+from cifar_jax.steps.parallel import compile_lowered
+from cifar_jax.steps.train_step import normalize
 
 MAX_BYTES = 10 * 2**20
 # A body over the limit is still read up to here, as most clients read the reply only after sending.

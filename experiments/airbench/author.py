@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.files import write_atomically
+from cifar_jax.system.files import write_atomically
 
 
 def main() -> None:

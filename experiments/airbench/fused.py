@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from airbench.kernels import norm_gelu
-from cifar_jax.airbench import Airbench
-from cifar_jax.blocks import LayerFunction
-from cifar_jax.pooling import whole_windows
+from cifar_jax.networks.airbench import Airbench
+from cifar_jax.networks.blocks import LayerFunction
+from cifar_jax.networks.pooling import whole_windows
 
 
 class FusedAirbench(Airbench):

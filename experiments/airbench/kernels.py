@@ -31,8 +31,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cifar_jax.airbench import gelu, gelu_slope
-from cifar_jax.pooling import first_winner
+from cifar_jax.networks.airbench import gelu, gelu_slope
+from cifar_jax.networks.pooling import first_winner
 
 _MOST_ROWS = 16
 _MOST_CHANNELS = 64

@@ -23,12 +23,12 @@ from tqdm import tqdm
 from airbench.optimizer import make_optimizer
 from airbench.recipe import Recipe
 from airbench.run import VIEW_WEIGHTS, Examples, Setting, train_and_score
-from cifar_jax.airbench import Airbench
-from cifar_jax.dataset import Split, channel_statistics
-from cifar_jax.initializers import WHITENING
-from cifar_jax.layer_table import layer_table
-from cifar_jax.parallel import compile_lowered
-from cifar_jax.train_step import initial_train_state
+from cifar_jax.data.dataset import Split, channel_statistics
+from cifar_jax.networks.airbench import Airbench
+from cifar_jax.networks.initializers import WHITENING
+from cifar_jax.networks.layer_table import layer_table
+from cifar_jax.steps.parallel import compile_lowered
+from cifar_jax.steps.train_step import initial_train_state
 
 Run = Callable[[int], dict[str, Any]]
 

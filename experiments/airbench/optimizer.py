@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from airbench.recipe import Recipe
-from cifar_jax.initializers import WHITENING
-from cifar_jax.muon import muon
+from cifar_jax.networks.initializers import WHITENING
+from cifar_jax.steps.muon import muon
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:

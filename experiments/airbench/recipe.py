@@ -20,7 +20,7 @@ class Recipe:
         bias_rate, head_rate, momentum, decay: those of Nesterov SGD, for all else. Its weight decay
             is ``decay / rate``, so that a larger rate does not decay more. All rates fall linearly
             to 0.
-        deep: as in :class:`cifar_jax.airbench.Airbench`.
+        deep: as in :class:`cifar_jax.networks.airbench.Airbench`.
         crop: the most pixels by which an image is shifted.
         cutout: side in pixels of a square that is blanked in each image; 0: no square.
         dtype: of activations.

@@ -14,9 +14,9 @@ import optax
 from jax import lax
 
 from airbench.recipe import Recipe
-from cifar_jax.augment import blank
-from cifar_jax.initializers import WHITENING, whiten, whitening_stride
-from cifar_jax.train_step import TrainState, classification_sums, normalize
+from cifar_jax.networks.initializers import WHITENING, whiten, whitening_stride
+from cifar_jax.steps.augment import blank
+from cifar_jax.steps.train_step import TrainState, classification_sums, normalize
 
 
 class Examples(NamedTuple):
@@ -145,7 +145,7 @@ def cut_out(images: jax.Array, hole: jax.Array, side: int) -> jax.Array:
 
     Args:
         hole: as in :class:`Batch`. The whole square lies in the image, as the author has it, and
-            unlike in :func:`cifar_jax.augment.cutout`.
+            unlike in :func:`cifar_jax.steps.augment.cutout`.
     """
     places = jnp.array(images.shape[1:3]) - side + 1
     corners = jnp.floor(hole * places).astype(jnp.int32)

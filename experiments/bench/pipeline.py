@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax.allocator import keep_freed_memory
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order
-from cifar_jax.input_pipeline import decode, train_batches
-from cifar_jax.models import create_model
-from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, compile_step, select_devices, shard
-from cifar_jax.sources import load_dataset
-from cifar_jax.train_step import create_train_state, make_train_step
+from cifar_jax.data.dataset import Dataset, ImageFiles, Split, epoch_order
+from cifar_jax.data.input_pipeline import decode, train_batches
+from cifar_jax.data.sources import load_dataset
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps.optim import make_optimizer, make_schedule
+from cifar_jax.steps.parallel import AXIS_NAME, compile_step, select_devices, shard
+from cifar_jax.steps.train_step import create_train_state, make_train_step
+from cifar_jax.system.allocator import keep_freed_memory
 
 _BATCH_SIZE = 128
 

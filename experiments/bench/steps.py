@@ -13,15 +13,15 @@ import jax
 import numpy as np
 
 import paired_timing
-from cifar_jax.allocator import keep_freed_memory
+from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import ModelName, TrainConfig
-from cifar_jax.inference import make_logits
-from cifar_jax.layer_table import layer_table
-from cifar_jax.models import ResNet9, create_model
-from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import AXIS_NAME, compile_step, place_state, select_devices, shard
-from cifar_jax.train_step import create_train_state, make_train_step
-from cifar_jax.trained import TrainedNetwork
+from cifar_jax.networks.layer_table import layer_table
+from cifar_jax.networks.models import ResNet9, create_model
+from cifar_jax.scoring.inference import make_logits
+from cifar_jax.steps.optim import make_optimizer, make_schedule
+from cifar_jax.steps.parallel import AXIS_NAME, compile_step, place_state, select_devices, shard
+from cifar_jax.steps.train_step import create_train_state, make_train_step
+from cifar_jax.system.allocator import keep_freed_memory
 from layouts.timings import make_torch_programs, timing_batch
 
 BATCH_SIZE = 128

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cifar_jax import torch_reference
 from cifar_jax.config import PRESETS, ModelName, TrainConfig
-from cifar_jax.dataset import Dataset, Split
-from cifar_jax.images import decode
-from cifar_jax.models import create_model
-from cifar_jax.sources import load_dataset
+from cifar_jax.data.dataset import Dataset, Split
+from cifar_jax.data.images import decode
+from cifar_jax.data.sources import load_dataset
+from cifar_jax.networks.models import create_model
 
 
 class Images(TorchDataset[Any]):

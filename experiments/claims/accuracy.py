@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cifar_jax.config import PRESETS, TrainConfig
-from cifar_jax.dataset import Dataset, Split
-from cifar_jax.inference import softmax
-from cifar_jax.train_step import normalize
+from cifar_jax.data.dataset import Dataset, Split
+from cifar_jax.scoring.inference import softmax
+from cifar_jax.steps.train_step import normalize
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
 from claims.markdown import bullets, listed, table
 from claims.spread import difference, gain, percent, spread_at, spread_of_shares
@@ -204,7 +204,7 @@ def measure_underfitting(study: Study) -> Measured:
     wide = study.scaled(32, 8)
 
     def network(*widths: int, convs_per_pool: int = 1) -> nn.Module:
-        from cifar_jax.models import ConvNet
+        from cifar_jax.networks.models import ConvNet
 
         return ConvNet(classes, widths, (), convs_per_pool=convs_per_pool)
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cifar_jax import layers, models
-from cifar_jax.layer_table import layer_table
-from cifar_jax.pooling import max_pool
+from cifar_jax.networks import layers, models
+from cifar_jax.networks.layer_table import layer_table
+from cifar_jax.networks.pooling import max_pool
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
 from claims.markdown import bullets, table
 from claims.study import Study

@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cifar_jax.dataset import Dataset, Split
-from cifar_jax.layers import trace_layers
-from cifar_jax.models import create_model
-from cifar_jax.train_step import create_train_state, normalize
+from cifar_jax.data.dataset import Dataset, Split
+from cifar_jax.networks.layers import trace_layers
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps.train_step import create_train_state, normalize
 from claims.accuracy import (
     SMALL,
     logits_of,

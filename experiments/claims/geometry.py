@@ -25,15 +25,15 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifar_jax import models
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, Split
+from cifar_jax.data.dataset import Dataset, Split
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.layer_table import layer_table
-from cifar_jax.layers import trace_layers
-from cifar_jax.parallel import compile_lowered
-from cifar_jax.pooling import max_pool
-from cifar_jax.train_step import normalize
+from cifar_jax.networks import models
+from cifar_jax.networks.layer_table import layer_table
+from cifar_jax.networks.layers import trace_layers
+from cifar_jax.networks.pooling import max_pool
+from cifar_jax.steps.parallel import compile_lowered
+from cifar_jax.steps.train_step import normalize
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
 from claims.markdown import bullets, listed, table
 from claims.spread import difference, gain, noise, percent, spread, spread_at
@@ -446,7 +446,7 @@ def measure_layout(study: Study) -> Measured:
     """
     import inspect
 
-    from cifar_jax.input_pipeline import tf
+    from cifar_jax.data.input_pipeline import tf
     from cifar_jax.torch_reference import torch
 
     nchw = torch.zeros(2, 3, 32, 32)

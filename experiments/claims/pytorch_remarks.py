@@ -23,15 +23,15 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cifar_jax import layout
+from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import epoch_order
+from cifar_jax.data.dataset import epoch_order
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.inference import make_logits, softmax
-from cifar_jax.models import ConvNet, ResNet9
+from cifar_jax.networks.models import ConvNet, ResNet9
 from cifar_jax.parity import relative_difference
-from cifar_jax.scores import calibration_error
-from cifar_jax.train_step import create_train_state, normalize, train_step
-from cifar_jax.trained import TrainedNetwork
+from cifar_jax.scoring.inference import make_logits, softmax
+from cifar_jax.scoring.scores import calibration_error
+from cifar_jax.steps.train_step import create_train_state, normalize, train_step
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
 from claims.markdown import bullets, table
 from claims.spread import difference, gain, percent, spread, spread_at

@@ -16,14 +16,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from matplotlib.figure import Figure
 
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig, to_json
-from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order, stratified_choice
-from cifar_jax.models import create_model
-from cifar_jax.optim import make_optimizer, make_schedule
-from cifar_jax.parallel import compile_lowered
-from cifar_jax.sources import load_dataset
-from cifar_jax.train_step import create_train_state, eval_step, train_step
+from cifar_jax.data.dataset import Dataset, ImageFiles, Split, epoch_order, stratified_choice
+from cifar_jax.data.sources import load_dataset
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps.augment import make_augmentation
+from cifar_jax.steps.optim import make_optimizer, make_schedule
+from cifar_jax.steps.parallel import compile_lowered
+from cifar_jax.steps.train_step import create_train_state, eval_step, train_step
 
 _EVAL_BATCH = 500
 # Of the small data that --quick runs on.
@@ -82,7 +82,7 @@ class Study:
             cache_mb=1 << 20,
         )
         if isinstance(dataset.test.images, ImageFiles):
-            from cifar_jax.input_pipeline import decode
+            from cifar_jax.data.input_pipeline import decode
 
             dataset = dataclasses.replace(dataset, test=decode(dataset.test))
         if self.quick:

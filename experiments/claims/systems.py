@@ -28,16 +28,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifar_jax.archive import extract_once
+from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, ImageFiles, Split, channel_statistics, epoch_order
+from cifar_jax.data.archive import extract_once
+from cifar_jax.data.dataset import Dataset, ImageFiles, Split, channel_statistics, epoch_order
 from cifar_jax.errors import CifarJaxError
-from cifar_jax.inference import make_logits
-from cifar_jax.layer_table import layer_table
-from cifar_jax.models import ConvNet, create_model
-from cifar_jax.step_memory import step_memory
-from cifar_jax.train_step import create_train_state
-from cifar_jax.trained import TrainedNetwork
+from cifar_jax.networks.layer_table import layer_table
+from cifar_jax.networks.models import ConvNet, create_model
+from cifar_jax.scoring.inference import make_logits
+from cifar_jax.steps.step_memory import step_memory
+from cifar_jax.steps.train_step import create_train_state
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
 from claims.markdown import bullets, table
 from claims.spread import noise, percent, spread, spread_at
@@ -125,7 +125,7 @@ def measure_image_folder(study: Study) -> Measured:
     layout. The claim fails if lazy loading grows with the number of images, or if a label is not
     that of its folder. A caveat if CIFAR-10 fits into this machine's memory. Cost: 1 minute.
     """
-    from cifar_jax.sources import load_splits
+    from cifar_jax.data.sources import load_splits
 
     side, n = 128, study.scaled(4000, 600)
     with _image_folder(study, n, side) as root:
@@ -517,13 +517,13 @@ def _time_training(
     import jax
     import numpy as np
 
-    from cifar_jax.allocator import keep_freed_memory
-    from cifar_jax.augment import make_augmentation
     from cifar_jax.config import TrainConfig
-    from cifar_jax.models import create_model
-    from cifar_jax.optim import make_optimizer, make_schedule
-    from cifar_jax.parallel import compile_lowered
-    from cifar_jax.train_step import create_train_state, train_step
+    from cifar_jax.networks.models import create_model
+    from cifar_jax.steps.augment import make_augmentation
+    from cifar_jax.steps.optim import make_optimizer, make_schedule
+    from cifar_jax.steps.parallel import compile_lowered
+    from cifar_jax.steps.train_step import create_train_state, train_step
+    from cifar_jax.system.allocator import keep_freed_memory
 
     keep_freed_memory()  # as every command does
     height, width, channels = image_shape
@@ -618,11 +618,11 @@ def _time_inference(
     import numpy as np
     import optax
 
+    from cifar_jax.checkpoints.trained import TrainedNetwork
     from cifar_jax.config import TrainConfig
-    from cifar_jax.inference import make_logits, softmax
-    from cifar_jax.models import create_model
-    from cifar_jax.train_step import create_train_state
-    from cifar_jax.trained import TrainedNetwork
+    from cifar_jax.networks.models import create_model
+    from cifar_jax.scoring.inference import make_logits, softmax
+    from cifar_jax.steps.train_step import create_train_state
 
     height, width, channels = image_shape
     shape = height, width, channels
@@ -724,7 +724,7 @@ def _tf_images_a_second(folder: str, counts: list[int], epochs: int) -> dict[str
     import time
     from pathlib import Path
 
-    from cifar_jax import input_pipeline  # noqa: F401 - TensorFlow with this project's settings
+    from cifar_jax.data import input_pipeline  # noqa: F401 - TensorFlow with this project's settings
 
     import tensorflow as tf  # isort: skip
 
@@ -872,7 +872,7 @@ def measure_class_names(study: Study) -> Measured:
     with numbers. The claim fails if CIFAR-10's labels do not come in the known order. The rule of
     ImageFolder, sorted(os.scandir), is written out beside this project's reader. Cost: a second.
     """
-    from cifar_jax.sources import load_splits
+    from cifar_jax.data.sources import load_splits
 
     rng = np.random.default_rng(0)
     pixels = study.dataset.train.pixels

@@ -16,11 +16,11 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from cifar_jax.dataset import Dataset, ImageShape
-from cifar_jax.models import flatten
-from cifar_jax.parallel import compile_lowered
-from cifar_jax.pooling import max_pool
-from cifar_jax.train_step import initial_train_state, normalize
+from cifar_jax.data.dataset import Dataset, ImageShape
+from cifar_jax.networks.models import flatten
+from cifar_jax.networks.pooling import max_pool
+from cifar_jax.steps.parallel import compile_lowered
+from cifar_jax.steps.train_step import initial_train_state, normalize
 from claims.accuracy import SMALL, tutorial_config
 from claims.claim import CAVEAT, FAILS, HOLDS, Claim, Measured, Values, Verdict
 from claims.markdown import bullets, table

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_jax import parity, shapes
+from cifar_jax import parity
 from cifar_jax.config import ModelName, TrainConfig
-from cifar_jax.models import MODELS, create_model
+from cifar_jax.data import shapes
+from cifar_jax.networks.models import MODELS, create_model
 from layouts.networks import CLASSES, initial_variables
 
 DRIFT_STEPS = 200

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cifar_jax.models import ConvNet, ResNet9
-from cifar_jax.pooling import max_pool
+from cifar_jax.networks.models import ConvNet, ResNet9
+from cifar_jax.networks.pooling import max_pool
 
 Tensors = Mapping[str, jax.Array]
 

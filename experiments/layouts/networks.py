@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import optax
 
-from cifar_jax.dataset import ImageShape
-from cifar_jax.train_step import create_train_state
+from cifar_jax.data.dataset import ImageShape
+from cifar_jax.steps.train_step import create_train_state
 
 CLASSES = 10
 

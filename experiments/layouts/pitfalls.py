@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from cifar_jax import layout, parity, torch_reference
 from cifar_jax.config import TrainConfig
-from cifar_jax.models import create_model
+from cifar_jax.networks.models import create_model
 from layouts.networks import CLASSES, initial_variables
 
 

@@ -16,8 +16,8 @@ import optax
 import paired_timing
 from cifar_jax import layout
 from cifar_jax.config import ModelName, TrainConfig
-from cifar_jax.models import create_model
-from cifar_jax.parallel import compile_lowered
+from cifar_jax.networks.models import create_model
+from cifar_jax.steps.parallel import compile_lowered
 from layouts import nchw_program
 from layouts.networks import CLASSES, initial_variables
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import layout, parity, torch_reference
-from cifar_jax.augment import make_augmentation
 from cifar_jax.config import TrainConfig
-from cifar_jax.dataset import Dataset, ImageFiles, Split, epoch_order, stratified_choice
-from cifar_jax.models import Model, create_model
-from cifar_jax.sources import load_dataset
-from cifar_jax.train_step import normalize
+from cifar_jax.data.dataset import Dataset, ImageFiles, Split, epoch_order, stratified_choice
+from cifar_jax.data.sources import load_dataset
+from cifar_jax.networks.models import Model, create_model
+from cifar_jax.steps.augment import make_augmentation
+from cifar_jax.steps.train_step import normalize
 from layouts.networks import initial_variables
 
 
@@ -35,7 +35,7 @@ def train_in_both(source: str, data_dir: str | None, *, quick: bool) -> dict[str
         chosen = stratified_choice(dataset.test.labels, 500, np.random.default_rng(0))
         dataset = dataclasses.replace(dataset, test=dataset.test.take(chosen))
     if isinstance(dataset.test.images, ImageFiles):
-        from cifar_jax.input_pipeline import decode
+        from cifar_jax.data.input_pipeline import decode
 
         dataset = dataclasses.replace(dataset, test=decode(dataset.test))
     runs = {

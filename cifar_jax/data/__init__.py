@@ -1,0 +1,1 @@
+"""From ``--data`` to arrays of images and labels, and batches of them."""

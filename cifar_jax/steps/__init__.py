@@ -1,0 +1,1 @@
+"""A step: augmentation, loss, gradients and update, on one or many devices."""

@@ -1,0 +1,1 @@
+"""A run: from its start, by epochs of steps, to its test and report."""
