@@ -133,7 +133,8 @@ def convert(source: Path, destination: Path, options: ConvertOptions) -> None:
 
 def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
     from cifar_jax.checkpoints import trained
-    from cifar_jax.state_dicts import check_numbers, network_of, read_state_dict
+    from cifar_jax.identify import network_of
+    from cifar_jax.state_dicts import check_numbers, read_state_dict
 
     if source.is_dir():
         network = trained.load(source)
@@ -154,8 +155,8 @@ def _read(source: Path, options: ConvertOptions) -> TrainedNetwork:
 def _from_tensors(path: Path, state_dict: StateDict, options: ConvertOptions) -> TrainedNetwork:
     """The network with these tensors; what they do not say comes from ``options`` or is assumed."""
     from cifar_jax.checkpoints.trained import TrainedNetwork
+    from cifar_jax.identify import identify, takes_one_size, variables_of
     from cifar_jax.layout import fold_bias_into_batch_norm
-    from cifar_jax.state_dicts import identify, takes_one_size, variables_of
 
     network = identify(state_dict, model=options.model, image_size=options.image_size)
     variables = variables_of(state_dict, network, path)

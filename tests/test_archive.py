@@ -38,14 +38,8 @@ from cifar_jax.data.dataset import Split
 from cifar_jax.data.listing import list_images
 from cifar_jax.data.sources import load_dataset
 from cifar_jax.errors import CifarJaxError, ExitCode
-from cifar_jax.state_dicts import (
-    check_numbers,
-    identify,
-    network_of,
-    read_state_dict,
-    variables_of,
-    write_state_dict,
-)
+from cifar_jax.identify import identify, network_of, variables_of
+from cifar_jax.state_dicts import check_numbers, read_state_dict, write_state_dict
 
 # ---------------------------------------------------------------------------- writing archives
 

@@ -29,8 +29,9 @@ from cifar_jax.checkpoints.checkpoint import tree_sha256
 from cifar_jax.config import TrainConfig
 from cifar_jax.convert import ConvertOptions, convert, main
 from cifar_jax.errors import CifarJaxError, ExitCode
+from cifar_jax.identify import identify, variables_of
 from cifar_jax.networks.models import create_model
-from cifar_jax.state_dicts import identify, read_state_dict, variables_of, write_state_dict
+from cifar_jax.state_dicts import read_state_dict, write_state_dict
 from cifar_jax.torch_reference import make_twin
 
 ZOO = {

@@ -10,8 +10,8 @@ import pytest
 
 from cifar_jax.config import ModelName, TrainConfig
 from cifar_jax.errors import CifarJaxError
+from cifar_jax.identify import identify
 from cifar_jax.networks.models import MODELS, create_model
-from cifar_jax.state_dicts import identify
 
 CNN_CONVS = (
     (3 * 3 * 3 * 16 + 16)  # 448: the tutorial's question 11

@@ -13,7 +13,8 @@ import cifar_jax
 PACKAGE = Path(cifar_jax.__file__).parent
 # From the ground up; all that is not listed is a command, at the top.
 ROOMS = ["errors", "options", "system", "config", "cli", "data", "layout", "networks"]
-ROOMS += ["torch_reference", "steps", "parity", "checkpoints", "scoring", "state_dicts", "training"]
+ROOMS += ["torch_reference", "state_dicts", "steps", "parity", "checkpoints", "identify", "scoring"]
+ROOMS += ["training"]
 
 
 def imported(path: Path) -> set[str]:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from cifar_jax.checkpoints.trained import TrainedNetwork
 from cifar_jax.config import ExportFormat
+from cifar_jax.identify import network_of
 from cifar_jax.layout import StateDict, nhwc_to_nchw
 from cifar_jax.scoring.inference import make_logits, softmax
-from cifar_jax.state_dicts import network_of, read_state_dict, write_state_dict
+from cifar_jax.state_dicts import read_state_dict, write_state_dict
 from cifar_jax.steps.train_step import exact_logits
 
 Classify = Callable[[NDArray[np.uint8]], NDArray[Any]]  # images -> probabilities [N, K]
