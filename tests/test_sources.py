@@ -12,7 +12,7 @@ import pytest
 from conftest import CIFAR10_NAMES, write_images
 from PIL import Image
 
-from cifar_jax.data import images, shapes, sources
+from cifar_jax.data import folders, images, shapes, sources
 from cifar_jax.data.dataset import Dataset, ImageFiles, Split
 from cifar_jax.data.sources import load_dataset, load_splits
 from cifar_jax.errors import CifarJaxError, ExitCode
@@ -204,7 +204,7 @@ def test_one_image_in_colour_makes_a_data_set_colour(tmp_path: Path) -> None:
 def test_of_each_class_an_image_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_SHAPE_SAMPLE", 1)
+    monkeypatch.setattr(folders, "_SHAPE_SAMPLE", 1)
     write_images(tmp_path, {"a": 3, "b": 3}, mode="L")
     write_images(tmp_path, {"c": 3})
     assert load_splits(str(tmp_path)).train.image_shape == (8, 8, 3)
@@ -214,7 +214,7 @@ def test_of_each_class_an_image_is_looked_at(
 def test_one_that_was_passed_over_is_not_made_grey_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_SHAPE_SAMPLE", 2)
+    monkeypatch.setattr(folders, "_SHAPE_SAMPLE", 2)
     write_images(tmp_path, {"a": 10, "b": 10}, mode="L")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a" / "004.png")
     with pytest.raises(CifarJaxError, match=r"a/004\.png is in colour, .*greyscale\. Fix: make it"):

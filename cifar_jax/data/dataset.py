@@ -63,6 +63,19 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a source has: a :class:`Dataset` before it is split; splits that it lacks are None."""
+
+    name: str
+    digest: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split | None
+    val: Split | None = None
+    notice: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set ready for training.
 
